@@ -1,0 +1,235 @@
+"""Plumbing with one right form and nothing to teach: ranks, addressed randomness, checkpoints, log lines."""
+import glob
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+import types
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+# --- ranks ---------------------------------------------------------------------------------------------------------
+def start(c):
+    """Joins the process group that torchrun announces (nccl on CUDA, gloo on CPU), seeds, picks the device.
+
+    Returns a namespace rank, world, device, master. Outside torchrun: rank 0 of 1.
+    """
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    device = c.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if device == 'cuda':
+        device = f'cuda:{local}'
+        torch.cuda.set_device(local)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    random.seed(c.seed), np.random.seed(c.seed), torch.manual_seed(c.seed)
+    return types.SimpleNamespace(rank=rank, world=world, device=device, master=rank == 0)
+
+
+def per_rank(name, count, world):
+    """`count` is for all ranks together; each rank's share, or one line that says why it does not divide."""
+    if count % world:
+        raise SystemExit(f'{name}={count} does not divide over {world} ranks')
+    return count // world
+
+
+def total(value, run):
+    """Sum of a number or tensor over the ranks."""
+    t = torch.as_tensor(value, dtype=torch.float64).clone().to(run.device if run.device != 'mps' else 'cpu')
+    if run.world > 1:
+        dist.all_reduce(t)
+    return t if t.dim() else t.item()
+
+
+def gather(t, run):
+    """Concatenation over ranks, in rank order, of equally shaped tensors."""
+    if run.world == 1:
+        return t
+    parts = [torch.empty_like(t) for _ in range(run.world)]
+    dist.all_gather(parts, t.contiguous())
+    return torch.cat(parts)
+
+
+def parallel(uae, run):
+    """DistributedDataParallel around `uae` under torchrun, else `uae` itself."""
+    if run.world == 1:
+        return uae
+    ids = [torch.device(run.device).index] if run.device.startswith('cuda') else None
+    return torch.nn.parallel.DistributedDataParallel(uae, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+# --- addressed randomness: the same numbers at every world size, and nothing to save for a resume --------------------
+def generator(*address):
+    """A CPU generator that is a pure function of its address, a tuple of ints and strings."""
+    digest = hashlib.blake2b(repr(address).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
+
+
+def normal(shape, rows, *address):
+    """Standard normals (len(rows), *shape); row i depends on (address, rows[i]) alone."""
+    return torch.stack([torch.randn(shape, generator=generator(*address, int(r))) for r in rows])
+
+
+def uniform(shape, rows, *address):
+    """Uniforms in [0, 1), addressed like `normal`."""
+    return torch.stack([torch.rand(shape, generator=generator(*address, int(r))) for r in rows])
+
+
+# --- loading and checkpoints -----------------------------------------------------------------------------------------
+def load(cls, path, **kwargs):
+    """cls.from_pretrained with one clear line when the folder or hub id cannot be had."""
+    try:
+        return cls.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as e:
+        where = os.path.join(path, kwargs.get('subfolder', ''))
+        first = (str(e).strip().splitlines() or [''])[0][:160]
+        raise SystemExit(f'cannot load {cls.__name__} from {where!r}: {first}')
+
+
+def newest(out_dir):
+    """The newest whole checkpoint in out_dir, or None. Folders named .tmp are half-written ones and never count."""
+    done = [d for d in glob.glob(f'{out_dir}/step_*') if d.rsplit('_', 1)[1].isdigit()]
+    return max(done, key=lambda d: int(d.rsplit('_', 1)[1]), default=None)
+
+
+def find_checkpoint(c, need_projector=True):
+    """The folder a run starts from: --resume's own newest, --init_from, or the shipped base of the tiny preset
+    ('' where there is none and need_projector is False).
+
+    Raises SystemExit in one line when there is none, when it is half-written, or when it belongs to other base models.
+    """
+    folder = newest(c.out_dir) if c.resume else None
+    if not folder and not c.init_from:
+        folder = os.path.dirname(c.encoder.rstrip('/'))
+        if not os.path.exists(f'{folder}/projector.safetensors'):
+            if not need_projector:
+                return ''
+            raise SystemExit(f'no trained projector next to {c.encoder!r}: give --init_from=CHECKPOINT, '
+                             'made by pretrain_decoder.py (stage 0) or cold_start.py (stage 1)')
+        return folder
+    folder = folder or newest(c.init_from) or c.init_from
+    if not os.path.isdir(folder):
+        raise SystemExit(f'--init_from={c.init_from}: no such folder')
+    if not os.path.exists(f'{folder}/projector.safetensors') or not os.path.exists(f'{folder}/meta.json'):
+        raise SystemExit(f'{folder}: no checkpoint here (projector.safetensors and meta.json expected)')
+    with open(f'{folder}/meta.json') as f:
+        meta = json.load(f)
+    for key in ('encoder', 'decoder', 'lora_rank', 'cond_len'):
+        if meta['config'][key] != getattr(c, key):
+            raise SystemExit(f'{folder} was trained with {key}={meta["config"][key]!r}, this run has {getattr(c, key)!r}; '
+                             f'its preset was {meta["config"]["preset"]!r}')
+    return folder
+
+
+def open_out_dir(c, run):
+    """Refuses a used out_dir unless --resume; creates it. Returns the step to start from (0 for a fresh run)."""
+    if os.path.isdir(c.out_dir) and os.listdir(c.out_dir) and not c.resume:
+        raise SystemExit(f'{c.out_dir} is not empty: --resume continues it, --out_dir=ELSEWHERE starts anew')
+    folder = newest(c.out_dir) if c.resume else None
+    if run.world > 1:
+        dist.barrier()
+    if run.master:
+        os.makedirs(c.out_dir, exist_ok=True)
+    if not folder:
+        return 0
+    with open(f'{folder}/meta.json') as f:
+        return json.load(f)['step']
+
+
+def write_atomic(path, write):
+    """write(temporary path), then rename: the file is whole or not there."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    write(path + '.tmp')
+    os.replace(path + '.tmp', path)
+
+
+def save(c, run, step, uae, optimizer, keep=2):
+    """Checkpoint out_dir/step_NNNNNN: the models (uae.save), meta.json, state.pt with optimizer and step.
+
+    Written beside and renamed, so a kill never leaves half a checkpoint; the newest `keep` stay. Rank 0 writes.
+    """
+    folder = f'{c.out_dir}/step_{step:06d}'
+    if run.master and not os.path.isdir(folder):
+        shutil.rmtree(folder + '.tmp', ignore_errors=True)
+        uae.save(folder + '.tmp')
+        torch.save(dict(optimizer=optimizer.state_dict(), step=step), f'{folder}.tmp/state.pt')
+        with open(f'{folder}.tmp/meta.json', 'w') as f:
+            json.dump(dict(step=step, config=vars(c)), f, indent=1)
+        os.replace(folder + '.tmp', folder)
+        done = sorted(glob.glob(f'{c.out_dir}/step_' + '[0-9]' * 6))
+        for old in done[:-keep]:
+            shutil.rmtree(old)
+    if run.world > 1:
+        dist.barrier()
+    return folder
+
+
+def restore(c, optimizer):
+    """Loads the optimizer's state of the newest checkpoint in out_dir into `optimizer` (with --resume)."""
+    folder = newest(c.out_dir) if c.resume else None
+    if folder:
+        optimizer.load_state_dict(torch.load(f'{folder}/state.pt', map_location='cpu', weights_only=True)['optimizer'])
+
+
+# --- optimisation ----------------------------------------------------------------------------------------------------
+def lr_at(step, c):
+    """Learning rate of an update: linear warm-up over c.warmup updates, then a cosine to 0 at c.steps, or constant."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    if not c.lr_decay:
+        return c.lr
+    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
+
+
+def micro_batches(n, size):
+    """Slices of at most `size` that cover range(n); size 0 = one slice."""
+    size = size or n
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+# --- log -------------------------------------------------------------------------------------------------------------
+class Log:
+    """One printed line and one JSON line in out_dir/log.jsonl per step, rank 0 only; wandb if asked."""
+
+    def __init__(self, c, run):
+        self.master, self.path, self.wandb, self.t = run.master, f'{c.out_dir}/log.jsonl', None, time.time()
+        if self.master and c.wandb:
+            import wandb
+            self.wandb = wandb.init(project=c.wandb, config=vars(c))
+
+    def __call__(self, step, **fields):
+        """Prints and appends; floats are rounded in print only. Adds `sec` since the last line and `peak_gb`."""
+        now = time.time()
+        fields.update(sec=now - self.t, peak_gb=peak_memory())
+        self.t = now
+        if not self.master:
+            return
+        text = ' '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in fields.items())
+        print(f'step {step:4d} | {text}', flush=True)
+        with open(self.path, 'a') as f:
+            f.write(json.dumps(dict(step=step, **fields)) + '\n')
+        if self.wandb:
+            self.wandb.log(fields, step=step)
+
+
+def peak_memory():
+    """Peak memory so far in GB: of the CUDA device, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
+
+
+def quiet():
+    """Silences the libraries' own progress bars and advice, so that a run's lines are its own."""
+    import diffusers
+    import transformers
+    for lib in (transformers, diffusers):
+        lib.utils.logging.set_verbosity_error()
+        lib.utils.logging.disable_progress_bar()

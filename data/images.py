@@ -1,0 +1,260 @@
+"""Images, and captions where there are any, from folders, manifests and tar shards -> batches.
+
+`open_images(data, resolution)` lists the images once, `ImageSet.batch(seed, step, n)` reads those of one step. Which
+images a step sees is a pure function of (seed, step, n): ranks and resume cannot change it, and there is no iterator
+state to save. Nothing is ever unpacked: a tar member is read in place, so whatever its name says it lands nowhere.
+"""
+import glob
+import io
+import json
+import os
+import tarfile
+import warnings
+from functools import lru_cache
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tiff', '.tif', '.gif')
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF')  # all that Pillow may try: its EPS reader would start ghostscript
+MIN_SIDE = 8               # pixels; anything smaller is a tracking pixel, not a picture
+CACHE_BYTES = 256 * 2**20  # a set whose decoded pixels fit in here is decoded once and kept
+
+
+class DataError(ValueError):
+    """Data that cannot be used as given; one line that says what and where."""
+
+
+class ImageError(DataError):
+    """One image that cannot be read; batches step over it."""
+
+
+def decode(raw, resolution):
+    """Bytes of an image file -> (R, R, 3) uint8, R = resolution. Raises ImageError.
+
+    EXIF orientation is applied; then RGB: transparency on white, 16-bit grey by its high byte, an animation's first
+    frame, colour profiles ignored; then the centre square, resized to R with Lanczos. That is the shorter side resized
+    to R and a centre crop, without the intermediate, which a 9 x 60000 strip would make enormous. A shorter side of
+    exactly R is not resampled. Refused: a side below MIN_SIDE, more pixels than 2 * Image.MAX_IMAGE_PIXELS (Pillow's
+    decompression-bomb error), a file that ends too early.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Pillow grumbles about large images and odd metadata that it reads well
+            im = Image.open(io.BytesIO(raw), formats=FORMATS)
+            if min(im.size) < MIN_SIDE:
+                raise ValueError(f'too small, {im.width}x{im.height}')
+            im.draft(None, (2 * resolution, 2 * resolution))  # JPEG only: decode at 1/2, 1/4 or 1/8, never below 2R
+            im = ImageOps.exif_transpose(im)
+            if im.mode.startswith('I'):  # 16-bit grey: some Pillow versions clip it to white
+                im = Image.fromarray((np.clip(np.asarray(im), 0, 65535) >> 8).astype(np.uint8))
+            if im.has_transparency_data:
+                im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
+            side = min(im.size)
+            left, top = (im.width - side) // 2, (im.height - side) // 2
+            im = im.convert('RGB').crop((left, top, left + side, top + side))
+            if side != resolution:
+                im = im.resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=3.0)
+            return np.array(im)
+    except Exception as e:  # on damaged bytes the decoders raise nearly anything: OSError, SyntaxError, struct.error ...
+        raise ImageError(str(e).split(' <')[0] or type(e).__name__) from None  # ' <' starts the address of the BytesIO
+
+
+def read(path, offset=0, size=-1):
+    """-> `size` bytes of a file, -1 = all to its end. Raises OSError."""
+    with open(path, 'rb') as f:
+        f.seek(offset)
+        return f.read(size)
+
+
+def find_caption(row, key, place):
+    """row: an object of a manifest or of a tar's .json -> its caption at `key`, str or None. Raises DataError.
+
+    A list there is a LLaVA conversation [{from, value}, ...] whose first answer is the caption. Most stages need images
+    only, so without the default key the caption is None; a key that somebody asked for has to be there.
+    """
+    if key not in row and key != 'caption':
+        raise DataError(f'{place}: no key {key!r} (caption_key); the keys there are: {" ".join(row)}')
+    value = row.get(key)
+    if isinstance(value, list):
+        value = next((t.get('value') for t in value if isinstance(t, dict) and t.get('from') in ('gpt', 'assistant')), value)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f'{place}: the caption at {key!r} is neither a string nor a conversation with a gpt turn')
+    return value
+
+
+# An entry is (name, image, caption): image = the arguments of `read`; caption = None, a str, or ('.txt' | '.json', the
+# arguments of `read`): left on the disk until its image is wanted, since the captions of a large set fill the memory.
+
+def pair(files, kinds):
+    """files: {name: arguments of `read`} -> an entry for each image, with the first of `kinds` that has its stem."""
+    entries = []
+    for name, where in files.items():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in SUFFIXES and not os.path.basename(name).startswith('.'):  # '._x.jpg' is macOS metadata
+            caption = next(((kind, files[stem + kind]) for kind in kinds if stem + kind in files), None)
+            entries.append((name, where, caption))
+    return entries
+
+
+def list_folder(path, caption_key):
+    """The images (caption: x.txt beside x.jpg), then the .tar shards at any depth, by relative path -> entries."""
+    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    images = pair({os.path.relpath(file, path): (file,) for file in files}, ('.txt',))
+    return images + [entry for file in files if file.lower().endswith('.tar') for entry in list_tar(file, caption_key)]
+
+
+def list_manifest(path, image_key, caption_key, image_root):
+    """A .json list, or .jsonl lines, of objects -> entries in the file's order. Raises DataError with file and line.
+
+    Image paths are relative to the manifest's folder, or to image_root; with image_root a leading '/' is dropped.
+    """
+    rows, entries, line = [], [], 1
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            if path.lower().endswith('.json'):
+                rows = [(f'{path} entry {i}', row) for i, row in enumerate(json.load(f), 1)]
+            else:
+                for line, text in enumerate(f, 1):
+                    rows += [(f'{path} line {line}', json.loads(text))] if text.strip() else []
+    except json.JSONDecodeError as e:
+        raise DataError(f'{path} line {line + e.lineno - 1}: not JSON ({e.msg})') from None
+    except (OSError, UnicodeDecodeError, TypeError) as e:
+        raise DataError(f'{path}: not a readable manifest ({e})') from None
+    for place, row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get(image_key), str):
+            there = 'the keys there are: ' + ' '.join(row) if isinstance(row, dict) else f'it is no object but {row!r:.40}'
+            raise DataError(f'{place}: no path at {image_key!r} (image_key); {there}')
+        name = row[image_key]
+        file = os.path.join(image_root, name.lstrip('/')) if image_root else os.path.join(os.path.dirname(path), name)
+        entries.append((name, (file,), find_caption(row, caption_key, place)))
+    if entries and not any(os.path.exists(image[0]) for _, image, _ in entries[:100]):  # not a million warnings later on
+        raise DataError(f'{path}: its images are not there, for example {entries[0][1][0]}; is image_root right?')
+    return entries
+
+
+def list_tar(path, caption_key):
+    """One tar in webdataset layout -> entries in the tar's order. Raises DataError.
+
+    x.jpg, x.txt and x.json belong together. The .txt is the caption, unless a caption_key was asked for: then
+    .json[caption_key]. Only regular files count; links and devices are not looked at.
+    """
+    try:
+        with tarfile.open(path, 'r:') as tar:  # 'r:' = uncompressed; in a compressed tar there is no seeking
+            members = {m.name: (path, m.offset_data, m.size) for m in tar if m.isreg()}
+    except (tarfile.TarError, OSError, ValueError) as e:
+        raise DataError(f'{path}: not a readable tar ({e}); compressed ones have to be unpacked first') from None
+    entries = pair(members, ('.txt', '.json') if caption_key == 'caption' else ('.json', '.txt'))
+    return [(f'{os.path.basename(path)}/{name}', where, caption) for name, where, caption in entries]
+
+
+def open_images(data, resolution, image_key='image', caption_key='caption', image_root=''):
+    """data: a folder, a .json or .jsonl manifest, a .tar, a glob of these, or several with commas between -> ImageSet
+    of R = resolution. Raises DataError. Images are opened when they are wanted, not here."""
+    entries = []
+    for source in [data] if os.path.exists(data) else data.split(','):
+        source = os.path.expanduser(source.strip())
+        paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+        if not paths:
+            raise DataError(f'--data: no such file or folder, and no glob that matches: {source!r}')
+        for path in paths:
+            if os.path.isdir(path):
+                found = list_folder(path, caption_key)
+            elif path.lower().endswith(('.json', '.jsonl', '.jsonlines')):
+                found = list_manifest(path, image_key, caption_key, image_root)
+            elif path.lower().endswith('.tar'):
+                found = list_tar(path, caption_key)
+            else:
+                raise DataError(f'--data: expected a folder, .json, .jsonl or .tar (unpack a .tar.gz), got {path}')
+            if not found:
+                raise DataError(f'{path}: no images in it ({" ".join(SUFFIXES)})')
+            entries += found
+    return ImageSet(entries, resolution, caption_key)
+
+
+@lru_cache(maxsize=4)
+def permutation(seed, epoch, n):
+    """The order of one epoch -> (n,) int64, the same on every rank and after every resume."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+class ImageSet:
+    """Images at one resolution. names: a unique id each, a relative path that stays inside any folder it is joined to;
+    skipped: {name: reason} of the unreadable ones that this process has met."""
+
+    def __init__(self, entries, resolution, caption_key='caption'):
+        self.resolution, self.caption_key = resolution, caption_key
+        self.sources = [entry[1:] for entry in entries]
+        self.names, seen, self.skipped, self.cache = [], {}, {}, {}
+        for name, _, _ in entries:  # ids become output files: '../x' must not climb, equal ones must not overwrite
+            name = os.path.normpath('/' + name).lstrip('/')
+            seen[name] = copies = seen.get(name, 0) + 1
+            self.names.append(name if copies == 1 else f'#{copies}'.join(os.path.splitext(name)))
+
+    def __len__(self):
+        return len(self.names)
+
+    def get(self, i):
+        """Image i -> (x (3, R, R) float32 in [-1, 1], caption str or None), x = u8 / 127.5 - 1. Raises ImageError, and
+        DataError if the caption's key is not in its .json."""
+        if i in self.cache:
+            pixels, caption = self.cache[i]
+        else:
+            image, caption = self.sources[i]
+            try:
+                pixels = decode(read(*image), self.resolution)
+                if isinstance(caption, tuple):
+                    kind, where = caption
+                    caption = read(*where).decode('utf-8-sig', errors='replace').strip()
+                    if kind == '.json':
+                        caption = find_caption(dict(json.loads(caption)), self.caption_key, f'the .json of {self.names[i]}')
+            except (OSError, json.JSONDecodeError, TypeError) as e:
+                raise ImageError(f'cannot read the file or its caption ({e})') from None
+            if len(self) * pixels.size <= CACHE_BYTES:
+                self.cache[i] = pixels, caption
+        return torch.from_numpy(pixels).permute(2, 0, 1).float().contiguous() / 127.5 - 1, caption
+
+    def readable(self, start):
+        """Yields (i, x, caption) of every readable image once, in index order from `start` on and round the end. Prints
+        and records each unreadable one when it is first met. Raises DataError if nothing can be read."""
+        for i in ((start + d) % len(self) for d in range(len(self))):
+            if self.names[i] not in self.skipped:
+                try:
+                    x, caption = self.get(i)
+                except ImageError as e:
+                    self.skipped[self.names[i]] = str(e)
+                    print(f'warning: skipped {self.names[i]}: {e}', flush=True)
+                else:
+                    yield i, x, caption
+        if len(self.skipped) == len(self):
+            raise DataError(f'none of the {len(self)} images can be read, see the warnings above')
+
+    def batch(self, seed, step, n, rank=0, world=1):
+        """This rank's share of the n images of step `step` -> dict of x (n/world, 3, R, R) float32, captions (list),
+        names (list), index (n/world,) int64, the positions in the global batch.
+
+        Position k = step * n + j of the endless order is image permutation(seed, k // N)[k % N]: an epoch shows each
+        image once, across step boundaries too. An unreadable one is replaced by the next readable one in index order,
+        which no rank can see differently. Raises AssertionError if world does not divide n, DataError.
+        """
+        assert n % world == 0, f'{n} images a step cannot be split evenly over {world} ranks'
+        if world > len(self):
+            raise DataError(f'more ranks ({world}) than images ({len(self)})')
+        index, picks = range(rank * n // world, (rank + 1) * n // world), []
+        for j in index:
+            epoch, place = divmod(step * n + j, len(self))
+            picks.append(next(self.readable(int(permutation(seed, epoch, len(self))[place]))))
+        return self.collate(picks, index)
+
+    def first(self, n):
+        """The first n readable images in index order, a fixed evaluation set -> dict as `batch`, shorter if there are
+        no more. Raises DataError if there is none."""
+        picks = list(islice(self.readable(0), n))
+        return self.collate(picks, range(len(picks)))
+
+    def collate(self, picks, index):
+        """[(image index, x (3, R, R), caption)] and their positions in the global batch -> dict as `batch`."""
+        return dict(x=torch.stack([x for _, x, _ in picks]), captions=[caption for _, _, caption in picks],
+                    names=[self.names[i] for i, _, _ in picks], index=torch.tensor(index))
