@@ -1,4 +1,5 @@
 """Plumbing with one right form and nothing to teach: ranks, addressed randomness, checkpoints, log lines."""
+import contextlib
 import glob
 import hashlib
 import json
@@ -13,6 +14,7 @@ import types
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 # --- ranks ---------------------------------------------------------------------------------------------------------
@@ -62,6 +64,15 @@ def parallel(uae, run):
         return uae
     ids = [torch.device(run.device).index] if run.device.startswith('cuda') else None
     return torch.nn.parallel.DistributedDataParallel(uae, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def gather_objects(items, run):
+    """Lists of picklable things of all ranks, joined."""
+    if run.world == 1:
+        return items
+    parts = [None] * run.world
+    dist.all_gather_object(parts, items)
+    return [i for p in parts for i in p]
 
 
 # --- addressed randomness: the same numbers at every world size, and nothing to save for a resume --------------------
@@ -170,6 +181,12 @@ def save(c, run, step, uae, optimizer, keep=2):
     return folder
 
 
+def maybe_save(c, run, done, uae, opt):
+    """Checkpoint after `done` updates, every c.save_every and at the end."""
+    if done == c.steps or c.save_every and done % c.save_every == 0:
+        save(c, run, done, uae, opt)
+
+
 def restore(c, optimizer):
     """Loads the optimizer's state of the newest checkpoint in out_dir into `optimizer` (with --resume)."""
     folder = newest(c.out_dir) if c.resume else None
@@ -187,13 +204,75 @@ def lr_at(step, c):
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
 
 
-def micro_batches(n, size):
-    """Slices of at most `size` that cover range(n); size 0 = one slice."""
-    size = size or n
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+def image_slices(P, G, size):
+    """Slices of range(P) that hold whole groups of G, at most `size` samples where that is possible; size 0 = all."""
+    k = max(1, size // G) if size else P
+    return [slice(i, min(i + k, P)) for i in range(0, P, k)]
+
+
+def group_slices(seen, G, size):
+    """Micro-batches of B = P*G samples in contiguous groups: yields (seen of their images, slice of the samples, last).
+
+    seen: tensors with the images in front; size: samples per micro-batch, 0 = all. Smaller than G splits a group.
+    """
+    cuts = []
+    for i in image_slices(len(seen[0]), G, size):
+        rows = range(i.start * G, i.stop * G)
+        step = min(size or len(rows), len(rows))
+        cuts += [(i, slice(b, min(b + step, rows.stop))) for b in range(rows.start, rows.stop, step)] if step < G else [(i, slice(rows.start, rows.stop))]
+    for n, (i, b) in enumerate(cuts):
+        yield tuple(t[i] for t in seen), b, n == len(cuts) - 1
+
+
+def no_sync(ddp, skip):
+    """Context in which the backward pass of a DistributedDataParallel does not synchronise gradients, if `skip`."""
+    return ddp.no_sync() if skip and hasattr(ddp, 'no_sync') else contextlib.nullcontext()
+
+
+def optimise(opt, params, step, c, patience=5):
+    """One optimiser step at the scheduled learning rate on clipped gradients; returns the norm before clipping.
+
+    A non-finite gradient (the same on every rank, gradients being synchronised) skips the step; `patience` skips in a row end the run.
+    """
+    for group in opt.param_groups:
+        group['lr'] = lr_at(step, c)
+    norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip).item()
+    if math.isfinite(norm):
+        opt.step()
+        opt.skipped = 0
+    else:
+        opt.skipped = getattr(opt, 'skipped', 0) + 1
+        if opt.skipped >= patience:
+            raise SystemExit(f'{patience} steps in a row with a non-finite gradient; last good checkpoint: {newest(c.out_dir)}')
+    opt.zero_grad(set_to_none=True)
+    return norm
 
 
 # --- log -------------------------------------------------------------------------------------------------------------
+class Stats:
+    """Statistics of a step's micro-batches: losses add up, names with `max` or `diff` keep the largest, the rest average."""
+
+    def __init__(self):
+        self.values = {}
+
+    def add(self, **stats):
+        for k, v in stats.items():
+            self.values.setdefault(k, []).append(float(v))
+
+    def reduce(self, run):
+        """{name: number} over micro-batches and ranks (a loss is the mean over ranks)."""
+        names = sorted(self.values)
+        pick = {k: max if 'max' in k or 'diff' in k else sum for k in names}
+        mine = [pick[k](self.values[k]) / (1 if k == 'loss' or pick[k] is max else len(self.values[k])) for k in names]
+        table = gather(torch.tensor([mine], dtype=torch.float64, device=run.device), run).T.tolist()
+        return {k: max(row) if pick[k] is max else sum(row) / len(row) for k, row in zip(names, table)}
+
+
+def reward_fields(r):
+    """Log fields of rewards (P, G) of all ranks: mean, std inside the groups, share of groups that teach nothing."""
+    return dict(reward=r.mean().item(), reward_std=r.std(1).mean().item(), zero_var=(r == r[:, :1]).all(1).float().mean().item())
+
+
 class Log:
     """One printed line and one JSON line in out_dir/log.jsonl per step, rank 0 only; wandb if asked."""
 
@@ -211,7 +290,7 @@ class Log:
         if not self.master:
             return
         text = ' '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in fields.items())
-        print(f'step {step:4d} | {text}', flush=True)
+        tqdm.write(f'step {step:4d} | {text}')
         with open(self.path, 'a') as f:
             f.write(json.dumps(dict(step=step, **fields)) + '\n')
         if self.wandb:

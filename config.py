@@ -15,12 +15,13 @@ shared = dict(
     # models: hub ids, or local folders in the library's own format
     encoder = 'data/shapes/base/encoder',        # Qwen2_5_VLForConditionalGeneration + processor
     decoder = 'data/shapes/base/decoder',        # folder with transformer/ vae/ scheduler/ as StableDiffusion3Pipeline saves it
-    clip = 'local-dir:data/shapes/base/clip',    # open_clip model name, or local-dir:FOLDER
-    clip_weights = '',                           # open_clip's `pretrained` tag when clip is a name
+    clip = 'local-dir:data/shapes/base/clip',    # open_clip name:weights, or local-dir:FOLDER
     judge = 'data/shapes/base/judge',            # image tower that only evaluation sees: a folder or hub id for AutoModel
     init_from = '',                              # checkpoint of an earlier stage; '' = the shipped base (tiny only)
     out_dir = '',                                # '' = out/<script name>
     data = 'shapes',                             # 'shapes', or a folder / manifest / tar shards (data/README.md)
+    data_keys = ('image', 'caption', ''),        # a manifest's field names, and the folder its image paths are relative to
+    held_out = '',                               # the same, for evaluation; '' = the last eval_images of data, kept from training
     # what the models are asked
     resolution = 32,                             # images are resized and centre-cropped to this square
     caption_prompt = 'describe the image',       # user turn: this text, then the image
@@ -33,12 +34,11 @@ shared = dict(
     # evaluation: on held-out images, ODE sampling, fixed noise
     reward = 'clip',                             # backbone of the reward, any name of reward.BACKBONES
     eval_steps = 8,                              # denoising steps
-    eval_images = 64,                            # held-out images; without a held-out folder the first ones of --data
+    eval_images = 64,                            # held-out images
     eval_every = 20,                             # updates between evaluations, 0 = never
     eval_temperature = 0.0,                      # of the captions; 0 = greedy, 0.7 for the paper's Unified-Bench
     # optimisation
     lora_rank = 0,                               # 0 = full fine-tuning; > 0 = LoRA of this rank (alpha = 2 rank) through peft
-    grad_clip = 1.0,                             # largest gradient norm
     micro_batch = 0,                             # samples per forward and backward pass on a rank, 0 = all; lower it if out of memory
     checkpointing = False,                       # recompute activations in the backward pass: less memory, 30 % more time
     # run
@@ -50,7 +50,7 @@ shared = dict(
 )
 presets = dict(tiny={}, medium=dict(
     encoder='Qwen/Qwen2.5-VL-3B-Instruct', decoder='stabilityai/stable-diffusion-3.5-medium',
-    clip='ViT-L-14-quickgelu', clip_weights='openai', judge='facebook/dinov2-large', data='',
+    clip='ViT-L-14-quickgelu:openai', judge='facebook/dinov2-large', data='',
     resolution=512, cond_len=512, caption_len=384, guidance=1.0, sample_steps=10, eval_steps=40, save_every=20,
     caption_prompt='You are an expert vision-language model.  \nYour task is: Given an input image, generate a **textual description** of the image. '
                    'If there is text in the image, transcribe it inside double quotes "".  \nNow, carefully analyze the input image and output the full description. ',
@@ -85,6 +85,7 @@ def parse(keys, own_presets, argv, script):
     Returns a namespace with every key plus preset, resume, plan. Raises ConfigError (exit code not 0) in one line.
     """
     both = {**shared, **keys}
+    assert len(both) == len(shared) + len(keys), 'a script key hides a shared one'
     if '--help' in argv or '-h' in argv:
         print_help(script)
         raise SystemExit(0)

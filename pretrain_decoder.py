@@ -26,6 +26,7 @@ keys = dict(
     steps = 1000,              # updates
     batch = 64,                # images per update, all ranks together
     lr = 1e-3,
+    grad_clip = 1.0,           # largest gradient norm
     warmup = 100,              # updates of linear warm-up
     lr_decay = True,           # then a cosine to 0; False = constant
     sigma_mean = 1.0,          # s = sigmoid(sigma_mean + sigma_std N(0,1)); 0 and 1 are SD3's published density
@@ -33,7 +34,6 @@ keys = dict(
     drop = 0.1,                # share of conditions replaced by the negative prompt
     train_encoder = True,      # the flow loss reaches the language model, and a caption loss keeps it a captioner
     caption_every = 3,         # updates between caption losses (train_encoder)
-    caption_key = 'caption',   # manifest field that conditions the decoder
     answer_key = 'caption',    # manifest field that the caption loss teaches (train_encoder)
 )
 own_presets = dict(
@@ -81,8 +81,8 @@ def main(argv):
     ddp = common.parallel(uae, run)
     opt = torch.optim.AdamW(params, lr=c.lr, betas=(0.9, 0.99), weight_decay=0.01)
     common.restore(c, opt)
-    images = open_images(c.data, c.resolution, caption_key=c.caption_key)
-    answers = open_images(c.data, c.resolution, caption_key=c.answer_key) if c.train_encoder else None
+    images = open_images(c.data, c.resolution, *c.data_keys)
+    answers = open_images(c.data, c.resolution, c.data_keys[0], c.answer_key, c.data_keys[2]) if c.train_encoder else None
     common.per_rank('batch', c.batch, run.world)
     log = common.Log(c, run)
     negative = [t[0] for t in uae.tokens([c.negative_prompt])[:2]]

@@ -40,23 +40,24 @@ def preprocess(x, mean, std, resize, crop, mode='bicubic'):
 class Backbone(nn.Module):
     """A frozen image tower. `features(x)`: (B, 3, H, W) in [-1, 1] -> (B, d) of unit length, differentiable in x."""
 
-    def __init__(self, name, clip, clip_weights, judge, device='cpu'):
+    def __init__(self, name, clip, judge, device='cpu'):
         super().__init__()
         if name not in BACKBONES:
             raise SystemExit(f'unknown backbone {name!r}; there are: {" ".join(BACKBONES)}')
         self.library, source, self.pre = BACKBONES[name]
         source = source or dict(clip=clip, judge=judge)[name]
         if self.library == 'open_clip':
-            self.load_open_clip(source, clip_weights)
+            self.load_open_clip(source)
         else:
             self.load_transformers(source)
         self.requires_grad_(False).eval().to(device)
 
-    def load_open_clip(self, source, weights):
+    def load_open_clip(self, source):
         import open_clip
         if source.startswith('local-dir:') and not os.path.isdir(source.removeprefix('local-dir:')):
             raise SystemExit(f'--clip={source}: no such folder')
-        model = open_clip.create_model(source, pretrained=weights or None, load_weights=True)
+        name, weights = (source, None) if source.startswith('local-dir:') else source.split(':')
+        model = open_clip.create_model(name, pretrained=weights)
         side = model.visual.image_size
         side = side[0] if isinstance(side, tuple) else side
         cfg = getattr(model.visual, 'preprocess_cfg', None) or OPENAI
@@ -87,7 +88,7 @@ class Backbone(nn.Module):
 
 def backbone(name, c, device='cpu'):
     """The tower called `name` for a run with configuration c."""
-    return Backbone(name, c.clip, c.clip_weights, c.judge, device)
+    return Backbone(name, c.clip, c.judge, device)
 
 
 _default = []
@@ -101,7 +102,7 @@ def clip_reward(x, x_hat, tower=None):
     """
     if tower is None:
         if not _default:
-            _default.append(Backbone('clip', 'local-dir:data/shapes/base/clip', '', ''))
+            _default.append(Backbone('clip', 'local-dir:data/shapes/base/clip', ''))
         tower = _default[0].to(x_hat.device)
     with torch.no_grad():
         f = tower.features(x)

@@ -7,6 +7,7 @@ state to save. Nothing is ever unpacked: a tar member is read in place, so whate
 import glob
 import io
 import json
+import copy
 import os
 import tarfile
 import warnings
@@ -55,9 +56,7 @@ def decode(raw, resolution):
             side = min(im.size)
             left, top = (im.width - side) // 2, (im.height - side) // 2
             im = im.convert('RGB').crop((left, top, left + side, top + side))
-            if side != resolution:
-                im = im.resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=3.0)
-            return np.array(im)
+            return np.array(im.resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=3.0))  # R x R: a copy
     except Exception as e:  # on damaged bytes the decoders raise nearly anything: OSError, SyntaxError, struct.error ...
         raise ImageError(str(e).split(' <')[0] or type(e).__name__) from None  # ' <' starts the address of the BytesIO
 
@@ -75,6 +74,7 @@ def find_caption(row, key, place):
     A list there is a LLaVA conversation [{from, value}, ...] whose first answer is the caption. Most stages need images
     only, so without the default key the caption is None; a key that somebody asked for has to be there.
     """
+    row = row if isinstance(row, dict) else {}
     if key not in row and key != 'caption':
         raise DataError(f'{place}: no key {key!r} (caption_key); the keys there are: {" ".join(row)}')
     value = row.get(key)
@@ -83,6 +83,18 @@ def find_caption(row, key, place):
     if value is not None and not isinstance(value, str):
         raise DataError(f'{place}: the caption at {key!r} is neither a string nor a conversation with a gpt turn')
     return value
+
+
+def load_caption(caption, key, place):
+    """The caption of an entry, see below -> str or None. Raises OSError, DataError."""
+    if not isinstance(caption, tuple):
+        return caption
+    kind, where = caption
+    text = read(*where).decode('utf-8-sig', errors='replace').strip()
+    try:
+        return text if kind == '.txt' else find_caption(json.loads(text), key, place)
+    except json.JSONDecodeError as e:
+        raise DataError(f'{place}: not JSON ({e})') from None
 
 
 # An entry is (name, image, caption): image = the arguments of `read`; caption = None, a str, or ('.txt' | '.json', the
@@ -118,7 +130,7 @@ def list_manifest(path, image_key, caption_key, image_root):
                 rows = [(f'{path} entry {i}', row) for i, row in enumerate(json.load(f), 1)]
             else:
                 for line, text in enumerate(f, 1):
-                    rows += [(f'{path} line {line}', json.loads(text))] if text.strip() else []
+                    rows += [(f'{path} line {line}', json.loads(text.strip()))] if text.strip() else []
     except json.JSONDecodeError as e:
         raise DataError(f'{path} line {line + e.lineno - 1}: not JSON ({e.msg})') from None
     except (OSError, UnicodeDecodeError, TypeError) as e:
@@ -130,7 +142,7 @@ def list_manifest(path, image_key, caption_key, image_root):
         name = row[image_key]
         file = os.path.join(image_root, name.lstrip('/')) if image_root else os.path.join(os.path.dirname(path), name)
         entries.append((name, (file,), find_caption(row, caption_key, place)))
-    if entries and not any(os.path.exists(image[0]) for _, image, _ in entries[:100]):  # not a million warnings later on
+    if entries and not any(os.path.exists(image[0]) for _, image, _ in entries[:100]):  # not by a million warnings
         raise DataError(f'{path}: its images are not there, for example {entries[0][1][0]}; is image_root right?')
     return entries
 
@@ -170,6 +182,8 @@ def open_images(data, resolution, image_key='image', caption_key='caption', imag
                 raise DataError(f'--data: expected a folder, .json, .jsonl or .tar (unpack a .tar.gz), got {path}')
             if not found:
                 raise DataError(f'{path}: no images in it ({" ".join(SUFFIXES)})')
+            if caption_key != 'caption':  # a key that is nowhere should stop us here, not skip every image later on
+                load_caption(found[0][2], caption_key, f'{path}, {found[0][0]}')
             entries += found
     return ImageSet(entries, resolution, caption_key)
 
@@ -196,22 +210,27 @@ class ImageSet:
     def __len__(self):
         return len(self.names)
 
+    def split_off(self, n):
+        """Moves the last n images (at most half) into an ImageSet of their own, which is returned."""
+        n = min(n, len(self) // 2)
+        held = copy.copy(self)
+        held.skipped, held.cache = {}, {}
+        held.sources, held.names = self.sources[len(self) - n:], self.names[len(self) - n:]
+        self.sources, self.names = self.sources[:len(self) - n], self.names[:len(self) - n]
+        return held
+
     def get(self, i):
-        """Image i -> (x (3, R, R) float32 in [-1, 1], caption str or None), x = u8 / 127.5 - 1. Raises ImageError, and
-        DataError if the caption's key is not in its .json."""
+        """Image i -> (x (3, R, R) float32 in [-1, 1], caption str or None), x = u8 / 127.5 - 1. Raises ImageError, for
+        a caption that cannot be read as well."""
         if i in self.cache:
             pixels, caption = self.cache[i]
         else:
             image, caption = self.sources[i]
             try:
                 pixels = decode(read(*image), self.resolution)
-                if isinstance(caption, tuple):
-                    kind, where = caption
-                    caption = read(*where).decode('utf-8-sig', errors='replace').strip()
-                    if kind == '.json':
-                        caption = find_caption(dict(json.loads(caption)), self.caption_key, f'the .json of {self.names[i]}')
-            except (OSError, json.JSONDecodeError, TypeError) as e:
-                raise ImageError(f'cannot read the file or its caption ({e})') from None
+                caption = load_caption(caption, self.caption_key, f'the .json of {self.names[i]}')
+            except (OSError, DataError) as e:
+                raise ImageError(str(e)) from None
             if len(self) * pixels.size <= CACHE_BYTES:
                 self.cache[i] = pixels, caption
         return torch.from_numpy(pixels).permute(2, 0, 1).float().contiguous() / 127.5 - 1, caption
@@ -258,3 +277,25 @@ class ImageSet:
         """[(image index, x (3, R, R), caption)] and their positions in the global batch -> dict as `batch`."""
         return dict(x=torch.stack([x for _, x, _ in picks]), captions=[caption for _, _, caption in picks],
                     names=[self.names[i] for i, _, _ in picks], index=torch.tensor(index))
+
+
+def open_data(c, run):
+    """The images of a run -> (training ImageSet, held-out dict as ImageSet.batch plus `scenes`).
+
+    'shapes' writes the embedded world on first use; there `scenes` is the truth that evaluation alone may read, elsewhere
+    None. Without --held_out the last c.eval_images of --data are kept from training. Raises SystemExit in one line.
+    """
+    try:
+        if c.data == 'shapes':
+            from data.shapes import scenes as world
+            root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'shapes', 'images')
+            world.write(root)
+            train, held = (open_images(os.path.join(root, split), c.resolution) for split in ('train', 'held_out'))
+            return train, dict(held.first(c.eval_images), scenes=world.load(root, 'held_out')[:c.eval_images])
+        train = open_images(c.data, c.resolution, *c.data_keys)
+        held = open_images(c.held_out, c.resolution, *c.data_keys) if c.held_out else train.split_off(c.eval_images)
+        if run.world > len(train):
+            raise DataError(f'more ranks ({run.world}) than images ({len(train)}) in {c.data}')
+        return train, dict(held.first(c.eval_images), scenes=None)
+    except DataError as e:
+        raise SystemExit(str(e))

@@ -33,6 +33,9 @@ keys = dict(
     clip_steps = 500,                            # batches of 96, half of them near misses of the other half
     judge_steps = 400,                           # the same
     encoder_steps = 800,                         # batches of 64 full captions
+    decoder_steps = 2400,                        # batches of 64, stage 0
+    decoder_images = 32768,                      # distinct scenes it draws them from
+    full_share = 0.75,                           # of the decoder's conditions are full captions, the others terse
 )
 # -------------------------------------------------------------------------------------------------------------------
 
@@ -246,6 +249,43 @@ def pretrain_encoder(c, avoid):
 
     train('encoder', params, c.encoder_steps, 3e-3, loss_fn)
     uae.encoder.save_pretrained(f'{c.out_dir}/encoder')
+
+
+# --- decoder: stage 0 on this world's long captions ------------------------------------------------------------------
+def write_manifest(c, avoid, root):
+    """root/manifest.jsonl and its PNGs: `caption` conditions the decoder (mostly full), `answer` teaches the captioner to
+    be terse: what reinforcement learning then has to bring back."""
+    from PIL import Image
+    rng = np.random.default_rng(c.seed + 4)
+    os.makedirs(f'{root}/images', exist_ok=True)
+    with open(f'{root}/manifest.jsonl', 'w') as f:
+        for i, scene in enumerate(fresh_scenes(rng, c.decoder_images, avoid)):
+            Image.fromarray(world.draw(scene)).save(f'{root}/images/{i:05d}.png', compress_level=1)
+            brief = world.terse(scene, rng.choice([0.25, 0.5, 0.75]), rng)
+            full = rng.random() < c.full_share
+            f.write(json.dumps(dict(image=f'images/{i:05d}.png', caption=world.caption(scene) if full else brief, answer=brief)) + '\n')
+
+
+def pretrain_decoder(c, avoid):
+    """Stage 0 with the language model in the loop; leaves the whole base in 16-bit safetensors."""
+    import runpy
+    import shutil
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from diffusers import SD3Transformer2DModel
+    from safetensors.torch import load_file, save_file
+    import common
+    root = f'{os.path.normpath(c.out_dir)}_stage0'
+    write_manifest(c, avoid, root)
+    words = ['pretrain_decoder.py', f'--data={root}/manifest.jsonl', f'--out_dir={root}/run', f'--encoder={c.encoder}', f'--decoder={c.decoder}',
+             f'--seed={c.seed}', f'--steps={c.decoder_steps}', '--answer_key=answer', f'--save_every={c.save_every}']
+    sys.argv, argv = words, sys.argv
+    runpy.run_path('pretrain_decoder.py', run_name='__main__')
+    sys.argv = argv
+    ckpt = common.newest(f'{root}/run')
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(f'{ckpt}/encoder').half().save_pretrained(f'{c.out_dir}/encoder')
+    SD3Transformer2DModel.from_pretrained(f'{ckpt}/decoder/transformer').half().save_pretrained(f'{c.out_dir}/decoder/transformer')
+    save_file({k: v.half() for k, v in load_file(f'{ckpt}/projector.safetensors').items()}, f'{c.out_dir}/projector.safetensors')
+    shutil.rmtree(root)
 
 
 if __name__ == '__main__':

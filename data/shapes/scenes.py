@@ -211,8 +211,13 @@ def t2i(images, scenes):
     An object asks for four things (presence, size, colour, shape), an empty cell for one (stay empty), and the
     background is one more.
     """
+    return t2i_of_readings(read(images), scenes)
+
+
+def t2i_of_readings(readings, scenes):
+    """`t2i` from what `read` returned."""
     right = total = 0
-    for reading, scene in zip(read(images), scenes, strict=True):
+    for reading, scene in zip(readings, scenes, strict=True):
         found, wanted = ({thing.cell: thing for thing in s.objects} for s in (reading, scene))
         right += reading.background == scene.background
         total += 1

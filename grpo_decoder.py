@@ -1,0 +1,178 @@
+"""Stage 3, understanding for generation: GRPO on the denoising steps, the encoder frozen as prompter (Flow-GRPO).
+
+    python grpo_decoder.py --init_from=out/grpo_encoder                     # tiny
+    torchrun --nproc_per_node=8 grpo_decoder.py --preset=paper --data=/data/photos --init_from=out/grpo_encoder
+
+The encoder captions x once; the diffusion transformer p_theta draws that caption G times, each denoising step a Gaussian
+policy (an SDE with the ODE's marginals), and learns from which of the G drawings looks most like x:
+    c = g(h_T(y))     z_{s'} ~ N(mean_theta(z_s, c), std^2)     R_i = cos(f_I(x), f_I(x_hat_i))     A_i = (R_i - mean R) / std R
+    ratio_s = p_theta(z_{s'} | z_s, c) / p_theta_old(z_{s'} | z_s, c)
+    J       = mean over steps of  min(ratio A, clip(ratio) A) - kl |mean_theta - mean_ref|^2 / (2 std^2)
+
+    paper                          here                                      why
+    "Flow-GRPO style"              log-density is the mean over dimensions   Flow-GRPO's code: the ratio stays near 1, hence the clip of 1e-4
+    KL of Flow-GRPO drops |dt|     the exact Gaussian KL, per dimension      names should not lie
+    all steps trained              `train_steps` of the noisy ones           the same gradient in expectation for a third of the time
+    last step                      never trained                             its standard deviation goes to 0 and the density to infinity
+    c = {c_text, c_img}            condition=text (text+image is the paper)  the text alone is a true bottleneck
+    caption temperature            0 (greedy)                                the captioner's best caption; a key
+"""
+import sys
+
+import torch
+from tqdm import tqdm
+
+import common
+import config
+from data.images import open_data
+from eval_unified import Evaluator
+from model import UAE
+from reward import backbone, clip_reward
+
+# --- script keys ---------------------------------------------------------------------------------------------------
+keys = dict(
+    steps = 100,               # updates
+    prompts = 8,               # images per update, all ranks together
+    group = 16,                # G drawings per image; their mean reward is the baseline
+    caption_temperature = 0.0, # of the frozen captioner; one caption per image, shared by the group
+    sde = 'flow',              # 'flow' or 'cps' (coefficient-preserving: no excess noise in the last steps)
+    noise_level = 0.7,         # of the SDE; 0.8 is usual with cps
+    sde_window = 7,            # how many steps are noisy, the others are ODE steps; at most sample_steps - 1
+    train_steps = 3,           # of those, drawn anew each update; all replayed in one forward pass
+    same_noise = False,        # one start noise for the whole group
+    clip_range = (1e-4, 1e-4), # ratio in [1 - a, 1 + b]
+    kl = 0.0,                  # weight of the Gaussian KL against the stage's initial decoder
+    updates = 1,               # optimiser steps per rollout
+    lr = 1e-4,
+    grad_clip = 1.0,           # largest gradient norm
+    warmup = 0,                # updates of linear warm-up
+    lr_decay = True,           # cosine to 0
+    shuffle_reward = False,    # control: rewards permuted over the batch
+)
+own_presets = dict(
+    medium=dict(steps=500, prompts=8, group=8, lr=3e-4, sde_window=3, train_steps=3, sde='cps', noise_level=0.8, clip_range=(1e-5, 1e-5)),
+    paper=dict(steps=500, prompts=48, group=24, lr=3e-4, kl=0.02, sde_window=9, train_steps=9))
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantage(r):
+    """A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4) over the group: r (P, G) -> (P, G); exactly 0 where all are equal."""
+    centred = r - r.mean(1, keepdim=True)
+    equal = (r == r[:, :1]).all(1, keepdim=True)
+    return torch.where(equal, 0.0, centred / (r.std(1, keepdim=True) + 1e-4))
+
+
+def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
+    """Clipped surrogate of the step policy, minus the mean over denoising steps of min(ratio A, clip(ratio) A).
+
+    logp, old_logp (B, S) per-step log-densities, adv (B,), mask (B, S) or None. Returns loss () and detached stats.
+    """
+    mask = torch.ones_like(logp) if mask is None else mask
+    valid, count = mask > 0, mask.sum().clamp(min=1e-8)
+    ratio = torch.where(valid, logp - old_logp, 0.0).exp()
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+    a = adv[:, None]
+    gain = torch.min(ratio * a, clipped * a)
+    with torch.no_grad():
+        stats = dict(ratio_max=ratio.max(), clip_frac=((ratio * a > clipped * a) * mask).sum() / count)
+    return -(gain * mask).sum() / count, stats
+
+
+def kl_gauss(mean, ref_mean, std):
+    """KL of two Gaussian steps of equal std, |mean - ref_mean|^2 / (2 std^2), mean over everything. (B, S, C, H, W)."""
+    return ((mean - ref_mean) ** 2 / (2 * std ** 2)).mean()
+
+
+def window(step, c):
+    """(first, last + 1) of the noisy steps of this update, and which of them are trained (sorted offsets from first)."""
+    W = min(c.sde_window, c.sample_steps - 1)                       # never the last step
+    g = common.generator(c.seed, 'window', step)
+    first = torch.randint(max(0, c.sample_steps // 2 - W) + 1, (), generator=g).item()
+    return (first, first + W), sorted(torch.randperm(W, generator=g)[:c.train_steps].tolist())
+
+
+@torch.no_grad()
+def rollout(uae, tower, x, index, step, c):
+    """G drawings of each image's caption, and their rewards. x (P, 3, R, R), index (P,) position in the global batch.
+
+    Returns cond (B, cond_len, D), path (z, z_next) each (B, W, C, H, W), old_logp (B, W), r (P, G), words (P,).
+    """
+    G, who = c.group, (index[:, None] * c.group + torch.arange(c.group)).flatten()
+    seen = uae.see(x)
+    u = common.uniform((c.caption_len,), index, c.seed, 'token', step).to(uae.device)
+    y, mask, _ = uae.sample_captions(seen, 1, c.caption_temperature, u)
+    cond = uae.condition(y, mask, seen).repeat_interleave(G, 0)
+    if c.same_noise:
+        z = common.normal(uae.latent_shape(), index, c.seed, 'start', step).repeat_interleave(G, 0)
+    else:
+        z = common.normal(uae.latent_shape(), who, c.seed, 'start', step)
+    noisy, _ = window(step, c)
+    noise = common.normal((noisy[1] - noisy[0], *uae.latent_shape()), who, c.seed, 'sde', step)
+    z0, path, old_logp = uae.draw_sde(z.to(uae.device), cond, c.sample_steps, noise.to(uae.device), c.sde, c.noise_level, noisy)
+    r = clip_reward(x.repeat_interleave(G, 0), uae.to_image(z0), tower).view(-1, G)
+    return cond, *path, old_logp, r, ((y != uae.end) * mask).sum(1)
+
+
+def loss_of(uae, ref, cond, z, z_next, old_logp, adv, step, share, c):
+    """The whole loss of a micro-batch; `share` = world / samples of the step."""
+    noisy, trained = window(step, c)
+    neg = uae.negative() if c.guidance != 1.0 else None
+    args = (z, z_next), trained, cond, c.sample_steps, c.sde, c.noise_level, noisy[0], neg
+    logp, mean, std = uae.step_logp(*args)
+    loss, stats = policy_loss(logp, old_logp[:, trained], adv, clip=c.clip_range)
+    if c.kl:
+        with torch.no_grad():
+            ref_mean = ref.step_logp(*args)[1]
+        kl = kl_gauss(mean, ref_mean, std)
+        loss, stats = loss + c.kl * kl, dict(stats, kl=kl.detach())
+    stats['logp_diff'] = (logp - old_logp[:, trained]).detach().abs().max()
+    return loss * len(logp) * share, stats
+
+
+def main(argv):
+    c = config.parse(keys, own_presets, argv, __file__)
+    run = common.start(c)
+    P = common.per_rank('prompts', c.prompts, run.world)
+    first = common.open_out_dir(c, run)
+    train, held = open_data(c, run)
+    uae = UAE(c, run.device)
+    params = uae.train_only('decoder')
+    ref = uae.reference('decoder') if c.kl else None
+    ddp = common.parallel(uae, run)
+    tower = backbone(c.reward, c, run.device)
+    opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)
+    common.restore(c, opt)
+    log, evaluate = common.Log(c, run), Evaluator(uae, held, c, run)
+
+    for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc='grpo_decoder', disable=not run.master):
+        evaluate.every(step)
+        # rollout, in micro-batches of whole groups
+        batch = train.batch(c.seed, step, c.prompts, run.rank, run.world)
+        x = batch['x'].to(run.device)
+        parts = [rollout(uae, tower, x[i], batch['index'][i], step, c) for i in common.image_slices(P, c.group, c.micro_batch)]
+        cond, z, z_next, old_logp, r, words = (torch.cat(t) for t in zip(*parts))
+
+        # advantage: whole groups on one rank; the control permutes rewards over the whole batch, reproducibly
+        all_r = common.gather(r, run)
+        if c.shuffle_reward:
+            order = torch.randperm(all_r.numel(), generator=common.generator(c.seed, 'shuffle', step))
+            all_r = all_r.flatten()[order.to(all_r.device)].view_as(all_r)
+        b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P]).flatten()                       # (P, G) -> (B,)
+
+        # update
+        for _ in range(c.updates):
+            stats = common.Stats()
+            for (_,), b, last in common.group_slices((r,), c.group, c.micro_batch):
+                with common.no_sync(ddp, not last):
+                    loss, stat = ddp(loss_of, ref, cond[b], z[b], z_next[b], old_logp[b], b_adv[b], step, run.world / all_r.numel(), c)
+                    loss.backward()
+                stats.add(loss=loss.detach(), **stat)
+            norm = common.optimise(opt, params, step, c)
+        log(step, **common.reward_fields(all_r), **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c),
+            caption_len=common.total(words.sum(), run) / c.prompts)
+        common.maybe_save(c, run, step + 1, uae, opt)
+    evaluate.every(c.steps, last=True)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,0 +1,163 @@
+"""Stage 2, generation for understanding: GRPO on the captions, the decoder frozen inside the reward.
+
+    python grpo_encoder.py                                                  # tiny, from the shipped base
+    torchrun --nproc_per_node=2 grpo_encoder.py --init_from=out/cold_start
+    torchrun --nproc_per_node=8 grpo_encoder.py --preset=paper --data=/data/photos --init_from=out/cold_start
+
+For each image x the vision-language model pi_phi writes G captions; each is re-encoded, drawn and compared with x:
+    y_i ~ pi_phi_old(. | x)     c_i = g(h_T(y_i))     x_hat_i ~ p_theta(. | c_i)     R_i = cos(f_I(x), f_I(x_hat_i))
+    A_i = (R_i - mean R) / std R     ratio_t = pi_phi(y_t | x, y_<t) / pi_phi_old(y_t | x, y_<t)
+    J   = mean over tokens of  min(ratio A, clip(ratio) A) - kl k3(phi, ref)
+
+Nothing rewards length: a caption gets longer only where saying more draws the image better.
+
+    paper                                here                                 why
+    mean over a caption, then captions   mean over all tokens of the step     the same sum on every rank and micro-batch, no bias to short captions
+    start noise not stated               one start noise per group            the reward compares captions, not noise
+    ratio clip not stated                0.2                                  GRPO's own; it binds only if updates > 1
+    KL 1e-6 (v5)                         kl 0 and a cosine learning rate      tiny: either keeps the entropy from collapsing; preset paper has the KL
+    old log-prob not stated              recorded while sampling              the field `logp_diff` of every line is a real check, not a tautology
+"""
+import sys
+
+import torch
+from tqdm import tqdm
+
+import common
+import config
+from data.images import open_data
+from eval_unified import Evaluator
+from model import UAE
+from reward import backbone, clip_reward
+
+# --- script keys ---------------------------------------------------------------------------------------------------
+keys = dict(
+    steps = 240,               # updates
+    prompts = 8,               # images per update, all ranks together
+    group = 8,                 # G captions per image; their mean reward is the baseline
+    temperature = 1.0,         # of the sampling, and of the log-probs in the loss
+    clip_range = (0.2, 0.2),   # ratio in [1 - a, 1 + b]; (0.2, 0.28) is clip-higher
+    kl = 0.0,                  # weight of the k3 estimate against the stage's initial captioner
+    updates = 1,               # optimiser steps per rollout; 1 = on policy, the ratio is 1 and its gradient is not 0
+    lr = 3e-4,
+    grad_clip = 1.0,           # largest gradient norm
+    warmup = 0,                # updates of linear warm-up
+    lr_decay = True,           # cosine to 0; constant and without KL the captioner collapses (README, what goes wrong)
+    shuffle_reward = False,    # control: rewards permuted over the batch, nothing can be learned from them
+)
+own_presets = dict(
+    medium=dict(steps=500, prompts=8, group=4, lr=1e-6, kl=1e-6, lr_decay=False),
+    paper=dict(steps=500, prompts=64, group=4, lr=1e-6, kl=1e-6, lr_decay=False))
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantage(r):
+    """A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4) over the group: r (P, G) -> (P, G); exactly 0 where all are equal."""
+    centred = r - r.mean(1, keepdim=True)
+    equal = (r == r[:, :1]).all(1, keepdim=True)
+    return torch.where(equal, 0.0, centred / (r.std(1, keepdim=True) + 1e-4))
+
+
+def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
+    """Clipped surrogate of the token policy, minus the mean over sampled tokens of min(ratio A, clip(ratio) A).
+
+    logp, old_logp (B, T), adv (B,), mask (B, T), 0 where no token was sampled. Returns loss () and detached stats.
+    """
+    mask = torch.ones_like(logp) if mask is None else mask
+    valid, count = mask > 0, mask.sum().clamp(min=1e-8)
+    ratio = torch.where(valid, logp - old_logp, 0.0).exp()          # a masked -inf must not become a nan
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+    a = adv[:, None]
+    gain = torch.min(ratio * a, clipped * a)
+    with torch.no_grad():
+        stats = dict(ratio_max=ratio.max(), clip_frac=((ratio * a > clipped * a) * mask).sum() / count)
+    return -(gain * mask).sum() / count, stats
+
+
+def kl_k3(logp, ref_logp):
+    """Elementwise, non-negative estimate of KL(pi || ref): exp(d) - d - 1, d = ref_logp - logp."""
+    d = ref_logp - logp
+    return d.exp() - d - 1
+
+
+@torch.no_grad()
+def rollout(uae, tower, x, index, step, c):
+    """G captions per image, drawn and rewarded. x (P, 3, R, R), index (P,) position in the global batch.
+
+    Returns seen, y, mask, old_logp (B, T), r (P, G); all randomness is a function of (seed, step, image, member).
+    """
+    G, who = c.group, (index[:, None] * c.group + torch.arange(c.group)).flatten()
+    seen = uae.see(x)
+    u = common.uniform((c.caption_len,), who, c.seed, 'token', step).to(uae.device)
+    y, mask, old_logp = uae.sample_captions(seen, G, c.temperature, u)
+    z = common.normal(uae.latent_shape(), index, c.seed, 'start', step).to(uae.device).repeat_interleave(G, 0)
+    x_hat = uae.to_image(uae.draw(z, uae.condition(y, mask, seen), c.sample_steps))
+    r = clip_reward(x.repeat_interleave(G, 0), x_hat, tower).view(-1, G)
+    return seen, y, mask, old_logp, r
+
+
+def loss_of(uae, seen, y, mask, old_logp, ref_logp, adv, share, c):
+    """The whole loss of a micro-batch; `share` = 1 / (the step's valid tokens, per rank on average)."""
+    logp = uae.caption_logp(seen, y, c.temperature)
+    loss, stats = policy_loss(logp, old_logp, adv, mask, c.clip_range)
+    if c.kl:
+        k3 = (kl_k3(logp, ref_logp) * mask).sum() / mask.sum()
+        loss, stats = loss + c.kl * k3, dict(stats, kl=k3.detach())
+    stats['logp_diff'] = ((logp - old_logp) * mask).detach().abs().max()
+    return loss * mask.sum() * share, stats
+
+
+def main(argv):
+    c = config.parse(keys, own_presets, argv, __file__)
+    run = common.start(c)
+    P = common.per_rank('prompts', c.prompts, run.world)
+    first = common.open_out_dir(c, run)
+    train, held = open_data(c, run)
+    uae = UAE(c, run.device)
+    params = uae.train_only('encoder')
+    ref = uae.reference('encoder') if c.kl else None
+    ddp = common.parallel(uae, run)
+    tower = backbone(c.reward, c, run.device)
+    opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)
+    common.restore(c, opt)
+    log, evaluate = common.Log(c, run), Evaluator(uae, held, c, run)
+
+    for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc='grpo_encoder', disable=not run.master):
+        evaluate.every(step)
+        # rollout, in micro-batches of whole groups
+        batch = train.batch(c.seed, step, c.prompts, run.rank, run.world)
+        x = batch['x'].to(run.device)
+        parts = [rollout(uae, tower, x[i], batch['index'][i], step, c) for i in common.image_slices(P, c.group, c.micro_batch)]
+        seen = tuple(torch.cat(t) for t in zip(*(p[0] for p in parts)))
+        y, mask, old_logp, r = (torch.cat(t) for t in list(zip(*parts))[1:])
+        ref_logp = old_logp
+        if ref:
+            with torch.no_grad():
+                ref_logp = torch.cat([ref.caption_logp(s, y[b], c.temperature) for s, b, _ in common.group_slices(seen, c.group, c.micro_batch)])
+
+        # advantage: whole groups on one rank; the control permutes rewards over the whole batch, reproducibly
+        all_r = common.gather(r, run)
+        if c.shuffle_reward:
+            order = torch.randperm(all_r.numel(), generator=common.generator(c.seed, 'shuffle', step))
+            all_r = all_r.flatten()[order.to(all_r.device)].view_as(all_r)
+        b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P]).flatten()                       # (P, G) -> (B,)
+
+        # update
+        tokens = common.total(mask.sum(), run)
+        for _ in range(c.updates):
+            stats = common.Stats()
+            for s, b, last in common.group_slices(seen, c.group, c.micro_batch):
+                with common.no_sync(ddp, not last):
+                    loss, stat = ddp(loss_of, s, y[b], mask[b], old_logp[b], ref_logp[b], b_adv[b], run.world / tokens, c)
+                    loss.backward()
+                stats.add(loss=loss.detach(), **stat)
+            norm = common.optimise(opt, params, step, c)
+        words = (y != uae.end) * mask                                                                   # without end tokens
+        log(step, **common.reward_fields(all_r), **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c),
+            caption_len=common.total(words.sum(), run) / all_r.numel(), truncated=common.total(words[:, -1].sum(), run) / all_r.numel())
+        common.maybe_save(c, run, step + 1, uae, opt)
+    evaluate.every(c.steps, last=True)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
