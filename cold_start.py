@@ -36,7 +36,7 @@ keys = dict(
     lr = 2e-5,
     grad_clip = 1.0,           # largest gradient norm
     warmup = 0,                # updates of linear warm-up
-    lr_decay = True,           # cosine to 0
+    lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
 )
 own_presets = dict(
     tiny=dict(sample_steps=6),

@@ -30,6 +30,7 @@ def start(c):
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    quiet()
     random.seed(c.seed), np.random.seed(c.seed), torch.manual_seed(c.seed)
     return types.SimpleNamespace(rank=rank, world=world, device=device, master=rank == 0)
 
@@ -196,12 +197,14 @@ def restore(c, optimizer):
 
 # --- optimisation ----------------------------------------------------------------------------------------------------
 def lr_at(step, c):
-    """Learning rate of an update: linear warm-up over c.warmup updates, then a cosine to 0 at c.steps, or constant."""
+    """Learning rate of an update: linear warm-up over c.warmup updates, then a cosine that reaches 0 at update
+    c.lr_decay * c.steps; constant if c.lr_decay is 0."""
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
     if not c.lr_decay:
         return c.lr
-    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
+    done = (step - c.warmup) / max(1, c.lr_decay * c.steps - c.warmup)
+    return c.lr * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
 def image_slices(P, G, size):

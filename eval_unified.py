@@ -30,12 +30,15 @@ keys = dict(
 
 
 @torch.no_grad()
-def reconstruct(uae, x, rows, temperature=0.0):
-    """x (n, 3, R, R), rows: their indices -> captions (list), token counts (n,), x_hat (n, 3, R, R); fixed randomness."""
+def reconstruct(uae, x, rows, temperature=0.0, drawn=True):
+    """x (n, 3, R, R), rows: their indices -> captions (list), token counts (n,), x_hat (n, 3, R, R), None if not drawn.
+
+    Fixed randomness: start noise and uniforms are functions of an image's index alone.
+    """
     seen = uae.see(x)
     u = common.uniform((uae.c.caption_len,), rows, 'eval', 'token').to(uae.device)
     y, mask, _ = uae.sample_captions(seen, 1, temperature, u)
-    return uae.texts(y, mask), ((y != uae.end) * mask).sum(1), draw(uae, y, mask, rows, seen)
+    return uae.texts(y, mask), ((y != uae.end) * mask).sum(1), draw(uae, y, mask, rows, seen) if drawn else None
 
 
 @torch.no_grad()
@@ -65,7 +68,7 @@ class Evaluator:
             truth = [world.caption(self.held['scenes'][i]) for i in rows]
             y, mask, _ = uae.tokens(truth)
             true = draw(uae, y, mask, rows, uae.see(x))
-            sampled = reconstruct(uae, x, rows, 1.0)[0]
+            sampled = reconstruct(uae, x, rows, 1.0, drawn=False)[0]
             for rec, own, ideal, s in zip(out, world.read(x_hat.cpu()), world.read(true.cpu()), sampled):
                 rec.update(read_own=own, read_true=ideal, sampled=s)
         return out

@@ -46,7 +46,7 @@ keys = dict(
     lr = 1e-4,
     grad_clip = 1.0,           # largest gradient norm
     warmup = 0,                # updates of linear warm-up
-    lr_decay = True,           # cosine to 0
+    lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
     shuffle_reward = False,    # control: rewards permuted over the batch
 )
 own_presets = dict(

@@ -42,12 +42,13 @@ keys = dict(
     lr = 3e-4,
     grad_clip = 1.0,           # largest gradient norm
     warmup = 0,                # updates of linear warm-up
-    lr_decay = True,           # cosine to 0; constant and without KL the captioner collapses (README, what goes wrong)
+    lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant: without it and without KL
+                               # the captioner collapses (README, what goes wrong)
     shuffle_reward = False,    # control: rewards permuted over the batch, nothing can be learned from them
 )
 own_presets = dict(
-    medium=dict(steps=500, prompts=8, group=4, lr=1e-6, kl=1e-6, lr_decay=False),
-    paper=dict(steps=500, prompts=64, group=4, lr=1e-6, kl=1e-6, lr_decay=False))
+    medium=dict(steps=500, prompts=8, group=4, lr=1e-6, kl=1e-6, lr_decay=0.0),
+    paper=dict(steps=500, prompts=64, group=4, lr=1e-6, kl=1e-6, lr_decay=0.0))
 # -------------------------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ keys = dict(
     lr = 1e-3,
     grad_clip = 1.0,           # largest gradient norm
     warmup = 100,              # updates of linear warm-up
-    lr_decay = True,           # then a cosine to 0; False = constant
+    lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
     sigma_mean = 1.0,          # s = sigmoid(sigma_mean + sigma_std N(0,1)); 0 and 1 are SD3's published density
     sigma_std = 1.2,
     drop = 0.1,                # share of conditions replaced by the negative prompt
@@ -74,7 +74,6 @@ def prepare(uae, c, batch, step, negative):
 def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     run = common.start(c)
-    common.quiet()
     first = common.open_out_dir(c, run)
     uae = UAE(c, run.device, new_projector=True)
     params = uae.train_only('projector', 'decoder', *['encoder'] * c.train_encoder)

@@ -163,7 +163,7 @@ def list_tar(path, caption_key):
 
 
 def open_images(data, resolution, image_key='image', caption_key='caption', image_root=''):
-    """data: a folder, a .json or .jsonl manifest, a .tar, a glob of these, or several with commas between -> ImageSet
+    """data: a folder, an image, a .json or .jsonl manifest, a .tar, a glob of these, or several with commas between -> ImageSet
     of R = resolution. Raises DataError. Images are opened when they are wanted, not here."""
     entries = []
     for source in [data] if os.path.exists(data) else data.split(','):
@@ -178,8 +178,10 @@ def open_images(data, resolution, image_key='image', caption_key='caption', imag
                 found = list_manifest(path, image_key, caption_key, image_root)
             elif path.lower().endswith('.tar'):
                 found = list_tar(path, caption_key)
+            elif path.lower().endswith(SUFFIXES):
+                found = pair({os.path.basename(path): (path,)}, ())
             else:
-                raise DataError(f'--data: expected a folder, .json, .jsonl or .tar (unpack a .tar.gz), got {path}')
+                raise DataError(f'--data: expected a folder, an image, .json, .jsonl or .tar (unpack a .tar.gz), got {path}')
             if not found:
                 raise DataError(f'{path}: no images in it ({" ".join(SUFFIXES)})')
             if caption_key != 'caption':  # a key that is nowhere should stop us here, not skip every image later on
