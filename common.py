@@ -14,6 +14,7 @@ import types
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 
@@ -98,7 +99,7 @@ def load(cls, path, **kwargs):
     """cls.from_pretrained with one clear line when the folder or hub id cannot be had."""
     try:
         return cls.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         where = os.path.join(path, kwargs.get('subfolder', ''))
         first = (str(e).strip().splitlines() or [''])[0][:160]
         raise SystemExit(f'cannot load {cls.__name__} from {where!r}: {first}')
@@ -130,13 +131,36 @@ def find_checkpoint(c, need_projector=True):
         raise SystemExit(f'--init_from={c.init_from}: no such folder')
     if not os.path.exists(f'{folder}/projector.safetensors') or not os.path.exists(f'{folder}/meta.json'):
         raise SystemExit(f'{folder}: no checkpoint here (projector.safetensors and meta.json expected)')
-    with open(f'{folder}/meta.json') as f:
-        meta = json.load(f)
+    meta = read_meta(folder)
     for key in ('encoder', 'decoder', 'lora_rank', 'cond_len'):
         if meta['config'][key] != getattr(c, key):
             raise SystemExit(f'{folder} was trained with {key}={meta["config"][key]!r}, this run has {getattr(c, key)!r}; '
                              f'its preset was {meta["config"]["preset"]!r}')
+    check_whole(folder, c.lora_rank)
     return folder
+
+
+def read_meta(folder):
+    """A checkpoint's meta.json: {step, config}."""
+    try:
+        with open(f'{folder}/meta.json') as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f'{folder}/meta.json is missing or damaged: {e}')
+
+
+def check_whole(folder, lora_rank):
+    """Raises SystemExit in one line if a part of a checkpoint is missing or cut short; a base model would take its place."""
+    lora, full = ('encoder/adapter_model.safetensors', 'decoder/pytorch_lora_weights.safetensors'), ('encoder/config.json', 'decoder/transformer/config.json')
+    for part in lora if lora_rank else full:
+        if not os.path.exists(f'{folder}/{part}'):
+            raise SystemExit(f'{folder} is half a checkpoint: {part} is missing')
+    for path in sorted(glob.glob(f'{folder}/**/*.safetensors', recursive=True)):
+        try:
+            with safe_open(path, 'pt'):          # reads the header, and compares it with the length of the file
+                pass
+        except (OSError, SafetensorError) as e:
+            raise SystemExit(f'{path} is half-written or damaged: {e}')
 
 
 def open_out_dir(c, run):
@@ -148,10 +172,24 @@ def open_out_dir(c, run):
         dist.barrier()
     if run.master:
         os.makedirs(c.out_dir, exist_ok=True)
-    if not folder:
-        return 0
-    with open(f'{folder}/meta.json') as f:
-        return json.load(f)['step']
+    first = read_meta(folder)['step'] if folder else 0
+    if run.master:
+        rewind(c.out_dir, first)
+    return first
+
+
+def rewind(out_dir, step):
+    """Drops from the logs the lines of `step` and later, which a resumed run writes again, and a half-written last line."""
+    for path in (f'{out_dir}/log.jsonl', f'{out_dir}/eval.jsonl'):
+        if os.path.exists(path):
+            with open(path) as f:
+                lines = [line for line in f if line.endswith('\n') and json.loads(line)['step'] < step]
+            write_atomic(path, lambda tmp: write_lines(tmp, lines))
+
+
+def write_lines(path, lines):
+    with open(path, 'w') as f:
+        f.writelines(lines)
 
 
 def write_atomic(path, write):
@@ -192,7 +230,11 @@ def restore(c, optimizer):
     """Loads the optimizer's state of the newest checkpoint in out_dir into `optimizer` (with --resume)."""
     folder = newest(c.out_dir) if c.resume else None
     if folder:
-        optimizer.load_state_dict(torch.load(f'{folder}/state.pt', map_location='cpu', weights_only=True)['optimizer'])
+        try:
+            state = torch.load(f'{folder}/state.pt', map_location='cpu', weights_only=True)
+        except Exception as e:                   # a damaged file raises nearly anything
+            raise SystemExit(f'{folder}/state.pt is missing or damaged, --resume needs it: {type(e).__name__}')
+        optimizer.load_state_dict(state['optimizer'])
 
 
 # --- optimisation ----------------------------------------------------------------------------------------------------

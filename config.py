@@ -57,6 +57,7 @@ presets = dict(tiny={}, medium=dict(
     negative_prompt='Generate a random, low quality, ugly, blur, bad and anime, cartoon image.',
     lora_rank=32, micro_batch=1, checkpointing=True, dtype='bfloat16'))
 presets['paper'] = dict(presets['medium'], decoder='stabilityai/stable-diffusion-3.5-large', guidance=5.0, micro_batch=2)
+choices = dict(condition=('text', 'answer', 'image', 'text+image'), dtype=('float32', 'bfloat16'), sde=('flow', 'cps'))
 # -------------------------------------------------------------------------------------------------------------------
 
 
@@ -64,15 +65,24 @@ class ConfigError(SystemExit):
     """A command line that cannot be understood; one line that says what, and what would be right."""
 
 
+def fit(old, new):
+    """`new` in the type of `old`: an int may stand for a float, tuples have as many members; None if it does not fit."""
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(new) == len(old):
+        new = tuple(map(fit, old, new))
+        return None if None in new else new
+    if isinstance(old, float) and type(new) is int:
+        return float(new)
+    return new if type(new) is type(old) and not isinstance(old, tuple) else None
+
+
 def literal(key, old, text):
     """The value of `text` in the type of the default `old`."""
     try:
         new = text if isinstance(old, str) else ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError):                 # TypeError: '{[]: 1}'
         new = text
-    if isinstance(old, float) and type(new) is int:
-        new = float(new)
-    if type(new) is not type(old):
+    new = fit(old, new)
+    if new is None:
         raise ConfigError(f'--{key}: expected {type(old).__name__}, for example {old!r}, got {text!r}')
     return new
 
@@ -110,6 +120,9 @@ def parse(keys, own_presets, argv, script):
     both.update(presets[flags['preset']])
     both.update(own_presets.get(flags['preset'], {}))
     both.update(words)
+    for key in choices.keys() & both.keys():
+        if both[key] not in choices[key]:
+            raise ConfigError(f'--{key}: expected one of {" ".join(choices[key])}, got {both[key]!r}')
     stem = re.sub(r'\.py$', '', str(script).replace('\\', '/').rsplit('/', 1)[-1])
     both['out_dir'] = both['out_dir'] or f'out/{stem}'
     return types.SimpleNamespace(**both, **flags)

@@ -24,9 +24,11 @@ from reward import backbone, clip_reward
 # --- script keys ---------------------------------------------------------------------------------------------------
 keys = dict(
     steps = 0,                 # updates: none here; the word exists in every script
-    chunk = 64,                # images at a time
 )
 # -------------------------------------------------------------------------------------------------------------------
+
+
+CHUNK = 64                     # held-out images at a time
 
 
 @torch.no_grad()
@@ -76,10 +78,9 @@ class Evaluator:
     def __call__(self):
         """-> (summary {name: number}, records of all images in order); the same on every rank."""
         mine = range(self.run.rank, len(self.held['x']), self.run.world)
-        found = [r for i in range(0, len(mine), self.c.chunk if hasattr(self.c, 'chunk') else 64) for r in self.records(mine[i:i + 64])]
+        found = [r for i in range(0, len(mine), CHUNK) for r in self.records(list(mine[i:i + CHUNK]))]
         found = sorted(common.gather_objects(found, self.run), key=lambda r: r['row'])
-        mean = lambda key: sum(r[key] for r in found) / len(found)
-        summary = {k: mean(k) for k in ('reward', 'judge', 'mse', 'caption_len')}
+        summary = {k: sum(r[k] for r in found) / len(found) for k in ('reward', 'judge', 'mse', 'caption_len')}
         if self.held['scenes']:
             summary.update(count(found, self.held['scenes']))
         return summary, found

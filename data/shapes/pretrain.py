@@ -33,7 +33,8 @@ keys = dict(
     clip_steps = 500,                            # batches of 96, half of them near misses of the other half
     judge_steps = 400,                           # the same
     encoder_steps = 800,                         # batches of 64 full captions
-    decoder_steps = 2400,                        # batches of 64, stage 0
+    decoder_steps = 800,                         # batches of 64, stage 0; more make a better decoder and leave stage 3 less to do
+    settle_steps = 200,                          # then as many while the learning rate falls to 0
     decoder_images = 32768,                      # distinct scenes it draws them from
     full_share = 0.75,                           # of the decoder's conditions are full captions, the others terse
 )
@@ -251,6 +252,18 @@ def pretrain_encoder(c, avoid):
     uae.encoder.save_pretrained(f'{c.out_dir}/encoder')
 
 
+def brief(scene, rng):
+    """How the captioner is taught to speak: mostly of one object, seldom of all, and leaving attributes out.
+
+    Sampled captions then hold a fifth of the facts, and the likeliest caption is not the full one: reinforcement learning
+    has something to bring back, by sampling and by search alike.
+    """
+    n = len(scene.objects)
+    few = min(n, rng.choice([1, 2, n], p=[0.55, 0.2, 0.25]))
+    some = sorted(rng.choice(n, few, replace=False))
+    return world.terse(scene._replace(objects=tuple(scene.objects[i] for i in some)), rng.choice([0.4, 0.65, 0.9]), rng)
+
+
 # --- decoder: stage 0 on this world's long captions ------------------------------------------------------------------
 def write_manifest(c, avoid, root):
     """root/manifest.jsonl and its PNGs: `caption` conditions the decoder (mostly full), `answer` teaches the captioner to
@@ -261,27 +274,28 @@ def write_manifest(c, avoid, root):
     with open(f'{root}/manifest.jsonl', 'w') as f:
         for i, scene in enumerate(fresh_scenes(rng, c.decoder_images, avoid)):
             Image.fromarray(world.draw(scene)).save(f'{root}/images/{i:05d}.png', compress_level=1)
-            brief = world.terse(scene, rng.choice([0.25, 0.5, 0.75]), rng)
-            full = rng.random() < c.full_share
-            f.write(json.dumps(dict(image=f'images/{i:05d}.png', caption=world.caption(scene) if full else brief, answer=brief)) + '\n')
+            answer = brief(scene, rng)
+            caption = world.caption(scene) if rng.random() < c.full_share else answer
+            f.write(json.dumps(dict(image=f'images/{i:05d}.png', caption=caption, answer=answer)) + '\n')
 
 
 def pretrain_decoder(c, avoid):
     """Stage 0 with the language model in the loop; leaves the whole base in 16-bit safetensors."""
-    import runpy
     import shutil
     from transformers import Qwen2_5_VLForConditionalGeneration
     from diffusers import SD3Transformer2DModel
     from safetensors.torch import load_file, save_file
     import common
+    import pretrain_decoder as stage0
     root = f'{os.path.normpath(c.out_dir)}_stage0'
     write_manifest(c, avoid, root)
-    words = ['pretrain_decoder.py', f'--data={root}/manifest.jsonl', f'--out_dir={root}/run', f'--encoder={c.encoder}', f'--decoder={c.decoder}',
-             f'--seed={c.seed}', f'--steps={c.decoder_steps}', '--answer_key=answer', f'--save_every={c.save_every}']
-    sys.argv, argv = words, sys.argv
-    runpy.run_path('pretrain_decoder.py', run_name='__main__')
-    sys.argv = argv
-    ckpt = common.newest(f'{root}/run')
+    words = [f'--data={root}/manifest.jsonl', f'--encoder={c.encoder}', f'--decoder={c.decoder}', f'--seed={c.seed}', f'--dtype={c.dtype}',
+             '--answer_key=answer']
+    stage0.main([*words, f'--out_dir={root}/draw', f'--steps={c.decoder_steps}', '--lr=1.5e-3', '--lr_decay=3.0'])
+    # then the learning rate falls to 0 with a caption loss at every update: the captioner settles without leaving the decoder behind
+    stage0.main([*words, f'--out_dir={root}/settle', f'--init_from={root}/draw', f'--steps={c.settle_steps}', '--lr=1.2e-3', '--warmup=0',
+                 '--caption_every=1', f'--seed={c.seed + 1}'])
+    ckpt = common.newest(f'{root}/settle')
     Qwen2_5_VLForConditionalGeneration.from_pretrained(f'{ckpt}/encoder').half().save_pretrained(f'{c.out_dir}/encoder')
     SD3Transformer2DModel.from_pretrained(f'{ckpt}/decoder/transformer').half().save_pretrained(f'{c.out_dir}/decoder/transformer')
     save_file({k: v.half() for k, v in load_file(f'{ckpt}/projector.safetensors').items()}, f'{c.out_dir}/projector.safetensors')

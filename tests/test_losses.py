@@ -1,0 +1,253 @@
+"""The equations of the two GRPO scripts: advantage, clipped surrogate, KL. Every number worked out by hand."""
+import ast
+import inspect
+import math
+import textwrap
+import types
+
+import pytest
+import torch
+
+import grpo_decoder
+import grpo_encoder
+
+SCRIPTS = [grpo_encoder, grpo_decoder]
+both = pytest.mark.parametrize('script', SCRIPTS, ids=lambda s: s.__name__)
+
+
+# --- advantage -----------------------------------------------------------------------------------------------------
+@both
+def test_advantage_hand_table(script):
+    r = torch.tensor([[0., 1., 2., 3.], [5., 5., 5., 9.], [.5, .5, .5, .5]])
+    a, b = math.sqrt(5 / 3) + 1e-4, 2 + 1e-4                            # sample standard deviations sqrt(5/3) and 2
+    want = torch.tensor([[-1.5 / a, -.5 / a, .5 / a, 1.5 / a], [-1 / b, -1 / b, -1 / b, 3 / b], [0., 0., 0., 0.]])
+    torch.testing.assert_close(script.group_advantage(r), want, atol=1e-6, rtol=0)
+
+
+@both
+def test_advantage_of_a_narrow_group_is_damped_by_1e_4(script):
+    adv = script.group_advantage(torch.tensor([[0., 1e-4]]))            # std 1e-4 / sqrt(2): without the 1e-4, 0.7071
+    torch.testing.assert_close(adv, torch.tensor([[-1., 1.]]) * 0.5 / (math.sqrt(.5) + 1), atol=1e-5, rtol=0)
+
+
+@both
+def test_advantage_is_centred_in_each_group(script):
+    """Groups at different levels: each has mean 0 and its own order; a level or a scale of one group changes nothing."""
+    g = torch.Generator().manual_seed(0)
+    r = torch.rand(6, 5, generator=g) + torch.arange(6.)[:, None] * 3
+    adv = script.group_advantage(r)
+    assert r.mean(1).std() > 1                                          # the batch mean is nobody's mean
+    assert adv.mean(1).abs().max() < 1e-5
+    assert torch.allclose(adv.std(1), torch.ones(6), atol=2e-3)
+    assert torch.equal(adv.argsort(1), r.argsort(1))
+    assert torch.allclose(script.group_advantage(r - 7), adv, atol=1e-4)
+    by_batch = (r - r.mean()) / r.std()
+    assert (adv - by_batch).abs().max() > 0.5
+
+
+@both
+def test_advantage_of_equal_rewards_is_exactly_zero(script):
+    rounds = 0
+    for value in (0.3, 0.1 * 3, 0.7, 1 / 3, 0.9999, -0.1, 1e-3):
+        for G in (2, 3, 5, 6, 7, 11, 12, 24):
+            r = torch.full((2, G), value)
+            rounds += bool((r - r.mean(1, keepdim=True)).any())
+            r[1, 0] += 1                                                # a neighbour that does differ
+            adv = script.group_advantage(r)
+            assert torch.equal(adv[0], torch.zeros(G)) and adv[1].abs().min() > 0
+            assert adv.isfinite().all()
+    assert rounds, 'none of these means rounds: the test would not see a missing guard'
+
+
+@both
+def test_advantage_follows_a_permutation_of_groups_and_members(script):
+    r = torch.rand(5, 4, generator=torch.Generator().manual_seed(3))
+    adv = script.group_advantage(r)
+    rows, cols = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([2, 0, 3, 1])
+    assert torch.allclose(script.group_advantage(r[rows]), adv[rows], atol=1e-6)
+    assert torch.allclose(script.group_advantage(r[:, cols]), adv[:, cols], atol=1e-5)
+
+
+def code(f):
+    """A function's code without docstring and comments."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(f)))
+    tree.body[0].body = tree.body[0].body[1:]
+    return ast.unparse(tree)
+
+
+def test_the_twins_are_equal():
+    """Repeated on purpose (design 6), so they may not drift apart."""
+    assert inspect.getsource(grpo_encoder.group_advantage) == inspect.getsource(grpo_decoder.group_advantage)
+    assert code(grpo_encoder.policy_loss) == code(grpo_decoder.policy_loss)
+
+
+# --- clipped surrogate ---------------------------------------------------------------------------------------------
+# ratio clipped to [0.8, 1.28]; below, inside (outside a symmetric 0.2), above
+TABLE = [(2., 0.5, 1.0, True), (2., 1.25, 2.5, True), (2., 1.5, 2.56, False),
+         (-2., 0.5, -1.6, False), (-2., 1.25, -2.5, True), (-2., 1.5, -3.0, True)]
+
+
+@both
+def test_surrogate_hand_table(script):
+    """adv, ratio -> min(ratio A, clipped ratio A), and whether it has a gradient."""
+    for adv, ratio, gain, learns in TABLE:
+        logp = torch.tensor([[math.log(ratio) - 3]], requires_grad=True)
+        loss, stats = script.policy_loss(logp, torch.tensor([[-3.]]), torch.tensor([adv]), clip=(0.2, 0.28))
+        loss.backward()
+        assert loss.item() == pytest.approx(-gain, abs=1e-5)
+        assert logp.grad.item() == pytest.approx(-ratio * adv if learns else 0, abs=1e-5)
+        assert stats['ratio_max'].item() == pytest.approx(ratio, abs=1e-5)
+        assert stats['clip_frac'].item() == (not learns)
+    adv, ratio, gain, _ = (torch.tensor(col) for col in zip(*TABLE))
+    loss, stats = script.policy_loss(ratio.log()[:, None], torch.zeros(6, 1), adv, clip=(0.2, 0.28))
+    assert loss.item() == pytest.approx(-gain.mean().item(), abs=1e-6)
+    assert stats['clip_frac'].item() == pytest.approx(2 / 6) and stats['ratio_max'].item() == pytest.approx(1.5)
+    assert not any(s.requires_grad for s in stats.values())
+
+
+@both
+def test_default_clip_is_20_percent_either_side(script):
+    up = script.policy_loss(torch.tensor([[1.]]), torch.zeros(1, 1), torch.ones(1))[0]
+    down = script.policy_loss(torch.tensor([[-1.]]), torch.zeros(1, 1), -torch.ones(1))[0]
+    assert (up.item(), down.item()) == (pytest.approx(-1.2), pytest.approx(0.8))
+
+
+def batch(B=6, T=5, seed=0):
+    """logp, old_logp (B, T), adv (B,), mask: captions of 1 .. T tokens, the last one the end token."""
+    g = torch.Generator().manual_seed(seed)
+    logp, old = -3 * torch.rand(B, T, generator=g), -3 * torch.rand(B, T, generator=g)
+    length = torch.arange(B) % T + 1
+    return logp.requires_grad_(), old, torch.randn(B, generator=g), (torch.arange(T) < length[:, None]).float()
+
+
+@both
+def test_large_clip_is_no_clip(script):
+    logp, old, adv, mask = batch()
+    loss, stats = script.policy_loss(logp, old, adv, mask, clip=(100., 100.))
+    plain = -((logp - old).exp() * adv[:, None] * mask).sum() / mask.sum()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5) and stats['clip_frac'] == 0
+    assert script.policy_loss(logp, old, adv, mask)[1]['clip_frac'] > 0
+
+
+@both
+def test_loss_is_the_mean_over_valid_tokens(script):
+    """Not over captions, not over columns, and a padded column changes nothing."""
+    logp, old, adv, mask = batch()
+    loss = script.policy_loss(logp, old, adv, mask)[0]
+    rows = [script.policy_loss(logp[i:i + 1, :n], old[i:i + 1, :n], adv[i:i + 1])[0] * n for i, n in enumerate(mask.sum(1).int().tolist())]
+    assert loss.item() == pytest.approx(sum(rows).item() / mask.sum().item(), rel=1e-5)
+    wide = [torch.cat([t, torch.zeros(6, 3)], 1) for t in (logp, old, mask)]
+    assert script.policy_loss(wide[0], wide[1], adv, wide[2])[0].item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+@both
+@pytest.mark.parametrize('junk', [(-math.inf, -math.inf), (-math.inf, 0.), (0., -math.inf), (500., -500.), (math.nan, math.nan)])
+def test_masked_tokens_weigh_nothing(script, junk):
+    """Whatever stands behind the end token, its gradient is exactly 0, and no one else's changes."""
+    logp, old, adv, mask = batch()
+    clean_loss, clean = script.policy_loss(logp, old, adv, mask)
+    want = torch.autograd.grad(clean_loss, logp)[0]
+    dirty = torch.where(mask > 0, logp, junk[0]).detach().requires_grad_()
+    loss, stats = script.policy_loss(dirty, torch.where(mask > 0, old, junk[1]), adv, mask)
+    loss.backward()
+    assert (mask == 0).any() and torch.equal(dirty.grad[mask == 0], torch.zeros(int((mask == 0).sum())))
+    assert torch.equal(dirty.grad, want) and loss.item() == clean_loss.item()
+    assert all(torch.equal(stats[k], clean[k]) for k in clean)
+
+
+@both
+def test_the_end_token_learns(script):
+    logp, _, adv, mask = batch()
+    script.policy_loss(logp, logp.detach(), adv, mask)[0].backward()
+    end = mask.sum(1).long() - 1
+    assert (logp.grad[torch.arange(6), end] != 0).all()
+    assert torch.equal(logp.grad != 0, mask > 0)
+
+
+@both
+def test_no_valid_token_is_no_nan(script):
+    logp, old, adv, mask = batch()
+    loss, stats = script.policy_loss(logp, old, adv, torch.zeros_like(mask))
+    loss.backward()
+    assert loss.item() == 0 and not logp.grad.any()
+    assert all(s.isfinite() for s in stats.values())
+
+
+@both
+def test_ratio_one_has_the_gradient_of_reinforce(script):
+    logp, _, adv, mask = batch()
+    loss, stats = script.policy_loss(logp, logp.detach(), adv, mask)
+    assert stats['ratio_max'] == 1 and stats['clip_frac'] == 0
+    got = torch.autograd.grad(loss, logp)[0]
+    want = torch.autograd.grad(-(logp * adv[:, None] * mask).sum() / mask.sum(), logp)[0]
+    assert got.abs().max() > 0.01
+    torch.testing.assert_close(got, want)
+
+
+# --- KL ------------------------------------------------------------------------------------------------------------
+def test_k3():
+    logp = torch.tensor([-1., -1., -1.], requires_grad=True)
+    ref = torch.tensor([-1., -1 + math.log(2), -1 - math.log(2)])       # d = 0, ln 2, -ln 2
+    kl = grpo_encoder.kl_k3(logp, ref)
+    assert kl.tolist() == pytest.approx([0., 1 - math.log(2), math.log(2) - 0.5], abs=1e-6)
+    kl.sum().backward()                                                 # descent raises what the reference likes more
+    assert logp.grad.tolist() == pytest.approx([0., -1., 0.5], abs=1e-6)
+
+
+def test_k3_is_not_negative_and_estimates_the_kl():
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(8, generator=g).log_softmax(0) for _ in range(2))
+    k3 = grpo_encoder.kl_k3(p, q)
+    assert (k3 >= 0).all() and k3.max() > 0.1
+    assert (p.exp() * k3).sum().item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-5)
+
+
+def test_kl_gauss_is_the_exact_one_per_dimension():
+    g = torch.Generator().manual_seed(0)
+    mean, ref = (torch.randn(3, 2, 4, 5, 5, generator=g) for _ in range(2))
+    std = torch.rand(3, 2, 1, 1, 1, generator=g) + 0.2
+    normal = torch.distributions.Normal
+    want = torch.distributions.kl_divergence(normal(mean, std.expand_as(mean)), normal(ref, std.expand_as(ref))).mean()
+    mean.requires_grad_()
+    kl = grpo_decoder.kl_gauss(mean, ref, std)
+    assert kl.item() == pytest.approx(want.item(), rel=1e-5)
+    kl.backward()
+    assert torch.equal(mean.grad.sign(), (mean - ref).detach().sign())
+    assert grpo_decoder.kl_gauss(ref, ref, std) == 0
+
+
+# --- normaliser ----------------------------------------------------------------------------------------------------
+CUTS = ([8], [4, 4], [3, 3, 2], [1] * 8)
+
+
+@pytest.mark.parametrize('cuts', CUTS, ids=str)
+def test_encoder_loss_adds_up_over_micro_batches(cuts):
+    """Loss and gradient of a step are the same however it is cut: the share is of the step's tokens."""
+    theta, old, adv, mask = batch(8)
+    ref = old + 0.1
+    uae = types.SimpleNamespace(caption_logp=lambda seen, y, temperature: theta[y[:, 0]])
+    c = types.SimpleNamespace(temperature=1.0, clip_range=(0.2, 0.2), kl=0.5)
+    want = grpo_encoder.policy_loss(theta, old, adv, mask)[0] + 0.5 * (grpo_encoder.kl_k3(theta, ref) * mask).sum() / mask.sum()
+    y, loss = torch.arange(8)[:, None], 0
+    for b in y[:, 0].split(cuts):
+        loss = loss + grpo_encoder.loss_of(uae, None, y[b], mask[b], old[b], ref[b], adv[b], 1 / mask.sum(), c)[0]
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, theta)[0], torch.autograd.grad(want, theta)[0])
+
+
+@pytest.mark.parametrize('cuts', CUTS, ids=str)
+def test_decoder_loss_adds_up_over_micro_batches(cuts):
+    theta, old, adv, _ = batch(8, 3)
+    mean = torch.randn(8, 3, 4, 2, 2, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    std = torch.ones(8, 3, 1, 1, 1)
+    c = types.SimpleNamespace(sample_steps=8, sde_window=3, train_steps=3, seed=0, guidance=1.0, sde='flow', noise_level=0.7,
+                              clip_range=(0.2, 0.2), kl=0.5)
+    uae = types.SimpleNamespace(step_logp=lambda path, steps, cond, *a: (theta[cond], mean[cond], std[cond]))
+    ref = types.SimpleNamespace(step_logp=lambda path, steps, cond, *a: (None, mean[cond] - 1, std[cond]))
+    want = grpo_decoder.policy_loss(theta, old, adv)[0] + 0.5 * 0.5     # |mean - ref|^2 / 2 = 0.5 everywhere
+    loss, rows = 0, torch.arange(8)
+    for b in rows.split(cuts):
+        loss = loss + grpo_decoder.loss_of(uae, ref, b, None, None, old[b], adv[b], 0, 1 / 8, c)[0]
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, theta, retain_graph=True)[0], torch.autograd.grad(want, theta)[0])
+    torch.testing.assert_close(torch.autograd.grad(loss, mean)[0], torch.full_like(mean, 0.5 / mean.numel()))
