@@ -318,6 +318,10 @@ def reward_fields(r):
     return dict(reward=r.mean().item(), reward_std=r.std(1).mean().item(), zero_var=(r == r[:, :1]).all(1).float().mean().item())
 
 
+# what a stage has no use for keeps its value here, so that every line of every stage has the same fields
+NEUTRAL = dict(reward=0.0, reward_std=0.0, zero_var=0.0, ratio_max=1.0, logp_diff=0.0, kl=0.0, clip_frac=0.0)
+
+
 class Log:
     """One printed line and one JSON line in out_dir/log.jsonl per step, rank 0 only; wandb if asked."""
 
@@ -330,7 +334,7 @@ class Log:
     def __call__(self, step, **fields):
         """Prints and appends; floats are rounded in print only. Adds `sec` since the last line and `peak_gb`."""
         now = time.time()
-        fields.update(sec=now - self.t, peak_gb=peak_memory())
+        fields = dict(NEUTRAL, **fields, sec=now - self.t, peak_gb=peak_memory())
         self.t = now
         if not self.master:
             return

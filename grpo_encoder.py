@@ -154,7 +154,8 @@ def main(argv):
                 stats.add(loss=loss.detach(), **stat)
             norm = common.optimise(opt, params, step, c)
         words = (y != uae.end) * mask                                                                   # without end tokens
-        log(step, **common.reward_fields(all_r), **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c),
+        entropy = -common.total((old_logp * mask).sum(), run) / tokens                                  # of the policy, nats a token, estimated
+        log(step, **common.reward_fields(all_r), **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c), entropy=entropy,
             caption_len=common.total(words.sum(), run) / all_r.numel(), truncated=common.total(words[:, -1].sum(), run) / all_r.numel())
         common.maybe_save(c, run, step + 1, uae, opt)
     evaluate.every(c.steps, last=True)

@@ -62,7 +62,7 @@ def weights(folder):
         for name in names:
             if name.endswith('.safetensors'):
                 file = os.path.join(path, name)
-                out.update({f'{os.path.relpath(file, folder)}:{k}': v for k, v in load_file(file).items()})
+                out.update({f'{os.path.relpath(file, folder)}:{k}': v.float() for k, v in load_file(file).items()})      # the base is shipped in 16 bits
     assert out, f'no weights in {folder}'
     return out
 
@@ -86,6 +86,6 @@ def same(a, b):
 
 def python(*argv, timeout=300):
     """A python process in ROOT on one thread; returns it with its output."""
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=ROOT, CUDA_VISIBLE_DEVICES='')
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=ROOT, OMP_WAIT_POLICY='PASSIVE', CUDA_VISIBLE_DEVICES='')
     return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=env, timeout=timeout, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -104,15 +104,16 @@ def caption(scene):
     return " , ".join([*map(" ".join, scene.objects), f"{scene.background} background"]) + " ."
 
 
-def terse(scene, keep, rng):
-    """A caption that leaves things out: each object, attribute and the background stays with probability `keep`.
+def terse(scene, keep, rng, all_objects=False):
+    """A caption that leaves things out: each object, attribute and the background stays with probability `keep`
+    (with all_objects every object is told of, in part).
 
     What it says is true, no phrase is empty or said twice, and it says something at any `keep`; keep=1 is `caption`.
     """
     def phrase(thing):
         return " ".join([word for word in thing if rng.random() < keep] or [thing[rng.integers(len(thing))]])
 
-    phrases = [phrase(thing) for thing in scene.objects if rng.random() < keep]
+    phrases = [phrase(thing) for thing in scene.objects if all_objects or rng.random() < keep]
     if rng.random() < keep:
         phrases.append(f"{scene.background} background")
     if not phrases:
