@@ -2,6 +2,7 @@
 
     python eval_unified.py                                        # the shipped base, on held-out scenes
     python eval_unified.py --init_from=out/grpo_decoder --eval_images=256
+    python eval_unified.py --plot=out/grpo_encoder,out/other      # curves of the evaluations inside some runs
     python eval_unified.py --preset=paper --init_from=out/grpo_decoder --held_out=UniBench/Image --eval_temperature=0.7
 
 Captions are greedy unless eval_temperature says otherwise, sampling is the ODE from fixed start noise, and beside the
@@ -24,6 +25,7 @@ from reward import backbone, clip_reward
 # --- script keys ---------------------------------------------------------------------------------------------------
 keys = dict(
     steps = 0,                 # updates: none here; the word exists in every script
+    plot = '',                 # run folders, comma-separated: draw the curves of their eval.jsonl instead
 )
 # -------------------------------------------------------------------------------------------------------------------
 
@@ -123,8 +125,37 @@ def contact_sheet(columns, texts, path, scale=4):
     plt.close(fig)
 
 
+def plot_runs(folders, path):
+    """PNG with the evaluations inside some runs over updates, one panel a measure, one line a run."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    runs = {}
+    for folder in folders:
+        if not os.path.exists(f'{folder}/eval.jsonl'):
+            raise SystemExit(f'--plot: no {folder}/eval.jsonl')
+        with open(f'{folder}/eval.jsonl') as f:
+            runs[os.path.basename(folder.rstrip('/'))] = [json.loads(line) for line in f]
+    shown = ('reward', 'judge', 'caption_len', 'caption_truth', 'caption_recall', 'greedy_caption_truth', 'greedy_caption_recall', 't2i_own', 't2i_true')
+    names = [n for n in shown if all(n in lines[0] for lines in runs.values())]
+    fig, axes = plt.subplots(1, len(names), figsize=(2.8 * len(names), 2.8), squeeze=False)
+    for ax, name in zip(axes[0], names):
+        for run, lines in runs.items():
+            ax.plot([line['step'] for line in lines], [line[name] for line in lines], label=run)
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel('updates')
+    axes[0, 0].legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
 def main(argv):
     c = config.parse(keys, {}, argv, __file__)
+    if c.plot:
+        os.makedirs(c.out_dir, exist_ok=True)
+        plot_runs(c.plot.split(','), f'{c.out_dir}/curves.png')
+        return print(f'{c.out_dir}/curves.png')
     run = common.start(c)
     _, held = open_data(c, run)
     evaluate = Evaluator(UAE(c, run.device), held, c, run)
