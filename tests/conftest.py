@@ -29,7 +29,7 @@ def at(uae, **keys):
 
 
 def perturb(module, scale, seed=0):
-    """Adds normal noise to every trainable-shaped weight, the same for the same seed."""
+    """Adds normal noise to every weight, the same for the same seed."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -72,6 +72,6 @@ def seen(uae, x):
 def sampled(uae, seen):
     """G captions of each picture at temperature 1: y, mask, logp."""
     y, mask, logp = uae.sample_captions(seen, G, 1.0, torch.rand(P * G, uae.c.caption_len, generator=torch.Generator().manual_seed(1)))
-    assert mask.sum(1).unique().numel() > 3, 'these tests need captions of several lengths'
+    assert mask.sum(1).unique().numel() > 2, 'these tests need captions of several lengths'
     assert mask.sum(1).min() < uae.c.caption_len, 'and some that end'
     return y, mask, logp

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import G, P, at, perturb
+from conftest import G, P, at
 
 import common
 from grpo_encoder import kl_k3
@@ -42,7 +42,7 @@ def with_head(uae, bias, constant=False):
 @pytest.mark.parametrize('temperature', [1.0, 0.7, 1.5])
 def test_recorded_equals_rescored(uae, seen, temperature):
     y, mask, logp = uae.sample_captions(seen, G, temperature, uniforms(P * G, uae.c.caption_len))
-    assert mask.sum(1).unique().numel() > 3
+    assert mask.sum(1).unique().numel() > 1
     with torch.no_grad():
         again = uae.caption_logp(seen, y, temperature)
         other = uae.caption_logp(seen, y, temperature + 0.3)
@@ -246,6 +246,10 @@ def test_the_uniforms_are_the_randomness(uae, seen, sampled):
     assert torch.equal(uae.sample_captions(seen, G, 1.0, uniforms(P * G, uae.c.caption_len))[0], y)
     assert not torch.equal(uae.sample_captions(seen, G, 1.0, uniforms(P * G, uae.c.caption_len, seed=2))[0], y)
     assert all(len(set(map(tuple, block.tolist()))) == G for block in y.split(G))
+    later = uniforms(P * G, uae.c.caption_len, seed=2)
+    later[:, :3] = uniforms(P * G, uae.c.caption_len)[:, :3]            # one uniform per token: only later ones change
+    changed = uae.sample_captions(seen, G, 1.0, later)[0] != y
+    assert not changed[:, :3].any() and changed[:, 3:].any()
     same = uniforms(P, uae.c.caption_len).repeat_interleave(G, 0)
     y = uae.sample_captions(seen, G, 1.0, same)[0].unflatten(0, (P, G))
     assert (y == y[:, :1]).all()
