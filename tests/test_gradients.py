@@ -129,7 +129,7 @@ def stage_1():
     z = common.normal(uae.latent_shape(), range(2), 'test')
     with torch.no_grad():
         seen = uae.see(x)
-        y, mask, _ = uae.sample_captions(seen)
+        y, mask, _ = uae.sample_captions(seen, 1, 0.0)
 
     def gradients(grad_steps):
         c.grad_steps = grad_steps
