@@ -43,7 +43,7 @@ keys = dict(
     clip_range = (1e-4, 1e-4), # ratio in [1 - a, 1 + b]
     kl = 0.0,                  # weight of the Gaussian KL against the stage's initial decoder
     updates = 1,               # optimiser steps per rollout
-    lr = 1e-4,
+    lr = 2e-4,
     grad_clip = 1.0,           # largest gradient norm
     warmup = 0,                # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant

@@ -32,14 +32,14 @@ from reward import backbone, clip_reward
 
 # --- script keys ---------------------------------------------------------------------------------------------------
 keys = dict(
-    steps = 240,               # updates
+    steps = 200,               # updates
     prompts = 8,               # images per update, all ranks together
     group = 8,                 # G captions per image; their mean reward is the baseline
     temperature = 1.0,         # of the sampling, and of the log-probs in the loss
     clip_range = (0.2, 0.2),   # ratio in [1 - a, 1 + b]; (0.2, 0.28) is clip-higher
     kl = 0.0,                  # weight of the k3 estimate against the stage's initial captioner
     updates = 1,               # optimiser steps per rollout; 1 = on policy, the ratio is 1 and its gradient is not 0
-    lr = 3e-4,
+    lr = 1e-4,                 # the language model is policy and text encoder at once: a larger step outruns the decoder (LOG.md)
     grad_clip = 1.0,           # largest gradient norm
     warmup = 0,                # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant: without it and without KL

@@ -89,7 +89,8 @@ def test_length_is_constant(uae, seen, sampled, kind, cond_len):
 @wirings
 def test_negative(uae, seen, kind):
     """The negative prompt as text; beside it, for text+image, an image of nothing. No gradient."""
-    u = at(uae, condition=kind, negative_prompt='large red circle')
+    u = copy.deepcopy(at(uae, condition=kind, negative_prompt='large red circle'))
+    u.train_only('encoder', 'projector')
     with torch.enable_grad():
         neg = u.negative()
     assert not neg.requires_grad
@@ -144,6 +145,19 @@ def test_text_holds_the_caption_and_nothing_after_its_end(uae, sampled):
     assert c.abs().amax((0, 2)).min() > 0
     short, end = int(mask.sum(1).argmin()), int(mask.sum(1).min()) - 1 + len(uae.before_text) + len(uae.after_text)
     assert end < uae.c.cond_len - 2 and (c[short, end] - c[short, end - 1]).abs().max() > 1e-3
+
+
+def test_padding_is_masked(uae, sampled):
+    """The language model attends to the template and the caption, not to the padding behind them."""
+    y, mask, _ = sampled
+    seen_by = []
+    handle = uae.encoder.model.language_model.register_forward_pre_hook(lambda m, a, kw: seen_by.append(kw.get('attention_mask')), with_kwargs=True)
+    try:
+        uae.condition(y, mask)
+    finally:
+        handle.remove()
+    n = ((y != uae.end) * mask).sum(1).long() + len(uae.before_text) + len(uae.after_text)
+    assert torch.equal(seen_by[0].bool(), torch.arange(uae.c.cond_len) < n.clamp(max=uae.c.cond_len)[:, None])
 
 
 def test_text_too_long_keeps_its_beginning_and_the_template_s_end(uae):
@@ -251,8 +265,11 @@ def test_guidance_one_is_off_and_costs_one_call(uae, inputs, calls):
     v = uae.velocity(z, torch.tensor(0.6), c, neg, 1.0)
     assert len(calls) == 1 and torch.equal(v, uae.velocity(z, torch.tensor(0.6), c))
     calls.clear()
-    at(uae, guidance=1.0).draw(z, c, 4)
-    assert len(calls) == 4
+    u = at(uae, guidance=1.0)
+    u.negative = None                                                   # nor is the negative prompt encoded
+    u.draw(z, c, 4)
+    u.draw_sde(z, c, 4, torch.zeros(P, 1, *u.latent_shape()), 'flow', 0.7, (0, 1))
+    assert len(calls) == 8
     calls.clear()
     at(uae, guidance=3.0).draw(z, c, 4)
     assert len(calls) == 8

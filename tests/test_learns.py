@@ -11,7 +11,7 @@ import grpo_decoder
 import grpo_encoder
 import pretrain_decoder
 from model import sde_step
-from reward import Backbone
+from reward import Backbone, clip_reward
 
 
 def shuffled(r, g):
@@ -122,7 +122,15 @@ def test_cold_start_learns_a_batch(uae, x, seen, sampled):
     tower = Backbone('clip', u.c.clip, u.c.judge)
     c = at(u, sample_steps=4, grad_steps=2).c
     z = torch.randn(P, *u.latent_shape(), generator=torch.Generator().manual_seed(0))
+
+    def reward():
+        with torch.no_grad():
+            x_hat = u.to_image(u.draw(z, u.condition(y[::G], mask[::G]), 4))
+            return clip_reward(x, x_hat, tower).mean().item()
+
+    before = reward()
     first, last = fall(lambda: cold_start.reconstruction_loss(u, tower, x, seen, y[::G], mask[::G], z, c), params)
+    assert first == pytest.approx(1 - before, abs=1e-4) and last == pytest.approx(1 - reward(), abs=1e-4)
     assert 0.02 < first < 2 and last < 0.7 * first
 
 
