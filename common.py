@@ -26,6 +26,8 @@ def start(c):
     """
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
     device = c.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if device.split(':')[0] not in ('cpu', 'cuda', 'mps') or device.startswith('cuda') and not torch.cuda.is_available():
+        raise SystemExit(f'--device={device}: expected cpu, or cuda or mps where there is one')
     if device == 'cuda':
         device = f'cuda:{local}'
         torch.cuda.set_device(local)

@@ -28,10 +28,10 @@ def preprocess(x, mean, std, resize, crop, mode='bicubic'):
     """x (B, 3, H, W) in [-1, 1] -> (B, 3, crop, crop) normalised. Antialiased, as PIL does it; without, the features are wrong."""
     x = x.float() * 0.5 + 0.5
     h, w = x.shape[-2:]
-    size = (crop, crop) if resize is None else (round(h * resize / min(h, w)), round(w * resize / min(h, w)))
+    size = (crop, crop) if resize is None else (int(h * resize / min(h, w)), int(w * resize / min(h, w)))
     if size != (h, w):
         x = F.interpolate(x, size, mode=mode, antialias=True, align_corners=False)
-    top, left = (x.shape[-2] - crop) // 2, (x.shape[-1] - crop) // 2
+    top, left = round((x.shape[-2] - crop) / 2), round((x.shape[-1] - crop) / 2)
     x = x[..., top:top + crop, left:left + crop].clamp(0, 1)
     mean, std = (torch.tensor(a, device=x.device).view(3, 1, 1) for a in (mean, std))
     return (x - mean) / std

@@ -150,12 +150,6 @@ def test_the_semantic_loss_reaches_decoder_projector_and_language_model(stage_1)
         assert torch.equal(full[part], more[part]), 'all steps are all steps'
 
 
-def test_no_gradient_step_at_all_is_refused(tmp_path):
-    """grad_steps = 0 leaves nothing to learn from: one line instead of autograd's traceback."""
-    from running import refusal
-    assert 'grad_steps' in refusal(lambda: tiny('cold_start', tmp_path / 'out', '--grad_steps=0', steps=1))
-
-
 # --- the parts -----------------------------------------------------------------------------------------------------------
 def test_untied_head_and_vision_tower_are_never_trained():
     uae = model.UAE(config.parse({}, {}, ['--device=cpu'], 'x.py'))

@@ -48,13 +48,16 @@ def agree(x, y):
 
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
-    """The three stages on one rank, all samples in one micro-batch. -> {stage: out_dir}."""
+    """stage -> out_dir of its run on one rank, all samples in one micro-batch; run when first asked for."""
     root = tmp_path_factory.mktemp('one')
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(torch.optim, 'AdamW', lambda params, lr, **kw: torch.optim.SGD(params, lr=lr))
-        for name in STAGES:
+
+    @functools.cache
+    def run(name):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(torch.optim, 'AdamW', lambda params, lr, **kw: torch.optim.SGD(params, lr=lr))
             tiny(name, root / name, *argv(name, root / name))
-    return {name: str(root / name) for name in STAGES}
+        return root / name
+    return run
 
 
 @pytest.fixture(scope='module')
@@ -86,16 +89,16 @@ def test_two_ranks_equal_one(one, two, name):
     root, done = two
     assert (root / name / 'step_000002').exists(), done.stdout[-3000:]
     start = weights('data/shapes/base')
-    a, b = weights(f'{one[name]}/step_000002'), weights(root / name / 'step_000002')
+    a, b = weights(one(name) / 'step_000002'), weights(root / name / 'step_000002')
     moved = distance(a, {k: start[k] for k in a})
     assert moved > 1e-3, 'else equality says nothing'
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5 and distance(a, b) < 1e-3 * moved
-    log_1, log_2 = lines(f'{one[name]}/log.jsonl'), lines(root / name / 'log.jsonl')
+    log_1, log_2 = lines(one(name) / 'log.jsonl'), lines(root / name / 'log.jsonl')
     assert [line['step'] for line in log_2] == [0, 1], 'one line a step, by rank 0'
     for x, y in zip(log_1, log_2):
         assert x.keys() == y.keys()
         agree(x, y)
-    for x, y in zip(lines(f'{one[name]}/eval.jsonl'), lines(root / name / 'eval.jsonl')):
+    for x, y in zip(lines(one(name) / 'eval.jsonl'), lines(root / name / 'eval.jsonl')):
         assert all(abs(x[key] - y[key]) < 1e-4 for key in x)
 
 
@@ -121,8 +124,8 @@ def test_micro_batches_equal_the_whole(one, tmp_path, monkeypatch, name, size):
     log = tiny(name, tmp_path, *argv(name, tmp_path, f'--micro_batch={size}'))
     samples = 4 if name == 'cold_start' else 8
     assert sum(last for _, _, last in passes) * samples // size <= len(passes), 'it was split'
-    whole = lines(f'{one[name]}/log.jsonl')
-    a, b = weights(f'{one[name]}/step_000002'), weights(tmp_path / 'step_000002')
+    whole = lines(one(name) / 'log.jsonl')
+    a, b = weights(one(name) / 'step_000002'), weights(tmp_path / 'step_000002')
     start = weights('data/shapes/base')
     assert distance(a, b) < 1e-3 * distance(a, {k: start[k] for k in a})
     for x, y in zip(whole, log):

@@ -111,8 +111,11 @@ def curves(hist, path):
             ax.text(at, 1.0, ' ' + stage, transform=ax.get_xaxis_transform(), fontsize=7, va='bottom')
             at = steps[-1]
         ax.set_title(title, pad=14)
+        if len(names) > 1 and 'similarity' not in title:
+            ax.set_ylim(0, 1.03)                     # shares, on one scale
         ax.set_xlabel('updates')
         ax.legend(fontsize=7)
+    fig.text(0.995, 0.01, 'dotted: stage 2 with shuffled rewards', ha='right', fontsize=7)
     fig.tight_layout()
     fig.savefig(path, dpi=110)
     plt.close(fig)
@@ -124,16 +127,16 @@ def before_after(held, base, last, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(8, 3, figsize=(9.5, 17))
-    for i, row in enumerate(axes):
+    fig, axes = plt.subplots(4, 6, figsize=(15, 12))
+    for i in range(8):
         pictures = [held['x'][i], *(torch.tensor(r['images'][i]).view(3, 32, 32) for r in (base, last))]
-        for ax, picture, text in zip(row, pictures, ('source', base['captions'][i], last['captions'][i])):
+        row = axes[i % 4, i // 4 * 3:][:3]
+        for ax, picture, text in zip(row, pictures, ('', base['captions'][i], last['captions'][i])):
             ax.imshow((picture.permute(1, 2, 0) + 1) / 2, interpolation='nearest')
-            ax.set_title('\n'.join(textwrap.wrap(text, 44)), fontsize=8)
+            ax.text(0.5, -0.04, '\n'.join(textwrap.wrap(text, 36)), transform=ax.transAxes, ha='center', va='top', fontsize=8)
             ax.axis('off')
-    axes[0, 0].text(0.5, 1.35, 'source', transform=axes[0, 0].transAxes, ha='center', weight='bold')
-    for ax, text in zip(axes[0, 1:], ('before: base', 'after: grpo_decoder')):
-        ax.text(0.5, 1.35, text, transform=ax.transAxes, ha='center', weight='bold')
+    for ax, head in zip(axes[0], ('source', 'before: base', 'after: grpo_decoder') * 2):
+        ax.set_title(head, weight='bold')
     fig.tight_layout()
     fig.savefig(path, dpi=80)
     plt.close(fig)
