@@ -31,7 +31,7 @@ from reward import backbone, clip_reward
 
 # --- script keys ---------------------------------------------------------------------------------------------------
 keys = dict(
-    steps = 100,               # updates
+    steps = 120,               # updates
     prompts = 8,               # images per update, all ranks together
     group = 16,                # G drawings per image; their mean reward is the baseline
     caption_temperature = 0.0, # of the frozen captioner; one caption per image, shared by the group
