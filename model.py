@@ -163,6 +163,8 @@ class UAE(nn.Module):
         parts = dict(encoder=self.encoder.model.language_model, projector=self.projector, decoder=self.decoder)
         for name in modules:
             for key, p in parts[name].named_parameters():
+                if key == 'time_text_embed.text_embedder.linear_1.weight' and not self.pooled.any():
+                    continue                     # tiny: its input is zero, no loss can reach it
                 if name == 'projector' or not self.c.lora_rank or 'lora_' in key and '.ref.' not in key:
                     p.data = p.data.float()
                     p.requires_grad_(True)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms as T
 
 import reward
 from reward import BACKBONES, IMAGENET, OPENAI, backbone, clip_reward, preprocess
@@ -24,19 +25,15 @@ def structured(h, w):
 
 
 def pil(image, mean, std, resize, crop):
-    """The same by PIL: bicubic, centre crop, normalise."""
-    image = Image.fromarray(image)
-    w, h = image.size
-    size = (crop, crop) if resize is None else (round(w * resize / min(h, w)), round(h * resize / min(h, w)))
-    image = image.resize(size, Image.BICUBIC)
-    left, top = (image.width - crop) // 2, (image.height - crop) // 2
-    pixels = np.asarray(image.crop((left, top, left + crop, top + crop))).astype(np.float32) / 255
-    return torch.from_numpy((pixels - np.float32(mean)) / np.float32(std)).permute(2, 0, 1)
+    """The same by torchvision's transforms on a PIL image, as open_clip and the models' own processors do it."""
+    size = (crop, crop) if resize is None else resize
+    steps = [T.Resize(size, T.InterpolationMode.BICUBIC), T.CenterCrop(crop), T.ToTensor(), T.Normalize(mean, std)]
+    return T.Compose(steps)(Image.fromarray(image))
 
 
 @pytest.mark.parametrize('h, w, how', [
     (512, 512, dict(OPENAI, resize=224, crop=224)), (512, 512, dict(IMAGENET, resize=256, crop=224)),
-    (384, 512, dict(IMAGENET, resize=256, crop=224)), (512, 384, dict(OPENAI, resize=224, crop=224)),
+    (427, 640, dict(IMAGENET, resize=256, crop=224)), (512, 384, dict(OPENAI, resize=224, crop=224)),
     (384, 512, dict(IMAGENET, resize=None, crop=224)), (100, 100, dict(OPENAI, resize=224, crop=224))],
     ids=lambda a: str(a) if isinstance(a, int) else f"{a['resize']}")
 def test_preprocess_is_pil_s(h, w, how):
