@@ -157,7 +157,7 @@ def main(argv):
         plot_runs(c.plot.split(','), f'{c.out_dir}/curves.png')
         return print(f'{c.out_dir}/curves.png')
     run = common.start(c)
-    _, held = open_data(c, run)
+    _, held = open_data(c, run, training=False)
     evaluate = Evaluator(UAE(c, run.device), held, c, run)
     summary, found = evaluate()
     if run.master:

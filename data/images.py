@@ -281,11 +281,12 @@ class ImageSet:
                     names=[self.names[i] for i, _, _ in picks], index=torch.tensor(index))
 
 
-def open_data(c, run):
+def open_data(c, run, training=True):
     """The images of a run -> (training ImageSet, held-out dict as ImageSet.batch plus `scenes`).
 
     'shapes' writes the embedded world on first use; there `scenes` is the truth that evaluation alone may read, elsewhere
-    None. Without --held_out the last c.eval_images of --data are kept from training. Raises SystemExit in one line.
+    None. Without --held_out the last c.eval_images of --data are kept from training; an evaluation (training False) does
+    with --held_out alone. Raises SystemExit in one line.
     """
     try:
         if c.data == 'shapes':
@@ -294,9 +295,11 @@ def open_data(c, run):
             world.write(root)
             train, held = (open_images(os.path.join(root, split), c.resolution) for split in ('train', 'held_out'))
             return train, dict(held.first(c.eval_images), scenes=world.load(root, 'held_out')[:c.eval_images])
-        train = open_images(c.data, c.resolution, *c.data_keys)
+        if not c.data and (training or not c.held_out):
+            raise DataError('give --data=FOLDER (or a manifest, or tar shards: data/README.md)')
+        train = open_images(c.data, c.resolution, *c.data_keys) if c.data else None
         held = open_images(c.held_out, c.resolution, *c.data_keys) if c.held_out else train.split_off(c.eval_images)
-        if run.world > len(train):
+        if train and run.world > len(train):
             raise DataError(f'more ranks ({run.world}) than images ({len(train)}) in {c.data}')
         return train, dict(held.first(c.eval_images), scenes=None)
     except DataError as e:
