@@ -59,6 +59,8 @@ def loss_of(uae, tower, x, seen, y, mask, z, share, c):
 
 def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
+    if not 1 <= c.grad_steps <= c.sample_steps:
+        raise SystemExit(f'--grad_steps={c.grad_steps}: between 1 and sample_steps={c.sample_steps} denoising steps carry the gradient')
     run = common.start(c)
     P = common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)
@@ -92,7 +94,8 @@ def main(argv):
         stats = stats.reduce(run)
         words = (y != uae.end) * mask                                   # without end tokens
         log(step, reward=1 - stats['loss'], **stats, grad_norm=norm, lr=common.lr_at(step, c),
-            caption_len=common.total(words.sum(), run) / c.prompts, truncated=common.total(words[:, -1].sum(), run) / c.prompts)
+            caption_len=common.total(words.sum(), run) / c.prompts, truncated=common.total(words[:, -1].sum(), run) / c.prompts,
+            skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
         common.maybe_save(c, run, step + 1, uae, opt)
     evaluate.every(c.steps, last=True)
 

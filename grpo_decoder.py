@@ -171,7 +171,8 @@ def main(argv):
                 stats.add(loss=loss.detach(), **stat)
             norm = common.optimise(opt, params, step, c)
         log(step, **common.reward_fields(all_r), **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c),
-            caption_len=common.total(words.sum(), run) / c.prompts)
+            caption_len=common.total(words.sum(), run) / c.prompts,
+            skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
         common.maybe_save(c, run, step + 1, uae, opt)
     evaluate.every(c.steps, last=True)
 

@@ -156,7 +156,8 @@ def main(argv):
         words = (y != uae.end) * mask                                                                   # without end tokens
         entropy = -common.total((old_logp * mask).sum(), run) / tokens                                  # of the policy, nats a token, estimated
         log(step, **common.reward_fields(all_r), **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c), entropy=entropy,
-            caption_len=common.total(words.sum(), run) / all_r.numel(), truncated=common.total(words[:, -1].sum(), run) / all_r.numel())
+            caption_len=common.total(words.sum(), run) / all_r.numel(), truncated=common.total(words[:, -1].sum(), run) / all_r.numel(),
+            skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
         common.maybe_save(c, run, step + 1, uae, opt)
     evaluate.every(c.steps, last=True)
 

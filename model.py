@@ -135,13 +135,8 @@ class UAE(nn.Module):
         self.register_buffer('forbidden', forbidden.to(self.device), persistent=False)
         self.templates()
 
-    @property
-    def head(self):
-        return self.encoder.lm_head
-
-    @property
-    def embed(self):
-        return self.encoder.get_input_embeddings()
+    head = property(lambda self: self.encoder.lm_head)
+    embed = property(lambda self: self.encoder.get_input_embeddings())
 
     def templates(self):
         """Token ids around a caption prompt's image and around a text to be drawn, from the processor's chat template."""
@@ -163,8 +158,8 @@ class UAE(nn.Module):
         parts = dict(encoder=self.encoder.model.language_model, projector=self.projector, decoder=self.decoder)
         for name in modules:
             for key, p in parts[name].named_parameters():
-                if key == 'time_text_embed.text_embedder.linear_1.weight' and not self.pooled.any():
-                    continue                     # tiny: its input is zero, no loss can reach it
+                if name == 'decoder' and self.unreachable(key):
+                    continue
                 if name == 'projector' or not self.c.lora_rank or 'lora_' in key and '.ref.' not in key:
                     p.data = p.data.float()
                     p.requires_grad_(True)
@@ -172,6 +167,12 @@ class UAE(nn.Module):
             self.encoder.gradient_checkpointing_enable()
             self.decoder.enable_gradient_checkpointing()
         return [p for p in self.parameters() if p.requires_grad]
+
+    def unreachable(self, key):
+        """Whether no loss reaches this decoder parameter: the last block drops what its text queries attend to, and the
+        pooled embedding is zero at tiny size."""
+        last = f'transformer_blocks.{self.decoder.config.num_layers - 1}.attn.'
+        return key.startswith((last + 'add_q_proj', last + 'norm_added_q')) or key.endswith('text_embedder.linear_1.weight') and not self.pooled.any()
 
     def forward(self, loss, *args, **kwargs):
         """loss(self, ...) of a stage script: the one door through which DistributedDataParallel sees a backward pass."""

@@ -63,7 +63,9 @@ def both_losses(uae, flow, answers):
 def prepare(uae, c, batch, step, negative):
     """One rank's batch -> the arguments of `flow_loss`; all randomness addressed by (seed, step, image)."""
     rows = batch['index']
-    y, mask, cut = uae.tokens([t or '' for t in batch['captions']])
+    if None in batch['captions']:
+        raise SystemExit(f'{batch["names"][batch["captions"].index(None)]} has no caption: stage 0 needs one for every image (data/README.md)')
+    y, mask, cut = uae.tokens(batch['captions'])
     drop = common.uniform((), rows, c.seed, 'drop', step) < c.drop
     y[drop], mask[drop] = negative
     s = torch.sigmoid(c.sigma_mean + c.sigma_std * common.normal((), rows, c.seed, 'sigma', step)).to(uae.device)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import common
 import config
 import eval_unified
-from data.images import DataError, ImageError, open_images
+from data.images import ImageError, open_images
 from model import UAE
 
 # --- script keys ---------------------------------------------------------------------------------------------------
@@ -50,10 +50,7 @@ def from_prompt(uae, c):
 
 def from_images(uae, c):
     """Captions every image of c.image, and draws the captions; images already in captions.jsonl are left alone."""
-    try:
-        images = open_images(c.image, c.resolution)
-    except DataError as e:
-        raise SystemExit(str(e))
+    images = open_images(c.image, c.resolution)
     os.makedirs(c.out_dir, exist_ok=True)
     path, done = f'{c.out_dir}/captions.jsonl', set()
     if os.path.exists(path):

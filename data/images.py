@@ -24,7 +24,7 @@ MIN_SIDE = 8               # pixels; anything smaller is a tracking pixel, not a
 CACHE_BYTES = 256 * 2**20  # a set whose decoded pixels fit in here is decoded once and kept
 
 
-class DataError(ValueError):
+class DataError(SystemExit):
     """Data that cannot be used as given; one line that says what and where."""
 
 
@@ -282,25 +282,24 @@ class ImageSet:
 
 
 def open_data(c, run, training=True):
-    """The images of a run -> (training ImageSet, held-out dict as ImageSet.batch plus `scenes`).
+    """The images of a run -> (training ImageSet, held-out dict as ImageSet.batch plus `scenes` and `skipped`).
 
     'shapes' writes the embedded world on first use; there `scenes` is the truth that evaluation alone may read, elsewhere
     None. Without --held_out the last c.eval_images of --data are kept from training; an evaluation (training False) does
-    with --held_out alone. Raises SystemExit in one line.
+    with --held_out alone. Raises DataError.
     """
-    try:
-        if c.data == 'shapes':
-            from data.shapes import scenes as world
-            root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'shapes', 'images')
-            world.write(root)
-            train, held = (open_images(os.path.join(root, split), c.resolution) for split in ('train', 'held_out'))
-            return train, dict(held.first(c.eval_images), scenes=world.load(root, 'held_out')[:c.eval_images])
-        if not c.data and (training or not c.held_out):
-            raise DataError('give --data=FOLDER (or a manifest, or tar shards: data/README.md)')
-        train = open_images(c.data, c.resolution, *c.data_keys) if c.data else None
-        held = open_images(c.held_out, c.resolution, *c.data_keys) if c.held_out else train.split_off(c.eval_images)
-        if train and run.world > len(train):
-            raise DataError(f'more ranks ({run.world}) than images ({len(train)}) in {c.data}')
-        return train, dict(held.first(c.eval_images), scenes=None)
-    except DataError as e:
-        raise SystemExit(str(e))
+    if c.data == 'shapes':
+        from data.shapes import scenes as world
+        root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'shapes', 'images')
+        world.write(root)
+        train, held = (open_images(os.path.join(root, split), c.resolution) for split in ('train', 'held_out'))
+        return train, dict(held.first(c.eval_images), scenes=world.load(root, 'held_out')[:c.eval_images], skipped=0)
+    if not c.data and (training or not c.held_out):
+        raise DataError('give --data=FOLDER (or a manifest, or tar shards: data/README.md)')
+    train = open_images(c.data, c.resolution, *c.data_keys) if c.data else None
+    if train and not c.held_out and len(train) < 2:
+        raise DataError(f'{c.data}: one image is too few, one has to be held out (or give --held_out)')
+    held = open_images(c.held_out, c.resolution, *c.data_keys) if c.held_out else train.split_off(c.eval_images)
+    if train and run.world > len(train):
+        raise DataError(f'more ranks ({run.world}) than images ({len(train)}) in {c.data}')
+    return train, dict(held.first(c.eval_images), scenes=None, skipped=len(held.skipped))

@@ -1,5 +1,6 @@
 """Per stage: what is frozen stays bit-identical, what is trained moves, and nothing is left in train mode."""
 import importlib
+import re
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from running import STAGES, tiny, words
 
 TRAINED = dict(cold_start=('encoder.model.language_model.', 'projector.', 'decoder.'), grpo_encoder=('encoder.model.language_model.',),
                grpo_decoder=('decoder.',), pretrain_decoder=('encoder.model.language_model.', 'projector.', 'decoder.'))
-# parameters of a trained part that no loss can reach, and why
-UNREACHABLE = {'decoder.time_text_embed.text_embedder.linear_1.weight': 'its input, the pooled embedding of nothing, is zeros at tiny size'}
+# parameters of a trained part that no loss can reach: the first is fed the pooled embedding of nothing, zeros at tiny size;
+# the others make the text's queries in the last block, whose text output SD3 throws away
+UNREACHABLE = r'decoder\.(time_text_embed\.text_embedder\.linear_1\.weight|transformer_blocks\.3\.attn\.(add_q_proj|norm_added_q)\..*)'
 
 
 def trained_by(name, key):
@@ -79,7 +81,7 @@ def test_frozen_parts_are_bit_identical(one_step, name):
 def test_every_trained_parameter_moves(one_step, name):
     got = one_step(name)
     parameters = dict(got['uae'].named_parameters())
-    assert {k for k, p in parameters.items() if p.requires_grad} == {k for k in parameters if trained_by(name, k)} - UNREACHABLE.keys()
+    assert {k for k, p in parameters.items() if p.requires_grad} == {k for k in parameters if trained_by(name, k) and not re.fullmatch(UNREACHABLE, k)}
     stuck = [k for k, p in parameters.items() if p.requires_grad and torch.equal(p, got['before'][k])]
     assert not stuck, f'{len(stuck)} parameters did not move, for example {stuck[:3]}'
     dead = [k for k, p in parameters.items() if p.requires_grad and not got['grads'][k]]
