@@ -142,6 +142,11 @@ def find_checkpoint(c, need_projector=True):
     return folder
 
 
+def unresumed(c):
+    """The configuration as if the run had just begun: what its first step started from."""
+    return types.SimpleNamespace(**dict(vars(c), resume=False))
+
+
 def read_meta(folder):
     """A checkpoint's meta.json: {step, config}."""
     try:

@@ -116,7 +116,8 @@ def main(argv):
     train, held = open_data(c, run)
     uae = UAE(c, run.device)
     params = uae.train_only('encoder')
-    ref = uae.reference('encoder') if c.kl else None
+    # the stage's initial policy, after a resume too
+    ref = (UAE(common.unresumed(c), run.device) if first else uae).reference('encoder') if c.kl else None
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
     opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)

@@ -172,13 +172,13 @@ class UAE(nn.Module):
         """Whether no loss reaches this decoder parameter: the last block drops what its text queries attend to, and the
         pooled embedding is zero at tiny size."""
         last = f'transformer_blocks.{self.decoder.config.num_layers - 1}.attn.'
-        return key.startswith((last + 'add_q_proj', last + 'norm_added_q')) or key.endswith('text_embedder.linear_1.weight') and not self.pooled.any()
+        return key.startswith((last + 'add_q', last + 'norm_added_q')) or 'text_embedder.linear_1.w' in key and not self.pooled.any()
 
     def forward(self, loss, *args, **kwargs):
         """loss(self, ...) of a stage script: the one door through which DistributedDataParallel sees a backward pass."""
         towers = (self.encoder.model.language_model, self.decoder)
-        for m in towers:
-            m.train(self.c.checkpointing)        # transformers recomputes activations in train mode only; nothing here has dropout
+        for m in towers:                         # libraries recompute activations in train mode only; nothing here has dropout
+            m.train(self.c.checkpointing)
         try:
             return loss(self, *args, **kwargs)
         finally:
@@ -295,8 +295,7 @@ class UAE(nn.Module):
     def text_condition(self, y, mask):
         """The caption re-encoded alone, the image unseen: a true bottleneck. -> c (B, cond_len, D).
 
-        Padded to cond_len on the right, so a caption's condition is the same alone and in any batch; a caption that does
-        not fit is cut (see `tokens`, and the log field `truncated`).
+        Padded to cond_len on the right: the same alone and in any batch. What does not fit is cut (log field `truncated`).
         """
         room = self.c.cond_len - len(self.before_text) - len(self.after_text)
         keep = mask.bool() & (y != self.end)
