@@ -10,10 +10,10 @@ language model that re-encodes the caption. What does not: the choice of words (
 the vision tower (frozen), VAE and CLIP (frozen, but the gradient passes through them).
 
     paper                             here                                why
-    steps and depth of the sampler    6 ODE steps, gradient through 2     the whole chain costs 3 times the memory and adds noise
+    steps and depth of the sampler    6 ODE steps, gradient through 2     a shorter chain needs less memory
     captions not stated               greedy (`cold_temperature` 0)       a terse sampled caption does not determine the image: the decoder
-                                                                          would be taught the average picture (LOG.md)
-    learning rate not stated          2e-5 (tiny), 1e-6 (paper)           a large step teaches the average picture too
+                                                                          would be taught the average picture
+    learning rate not stated          2e-5 (tiny), 1e-6 (paper)           small steps, for the same reason
 """
 import sys
 
@@ -62,7 +62,7 @@ def main(argv):
     if not 1 <= c.grad_steps <= c.sample_steps:
         raise SystemExit(f'--grad_steps={c.grad_steps}: between 1 and sample_steps={c.sample_steps} denoising steps carry the gradient')
     run = common.start(c)
-    P = common.per_rank('prompts', c.prompts, run.world)
+    common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)
     train, held = open_data(c, run)
     uae = UAE(c, run.device)

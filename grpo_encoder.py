@@ -15,7 +15,7 @@ Nothing rewards length: a caption gets longer only where saying more draws the i
     mean over a caption, then captions   mean over all tokens of the step     the same sum on every rank and micro-batch, no bias to short captions
     start noise not stated               one start noise per group            the reward compares captions, not noise
     ratio clip not stated                0.2                                  GRPO's own; it binds only if updates > 1
-    KL 1e-6 (v5)                         kl 0 and a cosine learning rate      tiny: either keeps the entropy from collapsing; preset paper has the KL
+    KL 1e-6 (v5)                         kl 0 and a cosine learning rate      tiny: the falling rate keeps it from collapsing (LOG.md); paper has the KL
     old log-prob not stated              recorded while sampling              the field `logp_diff` of every line is a real check, not a tautology
 """
 import sys

@@ -104,8 +104,7 @@ def main(argv):
         opt.step()
         if step % 50 == 0 or step == c.steps - 1:
             log(step, loss=loss.item(), caption_loss=nll.item(), grad_norm=norm.item(), lr=group['lr'], truncated=cut)
-        if c.save_every and (step + 1) % c.save_every == 0 or step == c.steps - 1:
-            common.save(c, run, step + 1, uae, opt)
+        common.maybe_save(c, run, step + 1, uae, opt)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """The tiny base models of the embedded world, trained from nothing on two slow CPU cores (`make base`).
 
-    python data/shapes/pretrain.py                     # all parts into data/shapes/base, about an hour
+    python data/shapes/pretrain.py                     # all parts into data/shapes/base; LOG.md has the seconds of each
     python data/shapes/pretrain.py --parts=vae,clip --out_dir=out/base --seed=2
 
 Parts, in order; each reads what the earlier ones wrote:
@@ -8,8 +8,7 @@ Parts, in order; each reads what the earlier ones wrote:
     clip      open_clip CLIP, contrastive on (image, caption) with near-miss negatives: the reward
     judge     ConvNeXt, contrastive on images alone, never seen by any training of the loop: the second opinion
     encoder   Qwen2.5-VL that captions scenes, with its tokenizer and processor
-    decoder   SD3 transformer and projector, by pretrain_decoder.py (stage 0)
-    terse     the captioner learns to be brief, so that what RL elicits can be seen
+    decoder   SD3 transformer and projector, by pretrain_decoder.py (stage 0), while the captioner learns to be brief
 Scenes are drawn on the fly and never from the held-out set.
 """
 import json
