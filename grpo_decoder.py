@@ -45,8 +45,10 @@ keys = dict(
     updates = 1,               # optimiser steps per rollout
     lr = 2e-4,
     grad_clip = 1.0,           # largest gradient norm
+    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 0,                # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
+    offload = False,           # encoder and VAE wait on the CPU while the decoder is updated
     shuffle_reward = False,    # control: rewards permuted over the batch
 )
 own_presets = dict(
@@ -150,6 +152,7 @@ def main(argv):
     for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc='grpo_decoder', disable=not run.master):
         evaluate.every(step)
         # rollout, in micro-batches of whole groups
+        uae.place('encoder', 'decoder', 'vae')
         batch = train.batch(c.seed, step, c.prompts, run.rank, run.world)
         x = batch['x'].to(run.device)
         parts = [rollout(uae, tower, x[i], batch['index'][i], step, c) for i in common.image_slices(P, c.group, c.micro_batch)]
@@ -163,15 +166,19 @@ def main(argv):
         b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P]).flatten()                       # (P, G) -> (B,)
 
         # update
-        for _ in range(c.updates):
+        if c.offload:
+            uae.place('decoder')
+        for k in range(c.updates):
             stats = common.Stats()
             for (_,), b, last in common.group_slices((r,), c.group, c.micro_batch):
                 with common.no_sync(ddp, not last):
                     loss, stat = ddp(loss_of, ref, cond[b], z[b], z_next[b], old_logp[b], b_adv[b], step, run.world / all_r.numel(), c)
                     loss.backward()
-                stats.add(loss=loss.detach(), **stat)
-            norm = common.optimise(opt, params, step, c)
-        log(step, **common.reward_fields(all_r), **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c),
+                stats.add(len(b_adv[b]), loss=loss.detach(), **stat)
+            stats = stats.reduce(run)
+            diff = stats['logp_diff'] if k == 0 else diff                   # after an update the two differ by right
+            taken = common.optimise(opt, params, step, c)
+        log(step, **common.reward_fields(all_r), **dict(stats, logp_diff=diff), **taken,
             caption_len=common.total(words.sum(), run) / c.prompts,
             skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
         common.maybe_save(c, run, step + 1, uae, opt)
