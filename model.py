@@ -449,7 +449,8 @@ class UAE(nn.Module):
         adapter = {f'base_model.model.{k}': v for k, v in get_peft_model_state_dict(self.encoder).items()}
         save_file(adapter, f'{folder}/encoder/adapter_model.safetensors')
         self.encoder.peft_config['default'].save_pretrained(f'{folder}/encoder')
-        StableDiffusion3Pipeline.save_lora_weights(f'{folder}/decoder', get_peft_model_state_dict(self.decoder))
+        StableDiffusion3Pipeline.save_lora_weights(f'{folder}/decoder', get_peft_model_state_dict(self.decoder),
+                                                   transformer_lora_adapter_metadata=self.decoder.peft_config['default'].to_dict())
 
 
 def pooled_of_nothing(c, width):
