@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 
@@ -268,6 +269,17 @@ def restore(c, optimizer):
         except Exception as e:                   # a damaged file raises nearly anything
             raise SystemExit(f'{folder}/state.pt is missing or damaged, --resume needs it: {type(e).__name__}')
         optimizer.load_state_dict(state['optimizer'])
+
+
+def add_lora(tower, rank, targets, path):
+    """Puts fresh LoRA adapters (alpha = 2 rank, gaussian) on the linear layers that match, or those saved at `path`."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights='gaussian', target_modules=targets), tower)
+    if os.path.exists(path):
+        saved = {k.removeprefix('base_model.model.').removeprefix('transformer.'): v for k, v in load_file(path).items()}
+        result = set_peft_model_state_dict(tower, saved)
+        if result.unexpected_keys:
+            raise SystemExit(f'{path}: not an adapter of this model; first unknown key {result.unexpected_keys[0]}')
 
 
 # --- optimisation ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import common
+from common import add_lora
 
 # where LoRA goes: every linear layer of the language model, never the vision tower, lm_head or projector; in the decoder
 # the attention projections that Flow-GRPO adapts
@@ -448,18 +449,8 @@ class UAE(nn.Module):
         adapter = {f'base_model.model.{k}': v for k, v in get_peft_model_state_dict(self.encoder).items()}
         save_file(adapter, f'{folder}/encoder/adapter_model.safetensors')
         self.encoder.peft_config['default'].save_pretrained(f'{folder}/encoder')
-        StableDiffusion3Pipeline.save_lora_weights(f'{folder}/decoder', get_peft_model_state_dict(self.decoder))
-
-
-def add_lora(tower, rank, targets, path):
-    """Puts fresh LoRA adapters (alpha = 2 rank, gaussian) on the linear layers that match, or those saved at `path`."""
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights='gaussian', target_modules=targets), tower)
-    if os.path.exists(path):
-        saved = {k.removeprefix('base_model.model.').removeprefix('transformer.'): v for k, v in load_file(path).items()}
-        result = set_peft_model_state_dict(tower, saved)
-        if result.unexpected_keys:
-            raise SystemExit(f'{path}: not an adapter of this model; first unknown key {result.unexpected_keys[0]}')
+        StableDiffusion3Pipeline.save_lora_weights(f'{folder}/decoder', get_peft_model_state_dict(self.decoder),
+                                                   transformer_lora_adapter_metadata=self.decoder.peft_config['default'].to_dict())
 
 
 def pooled_of_nothing(c, width):
