@@ -57,7 +57,7 @@ presets = dict(tiny={}, medium=dict(
     negative_prompt='Generate a random, low quality, ugly, blur, bad and anime, cartoon image.',
     lora_rank=32, micro_batch=1, checkpointing=True, dtype='bfloat16'))
 presets['paper'] = dict(presets['medium'], decoder='stabilityai/stable-diffusion-3.5-large', guidance=5.0, micro_batch=2)
-choices = dict(condition=('text', 'answer', 'image', 'text+image'), dtype=('float32', 'bfloat16'), sde=('flow', 'cps'))
+choices = dict(condition=('text', 'answer', 'image', 'text+image'), dtype=('float32', 'bfloat16'), sde=('flow', 'cps'), loss_mean=('token', 'caption', 'constant'))
 # -------------------------------------------------------------------------------------------------------------------
 
 # the published config.json of what the presets name, so that sizes are known before the first download (--plan, tests)

@@ -129,8 +129,11 @@ def main(argv):
     train, held = open_data(c, run)
     uae = UAE(c, run.device)
     params = uae.train_only('encoder')
-    # the stage's initial policy, after a resume too
-    ref = (UAE(common.unresumed(c), run.device) if first else uae).reference('encoder') if c.kl else None
+    ref = None
+    if c.kl:                                                                  # the stage's initial policy, after a resume too
+        start = UAE(common.unresumed(c), run.device) if first else uae
+        start.train_only('encoder')
+        ref = start.reference('encoder')
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
     opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)
@@ -140,7 +143,6 @@ def main(argv):
     for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc='grpo_encoder', disable=not run.master):
         evaluate.every(step)
         # rollout, in micro-batches of whole groups
-        uae.place('encoder', 'decoder', 'vae')
         batch = train.batch(c.seed, step, c.prompts, run.rank, run.world)
         x = batch['x'].to(run.device)
         parts = [rollout(uae, tower, x[i], batch['index'][i], step, c) for i in common.image_slices(P, c.group, c.micro_batch)]
@@ -159,21 +161,20 @@ def main(argv):
         b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P], c.adv_std).flatten()                       # (P, G) -> (B,)
 
         # update
-        if c.offload:
-            uae.place('encoder')
         weight = token_weights(mask, c.loss_mean)
         tokens = common.total(mask.sum(), run)
         count = all_r.numel() * c.caption_len if c.loss_mean == 'constant' else common.total(weight.sum(), run)
-        for k in range(c.updates):
-            stats = common.Stats()
-            for s, b, last in common.group_slices(seen, c.group, c.micro_batch):
-                with common.no_sync(ddp, not last):
-                    loss, stat = ddp(loss_of, s, y[b], weight[b], old_logp[b], ref_logp[b], b_adv[b], run.world / count, c)
-                    loss.backward()
-                stats.add(weight[b].sum(), loss=loss.detach(), **stat)
-            stats = stats.reduce(run)
-            diff = stats['logp_diff'] if k == 0 else diff                   # after an update the two differ by right
-            taken = common.optimise(opt, params, step, c)
+        with uae.parked(*['decoder', 'vae'] * c.offload):
+            for k in range(c.updates):
+                stats = common.Stats()
+                for s, b, last in common.group_slices(seen, c.group, c.micro_batch):
+                    with common.no_sync(ddp, not last):
+                        loss, stat = ddp(loss_of, s, y[b], weight[b], old_logp[b], ref_logp[b], b_adv[b], run.world / count, c)
+                        loss.backward()
+                    stats.add(weight[b].sum(), loss=loss.detach(), **stat)
+                stats = stats.reduce(run)
+                diff = stats['logp_diff'] if k == 0 else diff                   # after an update the two differ by right
+                taken = common.optimise(opt, params, step, c)
         words = (y != uae.end) * mask                                                                   # without end tokens
         entropy = -common.total((old_logp * mask).sum(), run) / tokens                                  # of the policy, nats a token, estimated
         log(step, **common.reward_fields(all_r), **dict(stats, logp_diff=diff), **taken, entropy=entropy,
