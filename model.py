@@ -114,16 +114,20 @@ class UAE(nn.Module):
         self.c, self.device = c, torch.device(device)
         ckpt = common.find_checkpoint(c, need_projector=not new_projector)
         full_encoder, full_decoder = (os.path.exists(f'{ckpt}/{p}/config.json') for p in ('encoder', 'decoder/transformer'))
-        dtype = getattr(torch, c.dtype)
-        self.processor = common.load(AutoProcessor, c.encoder)
+        dtype, self.release = getattr(torch, c.dtype), common.find_release(ckpt)
+        self.source = f'{self.release}/llm_processor' if self.release and os.path.isdir(f'{self.release}/llm_processor') else c.encoder
+        self.processor = common.load(AutoProcessor, self.source)
         self.tokenizer = self.processor.tokenizer
-        self.encoder = common.load(Qwen2_5_VLForConditionalGeneration, f'{ckpt}/encoder' if full_encoder else c.encoder, dtype=dtype)
-        self.decoder = common.load(SD3Transformer2DModel, f'{ckpt}/decoder' if full_decoder else c.decoder, subfolder='transformer', torch_dtype=dtype)
+        if self.release and not full_encoder:
+            self.encoder, self.decoder, projector = common.load_release(self.release, dtype)
+        else:
+            self.encoder = common.load(Qwen2_5_VLForConditionalGeneration, f'{ckpt}/encoder' if full_encoder else c.encoder, dtype=dtype)
+            self.decoder = common.load(SD3Transformer2DModel, f'{ckpt}/decoder' if full_decoder else c.decoder, subfolder='transformer', torch_dtype=dtype)
         self.vae = common.load(AutoencoderKL, c.decoder, subfolder='vae', torch_dtype=dtype)
         self.scheduler = common.load(FlowMatchEulerDiscreteScheduler, c.decoder, subfolder='scheduler')
         self.projector = Projector(self.encoder.config.text_config.hidden_size, self.decoder.config.joint_attention_dim)
         if ckpt:
-            self.projector.load_state_dict(load_file(f'{ckpt}/projector.safetensors'))
+            self.projector.load_state_dict(projector if ckpt.startswith('uae:') else load_file(f'{ckpt}/projector.safetensors'))
         if c.lora_rank:
             add_lora(self.encoder, c.lora_rank, ENCODER_LORA, f'{ckpt}/encoder/adapter_model.safetensors')
             add_lora(self.decoder, c.lora_rank, DECODER_LORA, f'{ckpt}/decoder/pytorch_lora_weights.safetensors')
