@@ -35,6 +35,7 @@ keys = dict(
     grad_steps = 2,            # K: gradients flow through the last K denoising steps
     lr = 2e-5,
     grad_clip = 1.0,           # largest gradient norm
+    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 0,                # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
 )
@@ -89,11 +90,11 @@ def main(argv):
                 loss = ddp(loss_of, tower, x[b], s, y[b], mask[b], z[b], run.world / c.prompts, c)
                 loss.backward()
             stats.add(loss=loss.detach())
-        norm = common.optimise(opt, params, step, c)
+        taken = common.optimise(opt, params, step, c)
 
         stats = stats.reduce(run)
         words = (y != uae.end) * mask                                   # without end tokens
-        log(step, reward=1 - stats['loss'], **stats, grad_norm=norm, lr=common.lr_at(step, c),
+        log(step, reward=1 - stats['loss'], **stats, **taken,
             caption_len=common.total(words.sum(), run) / c.prompts, truncated=common.total(words[:, -1].sum(), run) / c.prompts,
             skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
         common.maybe_save(c, run, step + 1, uae, opt)

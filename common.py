@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 import types
@@ -175,7 +176,10 @@ def check_whole(folder, lora_rank):
 
 
 def open_out_dir(c, run):
-    """Refuses a used out_dir unless --resume; creates it. Returns the step to start from (0 for a fresh run)."""
+    """Refuses a used out_dir unless --resume; creates it. Returns the step to start from (0 for a fresh run).
+
+    A resumed run says which keys differ from those it was begun with. From here on SIGTERM stops the run at its next checkpoint.
+    """
     if os.path.isdir(c.out_dir) and os.listdir(c.out_dir) and not c.resume:
         raise SystemExit(f'{c.out_dir} is not empty: --resume continues it, --out_dir=ELSEWHERE starts anew')
     folder = newest(c.out_dir) if c.resume else None
@@ -183,10 +187,24 @@ def open_out_dir(c, run):
         dist.barrier()
     if run.master:
         os.makedirs(c.out_dir, exist_ok=True)
-    first = read_meta(folder)['step'] if folder else 0
+    meta = read_meta(folder) if folder else dict(step=0, config={})
     if run.master:
-        rewind(c.out_dir, first)
-    return first
+        for k, old in json.loads(json.dumps(meta['config'])).items():
+            new = json.loads(json.dumps(getattr(c, k, None)))          # a tuple comes back from JSON as a list
+            if new != old and k not in ('resume', 'out_dir'):
+                print(f'resume: {k}={new!r}, the run was begun with {old!r}')
+        rewind(c.out_dir, meta['step'])
+    watch_sigterm(True)
+    return meta['step']
+
+
+sigterm = types.SimpleNamespace(asked=False)
+
+
+def watch_sigterm(on):
+    """SIGTERM (a cluster's preemption) is only noted, for `maybe_save` to act on between two updates; off = it kills again."""
+    sigterm.asked = False
+    signal.signal(signal.SIGTERM, (lambda *_: setattr(sigterm, 'asked', True)) if on else signal.SIG_DFL)
 
 
 def rewind(out_dir, step):
@@ -232,9 +250,17 @@ def save(c, run, step, uae, optimizer, keep=2):
 
 
 def maybe_save(c, run, done, uae, opt):
-    """Checkpoint after `done` updates, every c.save_every and at the end."""
-    if done == c.steps or c.save_every and done % c.save_every == 0:
-        save(c, run, done, uae, opt)
+    """Checkpoint after `done` updates: every c.save_every, at the end, and when any rank got SIGTERM; then every rank exits 0."""
+    stop = total(sigterm.asked, run) > 0
+    if done == c.steps or stop or c.save_every and done % c.save_every == 0:
+        folder = save(c, run, done, uae, opt)
+    if done == c.steps:
+        watch_sigterm(False)
+    elif stop:
+        if run.master:
+            tqdm.write(f'SIGTERM: stopped after update {done}, saved {folder}; --resume continues')
+        watch_sigterm(False)
+        raise SystemExit(0)
 
 
 def restore(c, optimizer):
@@ -406,43 +432,43 @@ def no_sync(ddp, skip):
     return ddp.no_sync() if skip and hasattr(ddp, 'no_sync') else contextlib.nullcontext()
 
 
-def optimise(opt, params, step, c, patience=5):
-    """One optimiser step at the scheduled learning rate on clipped gradients; returns the norm before clipping.
+def optimise(opt, params, step, c):
+    """One optimiser step at the scheduled learning rate on clipped gradients -> log fields grad_norm (before clipping), lr, bad_steps.
 
-    A non-finite gradient (the same on every rank, gradients being synchronised) skips the step; `patience` skips in a row end the run.
+    A non-finite gradient (the same on every rank, gradients being synchronised; a non-finite loss makes one) skips the step;
+    c.patience skipped ones in a row end the run. bad_steps counts those in a row so far.
     """
     for group in opt.param_groups:
         group['lr'] = lr_at(step, c)
     norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip).item()
-    if math.isfinite(norm):
+    opt.bad = 0 if math.isfinite(norm) else getattr(opt, 'bad', 0) + 1
+    if not opt.bad:
         opt.step()
-        opt.skipped = 0
-    else:
-        opt.skipped = getattr(opt, 'skipped', 0) + 1
-        if opt.skipped >= patience:
-            raise SystemExit(f'{patience} steps in a row with a non-finite gradient; last good checkpoint: {newest(c.out_dir)}')
+    elif opt.bad >= c.patience:
+        raise SystemExit(f'{opt.bad} steps in a row with a non-finite gradient, the last one {step}; last good checkpoint: {newest(c.out_dir)}')
     opt.zero_grad(set_to_none=True)
-    return norm
+    return dict(grad_norm=norm if not opt.bad else -1.0, lr=group['lr'], bad_steps=opt.bad)
 
 
 # --- log -------------------------------------------------------------------------------------------------------------
 class Stats:
-    """Statistics of a step's micro-batches: losses add up, names with `max` or `diff` keep the largest, the rest average."""
+    """Statistics of a step's micro-batches: losses add up, names with `max` or `diff` keep the largest, the rest are
+    means weighted by the valid entries of each micro-batch."""
 
     def __init__(self):
-        self.values = {}
+        self.rows = []
 
-    def add(self, **stats):
-        for k, v in stats.items():
-            self.values.setdefault(k, []).append(float(v))
+    def add(self, weight=1, **stats):
+        self.rows.append(dict({k: float(v) for k, v in stats.items()}, weight=float(weight)))
 
     def reduce(self, run):
         """{name: number} over micro-batches and ranks (a loss is the mean over ranks)."""
-        names = sorted(self.values)
-        pick = {k: max if 'max' in k or 'diff' in k else sum for k in names}
-        mine = [pick[k](self.values[k]) / (1 if k == 'loss' or pick[k] is max else len(self.values[k])) for k in names]
-        table = gather(torch.tensor([mine], dtype=torch.float64, device=run.device), run).T.tolist()
-        return {k: max(row) if pick[k] is max else sum(row) / len(row) for k, row in zip(names, table)}
+        names = sorted(self.rows[0])
+        table = torch.tensor([[row[k] for k in names] for row in self.rows], dtype=torch.float64, device=run.device)
+        table = dict(zip(names, gather(table, run).T))
+        weight = table.pop('weight')
+        return {k: (v.max() if 'max' in k or 'diff' in k else v.sum() / run.world if k == 'loss' else (v * weight).sum() / weight.sum()).item()
+                for k, v in table.items()}
 
 
 def reward_fields(r):

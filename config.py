@@ -57,8 +57,33 @@ presets = dict(tiny={}, medium=dict(
     negative_prompt='Generate a random, low quality, ugly, blur, bad and anime, cartoon image.',
     lora_rank=32, micro_batch=1, checkpointing=True, dtype='bfloat16'))
 presets['paper'] = dict(presets['medium'], decoder='stabilityai/stable-diffusion-3.5-large', guidance=5.0, micro_batch=2)
-choices = dict(condition=('text', 'answer', 'image', 'text+image'), dtype=('float32', 'bfloat16'), sde=('flow', 'cps'))
+choices = dict(condition=('text', 'answer', 'image', 'text+image'), dtype=('float32', 'bfloat16'), sde=('flow', 'cps'), loss_mean=('token', 'caption', 'constant'))
 # -------------------------------------------------------------------------------------------------------------------
+
+# the published config.json of what the presets name, so that sizes are known before the first download (--plan, tests)
+_sd3 = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64, joint_attention_dim=4096, pooled_projection_dim=2048,
+            qk_norm='rms_norm')
+_sd3_vae = dict(block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, layers_per_block=2,
+                latent_channels=16, norm_num_groups=32, sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609,
+                use_quant_conv=False, use_post_quant_conv=False)
+architectures = {
+    'Qwen/Qwen2.5-VL-3B-Instruct': dict(
+        text_config=dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+                         max_position_embeddings=128000, max_window_layers=70, rms_norm_eps=1e-6, tie_word_embeddings=True,
+                         bos_token_id=151643, eos_token_id=151645, rope_parameters=dict(rope_type='default', rope_theta=1e6, mrope_section=[16, 24, 24])),
+        vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048, patch_size=14, spatial_merge_size=2,
+                           temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2),
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653, tie_word_embeddings=True),
+    'stabilityai/stable-diffusion-3.5-medium': dict(
+        transformer=dict(_sd3, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384, dual_attention_layers=tuple(range(13))),
+        vae=_sd3_vae, scheduler=dict(num_train_timesteps=1000, shift=3.0)),
+    'stabilityai/stable-diffusion-3.5-large': dict(
+        transformer=dict(_sd3, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, dual_attention_layers=()),
+        vae=_sd3_vae, scheduler=dict(num_train_timesteps=1000, shift=3.0)),
+    'ViT-L-14-quickgelu:openai': dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=224,
+                                      projection_dim=768),           # its image tower, as a CLIPVisionConfig
+    'facebook/dinov2-large': dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518),
+}
 
 
 class ConfigError(SystemExit):

@@ -45,8 +45,10 @@ keys = dict(
     updates = 1,               # optimiser steps per rollout
     lr = 2e-4,
     grad_clip = 1.0,           # largest gradient norm
+    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 0,                # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
+    offload = False,           # encoder and VAE wait on the CPU while the decoder is updated
     shuffle_reward = False,    # control: rewards permuted over the batch
 )
 own_presets = dict(
@@ -92,8 +94,9 @@ def window(step, c):
 
 
 @torch.no_grad()
-def rollout(uae, tower, x, index, step, c):
-    """G drawings of each image's caption, and their rewards. x (P, 3, R, R), index (P,) position in the global batch.
+def rollout(uae, tower, x, index, step, c, neg=None):
+    """G drawings of each image's caption, and their rewards. x (P, 3, R, R), index (P,) position in the global batch,
+    neg: the unconditional branch's condition, if there is guidance.
 
     Returns cond (B, cond_len, D), path (z, z_next) each (B, W, C, H, W), old_logp (B, W), r (P, G), words (P,).
     """
@@ -108,15 +111,14 @@ def rollout(uae, tower, x, index, step, c):
         z = common.normal(uae.latent_shape(), who, c.seed, 'start', step)
     noisy, _ = window(step, c)
     noise = common.normal((noisy[1] - noisy[0], *uae.latent_shape()), who, c.seed, 'sde', step)
-    z0, path, old_logp = uae.draw_sde(z.to(uae.device), cond, c.sample_steps, noise.to(uae.device), c.sde, c.noise_level, noisy)
+    z0, path, old_logp = uae.draw_sde(z.to(uae.device), cond, c.sample_steps, noise.to(uae.device), c.sde, c.noise_level, noisy, neg)
     r = clip_reward(x.repeat_interleave(G, 0), uae.to_image(z0), tower).view(-1, G)
     return cond, *path, old_logp, r, ((y != uae.end) * mask).sum(1)
 
 
-def loss_of(uae, ref, cond, z, z_next, old_logp, adv, step, share, c):
+def loss_of(uae, ref, cond, z, z_next, old_logp, adv, step, share, c, neg=None):
     """The whole loss of a micro-batch; `share` = world / samples of the step."""
     noisy, trained = window(step, c)
-    neg = uae.negative() if c.guidance != 1.0 else None
     args = (z, z_next), trained, cond, c.sample_steps, c.sde, c.noise_level, noisy[0], neg
     logp, mean, std = uae.step_logp(*args)
     loss, stats = policy_loss(logp, old_logp[:, trained], adv, clip=c.clip_range)
@@ -139,12 +141,16 @@ def main(argv):
     train, held = open_data(c, run)
     uae = UAE(c, run.device)
     params = uae.train_only('decoder')
-    # the stage's initial policy, after a resume too
-    ref = (UAE(common.unresumed(c), run.device) if first else uae).reference('decoder') if c.kl else None
+    ref = None
+    if c.kl:                                                                  # the stage's initial policy, after a resume too
+        start = UAE(common.unresumed(c), run.device) if first else uae
+        start.train_only('decoder')
+        ref = start.reference('decoder')
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
     opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)
     common.restore(c, opt)
+    neg = uae.negative() if c.guidance != 1.0 else None                       # the encoder is frozen: once
     log, evaluate = common.Log(c, run), Evaluator(uae, held, c, run)
 
     for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc='grpo_decoder', disable=not run.master):
@@ -152,7 +158,7 @@ def main(argv):
         # rollout, in micro-batches of whole groups
         batch = train.batch(c.seed, step, c.prompts, run.rank, run.world)
         x = batch['x'].to(run.device)
-        parts = [rollout(uae, tower, x[i], batch['index'][i], step, c) for i in common.image_slices(P, c.group, c.micro_batch)]
+        parts = [rollout(uae, tower, x[i], batch['index'][i], step, c, neg) for i in common.image_slices(P, c.group, c.micro_batch)]
         cond, z, z_next, old_logp, r, words = (torch.cat(t) for t in zip(*parts))
 
         # advantage: whole groups on one rank; the control permutes rewards over the whole batch, reproducibly
@@ -163,15 +169,18 @@ def main(argv):
         b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P]).flatten()                       # (P, G) -> (B,)
 
         # update
-        for _ in range(c.updates):
-            stats = common.Stats()
-            for (_,), b, last in common.group_slices((r,), c.group, c.micro_batch):
-                with common.no_sync(ddp, not last):
-                    loss, stat = ddp(loss_of, ref, cond[b], z[b], z_next[b], old_logp[b], b_adv[b], step, run.world / all_r.numel(), c)
-                    loss.backward()
-                stats.add(loss=loss.detach(), **stat)
-            norm = common.optimise(opt, params, step, c)
-        log(step, **common.reward_fields(all_r), **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c),
+        with uae.parked(*['encoder', 'vae'] * c.offload):
+            for k in range(c.updates):
+                stats = common.Stats()
+                for (_,), b, last in common.group_slices((r,), c.group, c.micro_batch):
+                    with common.no_sync(ddp, not last):
+                        loss, stat = ddp(loss_of, ref, cond[b], z[b], z_next[b], old_logp[b], b_adv[b], step, run.world / all_r.numel(), c, neg)
+                        loss.backward()
+                    stats.add(len(b_adv[b]), loss=loss.detach(), **stat)
+                stats = stats.reduce(run)
+                diff = stats['logp_diff'] if k == 0 else diff                   # after an update the two differ by right
+                taken = common.optimise(opt, params, step, c)
+        log(step, **common.reward_fields(all_r), **dict(stats, logp_diff=diff), **taken,
             caption_len=common.total(words.sum(), run) / c.prompts,
             skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
         common.maybe_save(c, run, step + 1, uae, opt)

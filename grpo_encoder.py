@@ -37,13 +37,18 @@ keys = dict(
     group = 8,                 # G captions per image; their mean reward is the baseline
     temperature = 1.0,         # of the sampling, and of the log-probs in the loss
     clip_range = (0.2, 0.2),   # ratio in [1 - a, 1 + b]; (0.2, 0.28) is clip-higher
+    adv_std = True,            # divide by the group's std; False is Dr. GRPO's: groups that hardly differ weigh less
+    loss_mean = 'token',       # 'token': over all tokens of the step; 'caption': over each caption, then captions (GRPO, the paper);
+                               # 'constant': the sum over captions * caption_len (Dr. GRPO): no length normalisation at all
     kl = 0.0,                  # weight of the k3 estimate against the stage's initial captioner
     updates = 1,               # optimiser steps per rollout; 1 = on policy, the ratio is 1 and its gradient is not 0
     lr = 1e-4,                 # the language model is policy and text encoder at once: a larger step outruns the decoder (LOG.md)
     grad_clip = 1.0,           # largest gradient norm
+    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 0,                # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant: without it and without KL
                                # the captioner collapses (README, what goes wrong)
+    offload = False,           # decoder and VAE wait on the CPU while the encoder is updated
     shuffle_reward = False,    # control: rewards permuted over the batch, nothing can be learned from them
 )
 own_presets = dict(
@@ -52,17 +57,23 @@ own_presets = dict(
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def group_advantage(r):
-    """A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4) over the group: r (P, G) -> (P, G); exactly 0 where all are equal."""
+def group_advantage(r, std=True):
+    """A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4) over the group: r (P, G) -> (P, G); exactly 0 where all are equal.
+    Without std, A_i = R_i - mean_j R_j (Dr. GRPO, arXiv 2503.20783)."""
     centred = r - r.mean(1, keepdim=True)
     equal = (r == r[:, :1]).all(1, keepdim=True)
-    return torch.where(equal, 0.0, centred / (r.std(1, keepdim=True) + 1e-4))
+    return torch.where(equal, 0.0, centred / (r.std(1, keepdim=True) + 1e-4) if std else centred)
+
+
+def token_weights(mask, loss_mean):
+    """(B, T) weights of the sampled tokens in the loss, before they are normalised: 1 each, or 1 / |y_i| for 'caption'."""
+    return mask / mask.sum(1, keepdim=True) if loss_mean == 'caption' else mask
 
 
 def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
     """Clipped surrogate of the token policy, minus the mean over sampled tokens of min(ratio A, clip(ratio) A).
 
-    logp, old_logp (B, T), adv (B,), mask (B, T), 0 where no token was sampled. Returns loss () and detached stats.
+    logp, old_logp (B, T), adv (B,), mask (B, T), 0 where no token was sampled, else its weight. Returns loss () and detached stats.
     """
     mask = torch.ones_like(logp) if mask is None else mask
     valid, count = mask > 0, mask.sum().clamp(min=1e-8)
@@ -97,27 +108,32 @@ def rollout(uae, tower, x, index, step, c):
     return seen, y, mask, old_logp, r
 
 
-def loss_of(uae, seen, y, mask, old_logp, ref_logp, adv, share, c):
-    """The whole loss of a micro-batch; `share` = 1 / (the step's valid tokens, per rank on average)."""
+def loss_of(uae, seen, y, weight, old_logp, ref_logp, adv, share, c):
+    """The whole loss of a micro-batch; weight (B, T) of `token_weights`; `share` = world / (what the step's weights are divided by)."""
     logp = uae.caption_logp(seen, y, c.temperature)
-    loss, stats = policy_loss(logp, old_logp, adv, mask, c.clip_range)
+    loss, stats = policy_loss(logp, old_logp, adv, weight, c.clip_range)
     if c.kl:
-        k3 = (kl_k3(logp, ref_logp) * mask).sum() / mask.sum()
+        k3 = (kl_k3(logp, ref_logp) * weight).sum() / weight.sum()
         loss, stats = loss + c.kl * k3, dict(stats, kl=k3.detach())
-    stats['logp_diff'] = ((logp - old_logp) * mask).detach().abs().max()
-    return loss * mask.sum() * share, stats
+    stats['logp_diff'] = ((logp - old_logp) * (weight > 0)).detach().abs().max()
+    return loss * weight.sum() * share, stats
 
 
 def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
+    if c.condition == 'image':
+        raise SystemExit('--condition=image: the decoder would not see the caption, so no caption could be better than another')
     run = common.start(c)
     P = common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)
     train, held = open_data(c, run)
     uae = UAE(c, run.device)
     params = uae.train_only('encoder')
-    # the stage's initial policy, after a resume too
-    ref = (UAE(common.unresumed(c), run.device) if first else uae).reference('encoder') if c.kl else None
+    ref = None
+    if c.kl:                                                                  # the stage's initial policy, after a resume too
+        start = UAE(common.unresumed(c), run.device) if first else uae
+        start.train_only('encoder')
+        ref = start.reference('encoder')
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
     opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)
@@ -142,21 +158,26 @@ def main(argv):
         if c.shuffle_reward:
             order = torch.randperm(all_r.numel(), generator=common.generator(c.seed, 'shuffle', step))
             all_r = all_r.flatten()[order.to(all_r.device)].view_as(all_r)
-        b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P]).flatten()                       # (P, G) -> (B,)
+        b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P], c.adv_std).flatten()                       # (P, G) -> (B,)
 
         # update
+        weight = token_weights(mask, c.loss_mean)
         tokens = common.total(mask.sum(), run)
-        for _ in range(c.updates):
-            stats = common.Stats()
-            for s, b, last in common.group_slices(seen, c.group, c.micro_batch):
-                with common.no_sync(ddp, not last):
-                    loss, stat = ddp(loss_of, s, y[b], mask[b], old_logp[b], ref_logp[b], b_adv[b], run.world / tokens, c)
-                    loss.backward()
-                stats.add(loss=loss.detach(), **stat)
-            norm = common.optimise(opt, params, step, c)
+        count = all_r.numel() * c.caption_len if c.loss_mean == 'constant' else common.total(weight.sum(), run)
+        with uae.parked(*['decoder', 'vae'] * c.offload):
+            for k in range(c.updates):
+                stats = common.Stats()
+                for s, b, last in common.group_slices(seen, c.group, c.micro_batch):
+                    with common.no_sync(ddp, not last):
+                        loss, stat = ddp(loss_of, s, y[b], weight[b], old_logp[b], ref_logp[b], b_adv[b], run.world / count, c)
+                        loss.backward()
+                    stats.add(weight[b].sum(), loss=loss.detach(), **stat)
+                stats = stats.reduce(run)
+                diff = stats['logp_diff'] if k == 0 else diff                   # after an update the two differ by right
+                taken = common.optimise(opt, params, step, c)
         words = (y != uae.end) * mask                                                                   # without end tokens
         entropy = -common.total((old_logp * mask).sum(), run) / tokens                                  # of the policy, nats a token, estimated
-        log(step, **common.reward_fields(all_r), **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c), entropy=entropy,
+        log(step, **common.reward_fields(all_r), **dict(stats, logp_diff=diff), **taken, entropy=entropy,
             caption_len=common.total(words.sum(), run) / all_r.numel(), truncated=common.total(words[:, -1].sum(), run) / all_r.numel(),
             skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
         common.maybe_save(c, run, step + 1, uae, opt)

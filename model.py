@@ -17,7 +17,7 @@ s = 1 (noise) to s = 0 (image). Latents, sigmas and log-probs are float32 whatev
 import copy
 import math
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -115,14 +115,15 @@ class UAE(nn.Module):
         ckpt = common.find_checkpoint(c, need_projector=not new_projector)
         full_encoder, full_decoder = (os.path.exists(f'{ckpt}/{p}/config.json') for p in ('encoder', 'decoder/transformer'))
         dtype, self.release = getattr(torch, c.dtype), common.find_release(ckpt)
+        masters = dtype if c.lora_rank else torch.float32         # full fine-tuning: what a checkpoint holds is not rounded on the way in
         self.source = f'{self.release}/llm_processor' if self.release and os.path.isdir(f'{self.release}/llm_processor') else c.encoder
         self.processor = common.load(AutoProcessor, self.source)
         self.tokenizer = self.processor.tokenizer
         if self.release and not full_encoder:
-            self.encoder, self.decoder, projector = common.load_release(self.release, dtype)
+            self.encoder, self.decoder, projector = common.load_release(self.release, masters)
         else:
-            self.encoder = common.load(Qwen2_5_VLForConditionalGeneration, f'{ckpt}/encoder' if full_encoder else c.encoder, dtype=dtype)
-            self.decoder = common.load(SD3Transformer2DModel, f'{ckpt}/decoder' if full_decoder else c.decoder, subfolder='transformer', torch_dtype=dtype)
+            self.encoder = common.load(Qwen2_5_VLForConditionalGeneration, f'{ckpt}/encoder' if full_encoder else c.encoder, dtype=masters)
+            self.decoder = common.load(SD3Transformer2DModel, f'{ckpt}/decoder' if full_decoder else c.decoder, subfolder='transformer', torch_dtype=masters)
         self.vae = common.load(AutoencoderKL, c.decoder, subfolder='vae', torch_dtype=dtype)
         self.scheduler = common.load(FlowMatchEulerDiscreteScheduler, c.decoder, subfolder='scheduler')
         self.projector = Projector(self.encoder.config.text_config.hidden_size, self.decoder.config.joint_attention_dim)
@@ -155,7 +156,7 @@ class UAE(nn.Module):
         self.before_text, self.after_text = around(text, '\0')
 
     def train_only(self, *modules):
-        """Marks what a stage trains: requires_grad on, master weights in float32; returns those parameters.
+        """Marks what a stage trains: requires_grad on, master weights in float32, the rest in c.dtype; returns those parameters.
 
         'encoder' is the language model without lm_head (where it is tied to the embedding both move) and never the
         vision tower; 'decoder' the transformer, never the VAE. With LoRA only the adapters.
@@ -168,6 +169,9 @@ class UAE(nn.Module):
                 if name == 'projector' or not self.c.lora_rank or 'lora_' in key and '.ref.' not in key:
                     p.data = p.data.float()
                     p.requires_grad_(True)
+        for p in (*self.encoder.parameters(), *self.decoder.parameters()):
+            if not p.requires_grad:
+                p.data = p.data.to(getattr(torch, self.c.dtype))
         if self.c.checkpointing:
             self.encoder.gradient_checkpointing_enable()
             self.decoder.enable_gradient_checkpointing()
@@ -189,6 +193,17 @@ class UAE(nn.Module):
         finally:
             for m in towers:
                 m.eval()
+
+    @contextmanager
+    def parked(self, *names):
+        """Context in which the parts named ('encoder', 'decoder', 'vae') wait on the CPU."""
+        for name in names:
+            getattr(self, name).to('cpu')
+        try:
+            yield
+        finally:
+            for name in names:
+                getattr(self, name).to(self.device)
 
     def autocast(self):
         """Matrix work in c.dtype over float32 master weights; nothing to do in float32."""
@@ -382,13 +397,13 @@ class UAE(nn.Module):
         return z
 
     @torch.no_grad()
-    def draw_sde(self, z, c, S, noise, kind, noise_level, window):
+    def draw_sde(self, z, c, S, noise, kind, noise_level, window, neg=None):
         """SDE sampler with its log-probs: steps in `window` = (first, last + 1) are stochastic, the others ODE steps.
 
-        noise (B, W, C, H, W): standard normal, one per stochastic step. Returns z_0 (B, C, H, W), path = (z, z_next) each
+        noise (B, W, C, H, W): standard normal, one per stochastic step; neg: `negative()`, if there is guidance. Returns z_0 (B, C, H, W), path = (z, z_next) each
         (B, W, C, H, W), and logp (B, W) recorded while sampling.
         """
-        sig, neg = self.sigmas(S), self.negative() if self.c.guidance != 1.0 else None
+        sig = self.sigmas(S)
         path, logps = [], []
         for i in range(S):
             v = self.velocity(z, sig[i], c, neg, self.c.guidance)

@@ -147,6 +147,7 @@ def export(uae, c):
     os.makedirs(f'{tmp}/decoder')
     for tower in (uae.encoder, uae.decoder):
         merge_lora(tower)
+        tower.to(getattr(torch, c.dtype))
     # a loaded model's save_pretrained repeats the names of the file it came from; harnesses need the hub's
     weights = {k.replace('model.language_model.', 'model.').replace('model.visual.', 'visual.'): v for k, v in uae.encoder.state_dict().items()}
     if uae.head.weight is uae.embed.weight:

@@ -196,18 +196,19 @@ def test_the_reference_is_frozen_and_stays(one_step):
 def test_non_finite_gradients_skip_the_step_and_end_the_run(tmp_path):
     from types import SimpleNamespace
     from running import refusal
-    c = SimpleNamespace(lr=1.0, warmup=0, lr_decay=0.0, steps=9, grad_clip=1.0, out_dir=str(tmp_path))
+    c = SimpleNamespace(lr=1.0, warmup=0, lr_decay=0.0, steps=9, grad_clip=1.0, patience=3, out_dir=str(tmp_path))
     p = torch.nn.Parameter(torch.zeros(2))
     opt = torch.optim.SGD([p], lr=123.0)
 
     def step(grad):
         p.grad = torch.tensor(grad)
-        return common.optimise(opt, [p], 0, c, patience=3)
-    assert step([3.0, 4.0]) == 5.0 and torch.allclose(p, torch.tensor([-0.6, -0.8])), 'clipped to norm 1, lr from the schedule'
+        return common.optimise(opt, [p], 0, c)
+    assert step([3.0, 4.0]) == dict(grad_norm=5.0, lr=1.0, bad_steps=0) and torch.allclose(p, torch.tensor([-0.6, -0.8])), 'clipped to norm 1, lr from the schedule'
     assert p.grad is None
     for _ in range(2):
         for _ in range(2):
-            step([float('nan'), 0.0])
+            taken = step([float('nan'), 0.0])
+        assert taken['bad_steps'] == 2 and taken['grad_norm'] == -1, 'counted, and a JSON number'
         assert torch.allclose(p.detach().abs().sum(), torch.tensor(1.4)), 'skipped'
         step([0.0, 0.0])                         # a good one: the count starts again
     step([float('inf'), 0.0]), step([float('nan'), 0.0])

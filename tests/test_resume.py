@@ -38,7 +38,8 @@ for name, argv, die in json.load(open(sys.argv[1])):
     status = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(status) == bool(die) and (die or os.WEXITSTATUS(status) == 0), (name, argv, status)
 '''
-CASES = [('cold_start',), ('grpo_encoder',), ('grpo_decoder',), ('grpo_encoder', '--kl=0.1'), ('grpo_decoder', '--kl=0.1')]
+CASES = [('cold_start',), ('grpo_encoder',), ('grpo_decoder',), ('grpo_encoder', '--kl=0.1'), ('grpo_decoder', '--kl=0.1'),
+         ('grpo_encoder', '--kl=0.1', '--dtype=bfloat16'), ('cold_start', '--dtype=bfloat16')]
 
 
 def name_of(case):

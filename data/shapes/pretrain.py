@@ -36,6 +36,7 @@ keys = dict(
     settle_steps = 250,                          # then as many while the learning rate falls to 0
     decoder_images = 32768,                      # distinct scenes it draws them from
     full_share = 0.75,                           # of the decoder's conditions are full captions, the others terse
+    most_phrases = 0,                            # most phrases of a caption the captioner is ever taught; 0 = all
 )
 # -------------------------------------------------------------------------------------------------------------------
 
@@ -230,8 +231,16 @@ def new_models(c):
     save_file(Projector(128, 128).state_dict(), f'{c.out_dir}/projector.safetensors')
 
 
+def few(text, most, rng):
+    """The caption with at most `most` of its phrases, drawn at random and left in order; 0 = all of them."""
+    phrases = text.removesuffix(' .').split(' , ')
+    if not most or len(phrases) <= most:
+        return text
+    return ' , '.join(phrases[i] for i in sorted(rng.choice(len(phrases), most, replace=False))) + ' .'
+
+
 def pretrain_encoder(c, avoid):
-    """Full captions first: everything the captioner can know about a scene."""
+    """Full captions first (without most_phrases): everything the captioner can know about a scene."""
     from model import UAE
     torch.manual_seed(c.seed + 3)
     rng = np.random.default_rng(c.seed + 3)
@@ -243,7 +252,7 @@ def pretrain_encoder(c, avoid):
 
     def loss_fn():
         scenes = fresh_scenes(rng, 64, avoid)
-        y, mask, _ = uae.tokens([world.caption(s) for s in scenes])
+        y, mask, _ = uae.tokens([few(world.caption(s), c.most_phrases, rng) for s in scenes])
         loss = -(uae.caption_logp(uae.see(pixels(scenes)), y) * mask).sum() / mask.sum()
         return loss, {}
 
@@ -272,7 +281,7 @@ def write_manifest(c, avoid, root):
     with open(f'{root}/manifest.jsonl', 'w') as f:
         for i, scene in enumerate(fresh_scenes(rng, c.decoder_images, avoid)):
             Image.fromarray(world.draw(scene)).save(f'{root}/images/{i:05d}.png', compress_level=1)
-            answer = brief(scene, rng)
+            answer = few(brief(scene, rng), c.most_phrases, rng)
             caption = world.caption(scene) if rng.random() < c.full_share else answer
             f.write(json.dumps(dict(image=f'images/{i:05d}.png', caption=caption, answer=answer)) + '\n')
 

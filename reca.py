@@ -1,0 +1,185 @@
+"""Reconstruction alignment (RecA, arXiv 2509.07295): the decoder learns to redraw an image from what the encoder saw of it.
+
+    python reca.py                                                    # tiny, on the shipped base, in place of cold_start.py
+    python reca.py --init_from=out/grpo_decoder                       # or after the loop
+    torchrun --nproc_per_node=8 reca.py --preset=paper --data=/data/photos --init_from=out/pretrain_decoder
+    python grpo_encoder.py --init_from=out/reca                       # what follows reads a checkpoint like any other
+
+    h_v = last-layer states at the image's positions of (template, image)      c_v = g(h_v)      c_y = g(h_T(y)), y = greedy caption of x
+    z_s = (1 - s) z_0 + s eps      F(c) = mean | v_theta(z_s, s, c) - (eps - z_0) |^2      L = F(c_v) + lambda_t2i F(c_y)
+
+No caption is needed: the image is its own, dense prompt. Encoder frozen (the towers are separate, so lambda_i2t = 0), projector and decoder
+trained. The template stands BEFORE the image: in a causal language model words after it change nothing at the image's positions. Afterwards
+the condition is text again, which `lambda_t2i` keeps alive with captions by the frozen encoder itself.
+
+    paper                                here                              why
+    lambda_t2i = 0                       1                                 its models draw from a sequence that holds the text; this decoder would forget how to read a caption
+    360 templates                        a handful, key `templates`        one distribution of short requests; the tiny tokenizer knows 34 words
+    image at 224 pixels                  `see_resolution`: 224, tiny full  the tiny image is 32 pixels, 16 tokens, already
+    condition dropout by family          10 % to the negative prompt       classifier-free guidance needs the unconditional branch
+    EMA in some runs                     none                              a few hundred updates
+"""
+import sys
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+import config
+from data.images import open_data
+from eval_unified import Evaluator
+from model import UAE
+
+PHOTO_TEMPLATES = ('Describe the picture.|Say what is shown here, thing by thing.|Give a complete account of this image.|Which objects are there, how many, and where?|'
+                   'Put the scene into words: subjects, layout, background.|Name the colours, materials and textures that you see.|'
+                   'Explain the picture to somebody who cannot see it.|List everything that would be needed to paint this again.|Transcribe any text, then describe the rest.|'
+                   'Summary of the image:|What is this?|Foreground first, then background, light and style.')
+
+# --- script keys ---------------------------------------------------------------------------------------------------
+keys = dict(
+    steps = 128,               # updates
+    batch = 48,                # images per update, all ranks together
+    lr = 1e-4,
+    grad_clip = 1.0,           # largest gradient norm
+    warmup = 0,                # updates of linear warm-up
+    lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
+    lambda_t2i = 1.0,          # weight of the same loss conditioned on the encoder's own greedy caption; 0 = captions are not even made
+    states = 'image',          # which states condition the decoder: image (its positions) | image+template (all up to the image's end)
+    template = True,           # a request in front of the image, one of `templates` at random; False = the image alone
+    templates = 'describe the image|the image|describe the image .|describe the background , the image|image , background .',  # '|' between them
+    see_resolution = 0,        # pixels of the image that the encoder sees here; 0 = resolution
+    sigma_mean = 1.0,          # s = sigmoid(sigma_mean + sigma_std N(0,1)); 0 and 1 are SD3's published density
+    sigma_std = 1.2,
+    drop = 0.1,                # share of conditions replaced by the negative prompt
+)
+own_presets = dict(
+    medium=dict(steps=1000, batch=32, lr=4e-5, warmup=10, sigma_mean=0.0, sigma_std=1.0, see_resolution=224, templates=PHOTO_TEMPLATES),
+    paper=dict(steps=1000, batch=96, lr=4e-5, warmup=10, sigma_mean=0.0, sigma_std=1.0, see_resolution=224, templates=PHOTO_TEMPLATES))
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def before_image(uae, template):
+    """Token ids of a user turn up to the image's first position; template '' = the image alone."""
+    content = [dict(type='text', text=template)] * bool(template) + [dict(type='image')]
+    text = uae.processor.apply_chat_template([dict(role='user', content=content)], tokenize=False)
+    return uae.tokenizer(text.split('<|image_pad|>')[0], add_special_tokens=False).input_ids
+
+
+@torch.no_grad()
+def image_states(uae, seen, before, states='image'):
+    """h_v: last-layer states of the frozen encoder, each image read after its own template.
+
+    seen = (features (P, N, d), grid (P, 3)); before: P lists of token ids. -> (P, N, d), the image's positions, or with
+    'image+template' (P, L, d), zero past an image's end. Rows are padded on the right, where causality makes it harmless.
+    """
+    feats, grid = seen
+    (P, N), image = feats.shape[:2], uae.encoder.config.image_token_id
+    ids = torch.full((P, max(map(len, before)) + N), uae.tokenizer.pad_token_id)
+    for row, b in zip(ids, before):
+        row[:len(b) + N] = torch.tensor([*b, *[image] * N])
+    ids = ids.to(uae.device)
+    at = ids == image
+    with uae.autocast():
+        pos, _ = uae.encoder.model.get_rope_index(ids, mm_token_type_ids=at.int(), image_grid_thw=grid)
+        emb = uae.embed(ids)
+        emb = emb.masked_scatter(at[..., None], feats.to(emb.dtype))
+        h = uae.encoder.model.language_model(inputs_embeds=emb, position_ids=pos, use_cache=False).last_hidden_state
+    if states == 'image':
+        return h[at].view(P, N, -1)
+    ends = torch.tensor([len(b) + N for b in before], device=uae.device)
+    return h * (torch.arange(ids.shape[1], device=uae.device) < ends[:, None])[..., None]
+
+
+def see_small(uae, x, c):
+    """x (P, 3, R, R) -> uae.see of it at c.see_resolution."""
+    if c.see_resolution:
+        x = F.interpolate(x, (c.see_resolution, c.see_resolution), mode='bicubic', antialias=True).clamp(-1, 1)
+    return uae.see(x)
+
+
+def flow_loss(uae, z0, cond, s, eps):
+    """F(c): flow matching, mean over everything. z0, eps (B, C, H, W), cond (B, L, D), s (B,)."""
+    s_ = s.view(-1, 1, 1, 1)
+    v = uae.velocity((1 - s_) * z0 + s_ * eps, s, cond)
+    return (v - (eps - z0)).square().mean()
+
+
+def loss_of(uae, z0, s, eps, drop, h, caption, share, c):
+    """The whole loss of a micro-batch, and both its terms; `share` = world / images of the step.
+
+    h (P, L, d) states, drop (P,) bool, caption: the arguments of uae.condition, or None. Dropped conditions train the decoder alone.
+    """
+    nothing, out = uae.negative(), drop.view(-1, 1, 1)
+    with uae.autocast():
+        c_v = uae.projector(uae.pad(h).to(uae.projector.up.weight.dtype))
+    f_v = flow_loss(uae, z0, torch.where(out, nothing[:, :c.cond_len], c_v), s, eps)
+    f_y = flow_loss(uae, z0, torch.where(out, nothing, uae.condition(*caption)), s, eps) if caption else torch.zeros((), device=z0.device)
+    return (f_v + c.lambda_t2i * f_y) * len(z0) * share, f_v.detach(), f_y.detach()
+
+
+def prepare(uae, c, x, rows, step, befores):
+    """Images x (P, 3, R, R) at positions `rows` of the global batch -> the arguments of `loss_of` up to caption, and (y, mask).
+
+    All randomness is addressed by (seed, step, image).
+    """
+    pick = (common.uniform((), rows, c.seed, 'template', step) * len(befores)).long().tolist()
+    h = image_states(uae, see_small(uae, x, c), [befores[i] for i in pick], c.states)
+    s = torch.sigmoid(c.sigma_mean + c.sigma_std * common.normal((), rows, c.seed, 'sigma', step)).to(uae.device)
+    eps = common.normal(uae.latent_shape(), rows, c.seed, 'eps', step).to(uae.device)
+    drop = (common.uniform((), rows, c.seed, 'drop', step) < c.drop).to(uae.device)
+    caption = None
+    if c.lambda_t2i:
+        with torch.no_grad():
+            seen = uae.see(x)
+            y, mask, _ = uae.sample_captions(seen, 1, 0.0)
+        caption = y, mask, seen
+    return uae.to_latent(x), s, eps, drop, h, caption
+
+
+def main(argv):
+    c = config.parse(keys, own_presets, argv, __file__)
+    templates = [t.strip() for t in c.templates.split('|') if t.strip()] if c.template else ['']
+    if c.states not in ('image', 'image+template'):
+        raise SystemExit(f'--states={c.states}: expected image or image+template')
+    if not templates:
+        raise SystemExit("--templates is empty: give some with '|' between them, or --template=False")
+    if not 0 <= c.see_resolution <= c.resolution:
+        raise SystemExit(f'--see_resolution={c.see_resolution}: between 1 and resolution={c.resolution}, or 0 for the full one')
+    run = common.start(c)
+    P = common.per_rank('batch', c.batch, run.world)
+    first = common.open_out_dir(c, run)
+    train, held = open_data(c, run)
+    uae = UAE(c, run.device)
+    befores = [before_image(uae, t) for t in templates]
+    room = image_states(uae, see_small(uae, held['x'][:1].to(run.device), c), [max(befores, key=len)], c.states).shape[1]
+    if room > c.cond_len:
+        raise SystemExit(f'the states of template and image are {room}, cond_len is {c.cond_len}: lower --see_resolution, or shorten --templates')
+    params = uae.train_only('projector', 'decoder')
+    ddp = common.parallel(uae, run)
+    opt = torch.optim.AdamW(params, lr=c.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    common.restore(c, opt)
+    log, evaluate = common.Log(c, run), Evaluator(uae, held, c, run)
+
+    for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc='reca', disable=not run.master):
+        evaluate.every(step)
+        batch = train.batch(c.seed, step, c.batch, run.rank, run.world)
+        stats, words = common.Stats(), []
+        for i in common.image_slices(P, 1, c.micro_batch):
+            *args, caption = prepare(uae, c, batch['x'][i].to(run.device), batch['index'][i], step, befores)
+            with common.no_sync(ddp, i.stop < P):
+                loss, f_v, f_y = ddp(loss_of, *args, caption, run.world / c.batch, c)
+                loss.backward()
+            stats.add(loss=loss.detach(), flow_image=f_v, flow_text=f_y)
+            words += [(caption[0] != uae.end) * caption[1]] if caption else []
+        norm = common.optimise(opt, params, step, c)
+
+        words = torch.cat(words) if words else torch.zeros(1, 1)
+        log(step, **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c), caption_len=common.total(words.sum(), run) / c.batch,
+            truncated=common.total(words[:, -1].sum(), run) / c.batch, skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
+        common.maybe_save(c, run, step + 1, uae, opt)
+    evaluate.every(c.steps, last=True)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
