@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 
@@ -283,6 +283,23 @@ def add_lora(tower, rank, targets, path):
         result = set_peft_model_state_dict(tower, saved)
         if result.unexpected_keys:
             raise SystemExit(f'{path}: not an adapter of this model; first unknown key {result.unexpected_keys[0]}')
+
+
+def pooled_of_nothing(c, width):
+    """pooled_projections (1, width): the constant pooled CLIP-L + CLIP-G embedding of the empty string, computed once by
+    the decoder's own text encoders and cached; zeros where the decoder comes without text encoders (the tiny one)."""
+    if os.path.isdir(c.decoder) and not os.path.isdir(f'{c.decoder}/text_encoder'):
+        return torch.zeros(1, width)
+    cache = os.path.join('out', 'pooled-' + c.decoder.strip('/').replace('/', '--') + '.safetensors')
+    if not os.path.exists(cache):
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+        parts = []
+        for i in ('', '_2'):
+            ids = load(CLIPTokenizer, c.decoder, subfolder=f'tokenizer{i}')('', padding='max_length', return_tensors='pt').input_ids
+            with torch.no_grad():
+                parts.append(load(CLIPTextModelWithProjection, c.decoder, subfolder=f'text_encoder{i}')(ids).text_embeds)
+        write_atomic(cache, lambda path: save_file(dict(pooled=torch.cat(parts, -1).float()), path))
+    return load_file(cache)['pooled']
 
 
 # --- the authors' release: --init_from=uae:DIR -------------------------------------------------------------------------

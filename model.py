@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import add_lora
+from common import add_lora, pooled_of_nothing
 
 # where LoRA goes: every linear layer of the language model, never the vision tower, lm_head or projector; in the decoder
 # the attention projections that Flow-GRPO adapts
@@ -470,20 +470,3 @@ class UAE(nn.Module):
         self.encoder.peft_config['default'].save_pretrained(f'{folder}/encoder')
         StableDiffusion3Pipeline.save_lora_weights(f'{folder}/decoder', get_peft_model_state_dict(self.decoder),
                                                    transformer_lora_adapter_metadata=self.decoder.peft_config['default'].to_dict())
-
-
-def pooled_of_nothing(c, width):
-    """pooled_projections (1, width): the constant pooled CLIP-L + CLIP-G embedding of the empty string, computed once by
-    the decoder's own text encoders and cached; zeros where the decoder comes without text encoders (the tiny one)."""
-    if os.path.isdir(c.decoder) and not os.path.isdir(f'{c.decoder}/text_encoder'):
-        return torch.zeros(1, width)
-    cache = os.path.join('out', 'pooled-' + c.decoder.strip('/').replace('/', '--') + '.safetensors')
-    if not os.path.exists(cache):
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-        parts = []
-        for i in ('', '_2'):
-            ids = common.load(CLIPTokenizer, c.decoder, subfolder=f'tokenizer{i}')('', padding='max_length', return_tensors='pt').input_ids
-            with torch.no_grad():
-                parts.append(common.load(CLIPTextModelWithProjection, c.decoder, subfolder=f'text_encoder{i}')(ids).text_embeds)
-        common.write_atomic(cache, lambda path: save_file(dict(pooled=torch.cat(parts, -1).float()), path))
-    return load_file(cache)['pooled']
