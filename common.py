@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 
@@ -103,7 +104,7 @@ def load(cls, path, **kwargs):
     """cls.from_pretrained with one clear line when the folder or hub id cannot be had."""
     try:
         return cls.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         where = os.path.join(path, kwargs.get('subfolder', ''))
         first = (str(e).strip().splitlines() or [''])[0][:160]
         raise SystemExit(f'cannot load {cls.__name__} from {where!r}: {first}')
@@ -117,7 +118,7 @@ def newest(out_dir):
 
 def find_checkpoint(c, need_projector=True):
     """The folder a run starts from: --resume's own newest, --init_from, or the shipped base of the tiny preset
-    ('' where there is none and need_projector is False).
+    ('' where there is none and need_projector is False). --init_from=uae:DIR stays as it is, see `load_release`.
 
     Raises SystemExit in one line when there is none, when it is half-written, or when it belongs to other base models.
     """
@@ -130,6 +131,8 @@ def find_checkpoint(c, need_projector=True):
             raise SystemExit(f'no trained projector next to {c.encoder!r}: give --init_from=CHECKPOINT, '
                              'made by pretrain_decoder.py (stage 0) or cold_start.py (stage 1)')
         return folder
+    if not folder and c.init_from.startswith('uae:'):
+        return c.init_from
     folder = folder or newest(c.init_from) or c.init_from
     if not os.path.isdir(folder):
         raise SystemExit(f'--init_from={c.init_from}: no such folder')
@@ -236,7 +239,7 @@ def save(c, run, step, uae, optimizer, keep=2):
         uae.save(folder + '.tmp')
         torch.save(dict(optimizer=optimizer.state_dict(), step=step), f'{folder}.tmp/state.pt')
         with open(f'{folder}.tmp/meta.json', 'w') as f:
-            json.dump(dict(step=step, config=vars(c)), f, indent=1)
+            json.dump(dict(step=step, release=getattr(uae, 'release', ''), config=vars(c)), f, indent=1)
         os.replace(folder + '.tmp', folder)
         done = sorted(glob.glob(f'{c.out_dir}/step_' + '[0-9]' * 6))
         for old in done[:-keep]:
@@ -280,6 +283,133 @@ def add_lora(tower, rank, targets, path):
         result = set_peft_model_state_dict(tower, saved)
         if result.unexpected_keys:
             raise SystemExit(f'{path}: not an adapter of this model; first unknown key {result.unexpected_keys[0]}')
+
+
+def pooled_of_nothing(c, width):
+    """pooled_projections (1, width): the constant pooled CLIP-L + CLIP-G embedding of the empty string, computed once by
+    the decoder's own text encoders and cached; zeros where the decoder comes without text encoders (the tiny one)."""
+    if os.path.isdir(c.decoder) and not os.path.isdir(f'{c.decoder}/text_encoder'):
+        return torch.zeros(1, width)
+    cache = os.path.join('out', 'pooled-' + c.decoder.strip('/').replace('/', '--') + '.safetensors')
+    if not os.path.exists(cache):
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+        parts = []
+        for i in ('', '_2'):
+            ids = load(CLIPTokenizer, c.decoder, subfolder=f'tokenizer{i}')('', padding='max_length', return_tensors='pt').input_ids
+            with torch.no_grad():
+                parts.append(load(CLIPTextModelWithProjection, c.decoder, subfolder=f'text_encoder{i}')(ids).text_embeds)
+        write_atomic(cache, lambda path: save_file(dict(pooled=torch.cat(parts, -1).float()), path))
+    return load_file(cache)['pooled']
+
+
+# --- the authors' release: --init_from=uae:DIR -------------------------------------------------------------------------
+RELEASE_SCALE = 2.0          # alpha / rank of adapters that come without their configuration: the release's own 64 / 32
+
+
+def find_release(ckpt):
+    """The release's folder below a start 'uae:DIR' or below the adapters of a checkpoint that began there, '' = none."""
+    if ckpt.startswith('uae:'):
+        return os.path.abspath(ckpt.removeprefix('uae:'))
+    return read_meta(ckpt).get('release', '') if os.path.exists(f'{ckpt}/meta.json') else ''
+
+
+def released_key(key):
+    """A tensor's name in the release -> (name in our modules, 'A' or 'B' if it is one factor of a LoRA pair, else '').
+
+    Whoever wrapped the model (peft, DistributedDataParallel) and whichever transformers named its parts, Qwen's become
+    model.language_model.*, model.visual.*, lm_head.*; Sequential's projector.0 and .2 become projector.up and .down.
+    """
+    key = re.sub(r'^(module\.|transformer\.)+|base_model\.(model\.)?|\.base_layer(?=\.)', '', key)
+    pair = re.fullmatch(r'(.+)\.lora_([AB])(\.default)?\.weight', key)
+    key, factor = (f'{pair[1]}.weight', pair[2]) if pair else (key, '')
+    key = re.sub(r'^(model\.)?projector\.([02])\.', lambda m: {'0': 'projector.up.', '2': 'projector.down.'}[m[2]], key)
+    key = re.sub(r'^(model\.)?visual\.', 'model.visual.', key)
+    return re.sub(r'^(model\.)?(language_model\.)?(model\.)?(layers|embed_tokens|norm)\.', r'model.language_model.\4.', key), factor
+
+
+def shards(folder):
+    """Yields (place, key, read) of every tensor in a folder's safetensors, those of its index where it has one."""
+    paths = sorted(glob.glob(f'{folder}/*.safetensors'))
+    for index in glob.glob(f'{folder}/*.safetensors.index.json'):
+        with open(index) as f:
+            paths = sorted({os.path.join(folder, name) for name in json.load(f)['weight_map'].values()})
+    if not paths:
+        raise SystemExit(f'{folder}: no safetensors here')
+    for path in paths:
+        try:
+            with safe_open(path, 'pt') as f:
+                for key in f.keys():
+                    yield f'{path}: {key}', key, lambda: f.get_tensor(key)
+        except (OSError, SafetensorError) as e:
+            raise SystemExit(f'{path} is missing or damaged: {e}')
+
+
+def lora_scale(folder):
+    """alpha / rank of the adapters in a folder."""
+    if not os.path.exists(f'{folder}/adapter_config.json'):
+        return RELEASE_SCALE
+    with open(f'{folder}/adapter_config.json') as f:
+        config = json.load(f)
+    odd = [k for k in ('use_dora', 'use_rslora', 'rank_pattern', 'alpha_pattern', 'fan_in_fan_out', 'modules_to_save') if config.get(k)]
+    if odd or config.get('bias', 'none') != 'none':
+        raise SystemExit(f'{folder}/adapter_config.json: only plain LoRA can be read, this has {" ".join(odd) or "bias"}')
+    return config['lora_alpha'] / config['r']
+
+
+@torch.no_grad()
+def overlay(state, folder):
+    """Writes a folder's tensors over `state`, {our name: tensor}, in place: whole weights replace, LoRA pairs are added as
+    alpha / rank B A. Nothing has to be there, but what is there has to fit: else SystemExit in one line."""
+    pairs, scale = {}, lora_scale(folder)
+    for place, key, read in shards(folder):
+        name, factor = released_key(key)
+        if name not in state:
+            raise SystemExit(f'{place}: unknown key, the model has no {name!r}')
+        tensor = read()
+        if factor:
+            pairs.setdefault(name, {})[factor] = tensor
+        elif tensor.shape != state[name].shape:
+            raise SystemExit(f'{place}: shape {tuple(tensor.shape)}, the model has {tuple(state[name].shape)}')
+        else:
+            state[name].copy_(tensor)
+    for name, pair in pairs.items():
+        if len(pair) < 2:
+            raise SystemExit(f'{folder}: half a LoRA pair at {name!r}')
+        if (pair['B'].shape[0], pair['A'].shape[1]) != tuple(state[name].shape):
+            raise SystemExit(f'{folder}: the LoRA pair at {name!r} is for {pair["B"].shape[0]}x{pair["A"].shape[1]}, the model has {tuple(state[name].shape)}')
+        state[name].add_((scale * pair['B'].float() @ pair['A'].float()).to(state[name].device))
+
+
+def load_release(folder, dtype):
+    """Reads the layout of the authors' release -> encoder, decoder, {name: tensor} of the projector.
+
+    llm: Qwen2.5-VL with the projector in its shards; llm_lora (optional): the weights of stage 2, whole ones or LoRA pairs,
+    which win over llm's; dit: the transformer; dit_lora (optional): its adapter in peft's layout, added in.
+    """
+    from diffusers import SD3Transformer2DModel
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    for part in ('llm', 'dit'):
+        if not os.path.isdir(f'{folder}/{part}'):
+            raise SystemExit(f'--init_from=uae:{folder}: no folder {part} in it (llm, dit and, if there, llm_lora, dit_lora, llm_processor are read)')
+    encoder, seen = load(Qwen2_5_VLForConditionalGeneration, f'{folder}/llm', dtype=dtype, output_loading_info=True)
+    decoder, drawn = load(SD3Transformer2DModel, f'{folder}/dit', torch_dtype=dtype, output_loading_info=True)
+    unknown = [k for k in seen['unexpected_keys'] if not released_key(k)[0].startswith('projector.')]
+    for part, kind, keys in (('llm', 'missing', seen['missing_keys']), ('llm', 'unknown', unknown),
+                             ('dit', 'missing', drawn['missing_keys']), ('dit', 'unknown', drawn['unexpected_keys'])):
+        if keys:
+            raise SystemExit(f'{folder}/{part}: {len(keys)} {kind} keys, first {min(keys)!r}')
+    found = ((released_key(key)[0], read) for _, key, read in shards(f'{folder}/llm'))
+    projector = {name.removeprefix('projector.'): read().float() for name, read in found if name.startswith('projector.')}
+    d, D = encoder.config.text_config.hidden_size, decoder.config.joint_attention_dim
+    need = {'up.weight': (2 * D, d), 'up.bias': (2 * D,), 'down.weight': (D, 2 * D), 'down.bias': (D,)}
+    if {k: tuple(v.shape) for k, v in projector.items()} != need:
+        raise SystemExit(f'{folder}/llm: expected projector.0 and projector.2 that take {d} to {2 * D} to {D} dimensions, '
+                         f'found {", ".join(f"{k} {tuple(v.shape)}" for k, v in sorted(projector.items())) or "none"}')
+    state = {**encoder.state_dict(), **{f'projector.{k}': v for k, v in projector.items()}}
+    for part, over in (('llm_lora', state), ('dit_lora', decoder.state_dict())):
+        if os.path.isdir(f'{folder}/{part}'):
+            overlay(over, f'{folder}/{part}')
+    return encoder, decoder, projector
 
 
 # --- optimisation ----------------------------------------------------------------------------------------------------

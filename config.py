@@ -17,7 +17,7 @@ shared = dict(
     decoder = 'data/shapes/base/decoder',        # folder with transformer/ vae/ scheduler/ as StableDiffusion3Pipeline saves it
     clip = 'local-dir:data/shapes/base/clip',    # open_clip name:weights, or local-dir:FOLDER
     judge = 'data/shapes/base/judge',            # image tower that only evaluation sees: a folder or hub id for AutoModel
-    init_from = '',                              # checkpoint of an earlier stage; '' = the shipped base (tiny only)
+    init_from = '',                              # checkpoint of an earlier stage, or uae:DIR (the authors' release); '' = the shipped base (tiny only)
     out_dir = '',                                # '' = out/<script name>
     data = 'shapes',                             # 'shapes', or a folder / manifest / tar shards (data/README.md)
     data_keys = ('image', 'caption', ''),        # a manifest's field names, and the folder its image paths are relative to
