@@ -4,8 +4,7 @@
     python eval_unified.py --init_from=out/grpo_decoder --eval_images=256
     python eval_unified.py --plot=out/grpo_encoder,out/other      # curves of the evaluations inside some runs
     python eval_unified.py --bench=unified --preset=paper --init_from=out/grpo_decoder --data=UniBench --eval_temperature=0.7 --seeds=3
-    python eval_unified.py --bench=unified --preset=paper --init_from=out/grpo_decoder --data=UniBench --captions=other.jsonl
-    python eval_unified.py --bench=unified --data=UniBench --generated=UniBench/example_image    # somebody else's images
+    python eval_unified.py --bench=unified --data=UniBench --generated=UniBench/example_image    # or --captions=FILE: somebody else's
 
 Captions are greedy unless eval_temperature says otherwise, sampling is the ODE from fixed start noise, and beside the
 tower that was the reward stands one that was not (`judge`). In the embedded world captions and images are counted too:
@@ -21,8 +20,8 @@ import json
 import math
 import os
 import pathlib
-import statistics
 import sys
+import textwrap
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ import common
 import config
 from data.images import FORMATS, open_data
 from model import UAE
-from reward import backbone, backbones, clip_reward, unified_score
+from reward import backbone, backbones, clip_reward, over_seeds, pair, unified_score
 
 # --- script keys ---------------------------------------------------------------------------------------------------
 keys = dict(
@@ -135,7 +134,7 @@ def contact_sheet(columns, texts, path):
     for i, text in enumerate(texts):
         for ax, images in zip(axes[i], columns):
             ax.imshow((images[i].permute(1, 2, 0).cpu().clamp(-1, 1) + 1) / 2, interpolation='nearest')
-        axes[i, -1].text(0, 0.5, text, va='center', fontsize=8, wrap=True)
+        axes[i, -1].text(0, 0.5, text, va='center', fontsize=8, wrap=True, parse_math=False)
         for ax in axes[i]:
             ax.axis('off')
     fig.tight_layout()
@@ -178,38 +177,17 @@ def image_files(folder):
     return [(os.path.basename(p), p) for p in paths]
 
 
-def partner(name, references):
-    """The reference that a file belongs to by the official script's rules: same name, else same stem, else recon_ + stem; or None."""
-    stem = os.path.splitext(name)[0]
-    return name if name in references else next(
-        (r for r in references if stem in (os.path.splitext(r)[0], 'recon_' + os.path.splitext(r)[0])), None)
-
-
-def pair(items, references, what):
-    """[(file name, place)] -> {reference: place}, in the references' order. Raises SystemExit that names whoever lacks a partner or has two."""
-    pairs = {}
-    for name, place in items:
-        ref = partner(name, references)
-        if ref is None:
-            print(f'warning: {place} belongs to no reference and is left out')
-        elif pairs.setdefault(ref, place) != place:
-            raise SystemExit(f'{place} is a second {what} of {ref}, the first is {pairs[ref]}')
-    missing = [r for r in references if r not in pairs]
-    if missing:
-        raise SystemExit(f'{len(missing)} of {len(references)} references have no {what}, and a mean over the others is no score: '
-                         f'{" ".join(missing[:8])}{" ..." * (len(missing) > 8)}')
-    return {r: pairs[r] for r in references}
-
-
 def read_captions(path, references):
     """A .jsonl of {"image", "caption"} -> {reference: caption}, by the image's file name. Raises SystemExit with file and line."""
     items, texts, place = [], {}, path
     try:
         with open(path, encoding='utf-8-sig') as f:
             for n, line in enumerate(f, 1):
-                place, row = f'{path} line {n}', json.loads(line)
-                items.append((os.path.basename(row['image']), place))
-                texts[place] = '' + row['caption']
+                place = f'{path} line {n}'
+                if line.strip():
+                    row = json.loads(line)
+                    items.append((os.path.basename(row['image']), place))
+                    texts[place] = '' + row['caption']
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise SystemExit(f'{place}: expected lines {{"image": "...", "caption": "..."}} ({type(e).__name__}: {e})')
     return {r: texts[place] for r, place in pair(items, references, 'caption').items()}
@@ -249,8 +227,8 @@ def claim(c, run):
                                        'cond_len guidance eval_steps eval_temperature dtype seed').split()}
     mine.update(data=os.path.abspath(c.data), init_from=base, written=max(map(os.path.getmtime, parts)))
     for k, old in json.loads(path.read_text()).items() if path.exists() else ():
-        if old != mine[k]:
-            raise SystemExit(f'{c.out_dir} holds images made with {k}={old!r}, this run has {mine[k]!r}: give --out_dir=ELSEWHERE')
+        if old != mine.get(k):
+            raise SystemExit(f'{c.out_dir} holds images made with {k}={old!r}, this run has {mine.get(k)!r}: give --out_dir=ELSEWHERE')
     common.total(0, run)                         # nobody writes before everybody has read
     if run.master:
         write_json(str(path), mine)
@@ -265,7 +243,7 @@ def rebuild(c, run, references):
         folder, texts = (f'{c.out_dir}/{kind}' + f'_{k}' * bool(k) for kind in ('example_image', 'captions'))
         for i in tqdm(range(run.rank, len(names), run.world), desc=f'seed {k + 1} of {c.seeds}', disable=not run.master):
             name, seed = names[i], (c.seed + k,)
-            if os.path.exists(f'{folder}/{name}'):
+            if os.path.exists(f'{folder}/{name}') and os.path.exists(f'{texts}/{name}.json'):
                 continue
             x = picture(references[name], c.resolution ** 2).to(uae.device)
             if given is None:
@@ -276,7 +254,7 @@ def rebuild(c, run, references):
                 if cut:
                     print(f'warning: the caption of {name} has more than caption_len - 1 = {c.caption_len - 1} tokens and was cut')
             write_json(f'{texts}/{name}.json', text)
-            keep(x_hat[0], f'{folder}/{name}')   # last: an image that is there has its caption
+            keep(x_hat[0], f'{folder}/{name}')
         common.total(0, run)                     # all have drawn
         made.append((folder, {name: json.loads(pathlib.Path(texts, f'{name}.json').read_text()) for name in names}))
     return made
@@ -284,12 +262,16 @@ def rebuild(c, run, references):
 
 def unified(c, run):
     """--bench=unified: draws what is to be drawn, scores it; unified.json (of seed k: unified_k.json), report.json, contact_sheet.png."""
-    files = image_files(f'{c.data}/Image')
+    if not os.path.isdir(f'{c.data}/Image'):
+        raise SystemExit(f'--bench=unified needs --data=DIR with the references in DIR/Image; there is no {c.data}/Image')
+    files, results = image_files(f'{c.data}/Image'), []
     references = pair(files, dict(files), 'file')                       # refuses two of one name
     towers = backbones(c) if run.master else {}                         # before hours of drawing
     made = [(c.generated, dict.fromkeys(references, ''))] if c.generated else rebuild(c, run, references)
-    towers, rows = {name: tower.to(run.device) for name, tower in towers.items()}, []
-    for k, (folder, captions) in enumerate(made if run.master else ()):
+    if not run.master:
+        return
+    towers = {name: tower.to(run.device) for name, tower in towers.items()}
+    for k, (folder, captions) in enumerate(made):
         files = image_files(folder)
         pairs = pair(files, references, 'reconstruction')
         scores = {name: {file: None for file, _ in files} for name in towers}
@@ -297,29 +279,14 @@ def unified(c, run):
             x, x_hat = picture(references[ref]).to(run.device), picture(path).to(run.device)
             for name, tower in towers.items():
                 scores[name][os.path.basename(path)] = clip_reward(x, x_hat, tower).item()
-        result = unified_score(scores)
-        write_json(f'{c.out_dir}/unified' + f'_{k}' * bool(k) + '.json', result)
-        rows.append(dict(result['summary']['average_scores_by_model'], overall=result['summary']['overall_average']))
-        if k == 0:
-            shown = [[picture(place[r])[0] for r in list(references)[:12]] for place in (references, pairs)]
-            contact_sheet(shown, list(captions.values())[:12], f'{c.out_dir}/contact_sheet.png')
-    if run.master:
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        mean = {name: statistics.mean(v) for name, v in columns.items()}
-        error = {name: statistics.stdev(v) / math.sqrt(len(v)) for name, v in columns.items() if len(v) > 1}
-        write_json(f'{c.out_dir}/report.json', dict(summary=mean, standard_error=error, seeds=len(rows), images=len(references), captions=made[0][1]))
-        print('\n'.join(f'{name:22s} {v:.4f}' + (f' +- {error[name]:.4f}' if error else '') for name, v in mean.items()))
-
-
-def check_bench(c):
-    """Refuses, in one line, words of the benchmark that mean nothing or contradict each other."""
-    stray = [k for k in ('captions', 'generated', 'seeds') if getattr(c, k) != keys[k]]
-    if c.bench not in ('', 'unified') or stray and not c.bench:
-        raise SystemExit(f'--bench={c.bench}: expected unified' + (f' (for --{stray[0]})' if stray else ''))
-    if c.seeds < 1 or c.generated and len(stray) > 1:
-        raise SystemExit(f'--{stray[-1]}={getattr(c, stray[-1])}: --seeds is 1 or more; finished images (--generated) go without it and without --captions')
-    if c.bench and not os.path.isdir(f'{c.data}/Image'):
-        raise SystemExit(f'--bench=unified needs --data=DIR with the references in DIR/Image; there is no {c.data}/Image')
+        results.append(unified_score(scores))
+        write_json(f'{c.out_dir}/unified' + f'_{k}' * bool(k) + '.json', results[k])
+    mean, error = over_seeds(results)
+    write_json(f'{c.out_dir}/report.json', dict(summary=mean, standard_error=error, seeds=len(results), images=len(references), captions=captions))
+    print('\n'.join(f'{name:22s} {v:.4f}' + (f' +- {error[name]:.4f}' if error else '') for name, v in mean.items()))
+    shown = list(references)[:12]
+    contact_sheet([[picture(place[r])[0] for r in shown] for place in (references, pairs)],
+                  [textwrap.shorten(captions[r], 400, placeholder=' ...') for r in shown], f'{c.out_dir}/contact_sheet.png')
 
 
 def main(argv):
@@ -328,7 +295,11 @@ def main(argv):
         os.makedirs(c.out_dir, exist_ok=True)
         plot_runs(c.plot.split(','), f'{c.out_dir}/curves.png')
         return print(f'{c.out_dir}/curves.png')
-    check_bench(c)
+    stray = [k for k in ('captions', 'generated', 'seeds') if getattr(c, k) != keys[k]]
+    if c.bench not in ('', 'unified') or stray and not c.bench:
+        raise SystemExit(f'--bench={c.bench}: expected unified' + (f' (for --{stray[0]})' if stray else ''))
+    if c.seeds < 1 or c.generated and len(stray) > 1:
+        raise SystemExit(f'--seeds={c.seeds}: expected 1 or more' if c.seeds < 1 else '--generated images are finished: without --captions and --seeds')
     run = common.start(c)
     if c.bench:
         return unified(c, run)

@@ -6,6 +6,7 @@ and the score of Unified-Bench. Preprocessing is each model's own, done on tenso
 import json
 import math
 import os
+import statistics
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class Backbone(nn.Module):
         if not weights:                          # open_clip would go on with random ones
             raise SystemExit(f'--clip={source}: expected NAME:WEIGHTS, for example ViT-L-14-quickgelu:openai, or local-dir:FOLDER')
         try:
-            model = open_clip.create_model(source if local else name, pretrained=None if local else weights)
+            model = open_clip.create_model(source if local else name, pretrained=None if local else weights, require_pretrained=True)
         except Exception as e:                   # an unknown name, no network, a damaged file: each has its own kind
             raise SystemExit(f'--clip={source} cannot be loaded: {(str(e).splitlines() or [type(e).__name__])[0][:160]}')
         side = model.visual.image_size
@@ -112,16 +113,57 @@ def backbone(name, c, device='cpu', source=''):
     return Backbone(name, c.clip, c.judge, device, source)
 
 
+_default = []
+
+
+def clip_reward(x, x_hat, tower=None):
+    """R_i = cos(f_I(x_i), f_I(x_hat_i)), the one objective of the method.
+
+    x, x_hat (B, 3, H, W) in [-1, 1] -> (B,) in [-1, 1]; differentiable in x_hat, x is a constant. tower: a Backbone;
+    None = the tiny CLIP of the embedded world.
+    """
+    if tower is None:
+        if not _default:
+            _default.append(Backbone('clip', 'local-dir:data/shapes/base/clip', ''))
+        tower = _default[0].to(x_hat.device)
+    with torch.no_grad():
+        f = tower.features(x)
+    return (f * tower.features(x_hat)).sum(-1)
+
+
+# --- Unified-Bench by the rules of its official script ---------------------------------------------------------------
 def backbones(c):
     """{name: tower} of Unified-Bench, of the words NAME or NAME=SOURCE in c.backbones. Raises SystemExit that names one that cannot be had."""
     towers = {}
     for word in c.backbones.split(','):
         name, _, source = word.strip().partition('=')
+        if name in towers:
+            raise SystemExit(f'--backbones={c.backbones}: {name} comes twice')
         try:
             towers[name] = backbone(name, c, source=source)
         except SystemExit as e:
             raise SystemExit(f'--backbones: {name} cannot be had, and a mean over the others is no score: {e}')
     return towers
+
+
+def pair(items, references, what):
+    """[(file name, place)] -> {reference: place} by the official script's rules: same name, else same stem, else recon_ + stem.
+
+    In the references' order. Raises SystemExit that names the references without a file, or with two.
+    """
+    pairs, stems = {}, [(r, os.path.splitext(r)[0]) for r in references]
+    for name, place in items:
+        stem = os.path.splitext(name)[0]
+        ref = name if name in references else next((r for r, own in stems if stem in (own, 'recon_' + own)), None)
+        if ref is None:
+            print(f'warning: {place} belongs to no reference and is left out')
+        elif pairs.setdefault(ref, place) != place:
+            raise SystemExit(f'{place} is a second {what} of {ref}, the first is {pairs[ref]}')
+    missing = [r for r in references if r not in pairs]
+    if missing:
+        raise SystemExit(f'{len(missing)} of {len(references)} references have no {what}, and a mean over the others is no score: '
+                         f'{" ".join(missing[:8])}{" ..." * (len(missing) > 8)}')
+    return {r: pairs[r] for r in references}
 
 
 def unified_score(scores):
@@ -140,19 +182,9 @@ def unified_score(scores):
         models_used=list(means), average_scores_by_model=means, overall_average=sum(means.values()) / len(means), best_model=best, worst_model=worst))
 
 
-_default = []
-
-
-def clip_reward(x, x_hat, tower=None):
-    """R_i = cos(f_I(x_i), f_I(x_hat_i)), the one objective of the method.
-
-    x, x_hat (B, 3, H, W) in [-1, 1] -> (B,) in [-1, 1]; differentiable in x_hat, x is a constant. tower: a Backbone;
-    None = the tiny CLIP of the embedded world.
-    """
-    if tower is None:
-        if not _default:
-            _default.append(Backbone('clip', 'local-dir:data/shapes/base/clip', ''))
-        tower = _default[0].to(x_hat.device)
-    with torch.no_grad():
-        f = tower.features(x)
-    return (f * tower.features(x_hat)).sum(-1)
+def over_seeds(results):
+    """Results of unified_score, one a seed -> ({backbone: mean, 'overall': mean}, {the same: standard error}, empty for one seed)."""
+    rows = [dict(r['summary']['average_scores_by_model'], overall=r['summary']['overall_average']) for r in results]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return ({name: statistics.mean(v) for name, v in columns.items()},
+            {name: statistics.stdev(v) / math.sqrt(len(v)) for name, v in columns.items() if len(v) > 1})
