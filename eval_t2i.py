@@ -20,32 +20,27 @@ already are not drawn again. Beside them: results.jsonl (one line an image), sum
     a failed answer counts as wrong            (--judge_prompt for theirs), a failed     the image
                                                answer is left out and counted
 """
-import base64
 import glob
 import hashlib
-import http.client
 import importlib.util
-import io
 import json
 import math
 import os
 import re
 import sys
-import time
 import types
-import urllib.error
-import urllib.request
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 import common
 import config
-from data.prompts import CLASSES, COLOURS, RELATIONS, TAGS, read_dpg, read_lines, read_metadata, shapes_prompts
+from data.prompts import RELATIONS, TAGS, drop_first_row, read_dpg, read_lines, read_metadata, shapes_prompts
 from data.shapes import scenes as world
+from judges import (JUDGE, Unusable, ask_judge, checklist, detect, local_vlm, open_colours, open_detector, picture, remembered, says_yes,
+                    shapes_objects, verdict)
 from model import UAE
 
 # --- script keys ---------------------------------------------------------------------------------------------------
@@ -72,10 +67,6 @@ keys = dict(
 own_presets = dict(medium=dict(bench='geneval', batch=4), paper=dict(bench='geneval', batch=4))
 
 DPG_SHOWN = ('global', 'entity', 'attribute', 'relation', 'other')
-
-
-class Unusable(Exception):
-    """One image or answer that cannot be scored: what and why."""
 
 
 # --- scoring: pure functions ------------------------------------------------------------------------------------------
@@ -171,12 +162,6 @@ def dpg_summary(records):
     return dict(images=len(records), neither=sum(r['neither'] for r in records), categories=shares, columns=dict(columns, overall=100 * mean(r['score'] for r in records)))
 
 
-def says_yes(answer):
-    """True, False, or None where the first word is neither yes nor no."""
-    word = re.match(r'\W*(\w*)', answer.lower()).group(1)
-    return dict(yes=True, no=False).get(word)
-
-
 def judge_summary(records):
     """GenEval++: per tag the share of right images among the answered ones; overall = mean of the tags, None where a tag has no answer."""
     tags = {t: [r['correct'] for r in records if r['tag'] == t and r['correct'] is not None] for t in dict.fromkeys(r['tag'] for r in records)}
@@ -208,7 +193,7 @@ def claim(c, items):
         with open(file, 'rb') as f:
             weights.update(hashlib.file_digest(f, 'blake2b').digest())
     prompts = hashlib.blake2b(repr([(i['id'], i['prompt']) for i in items]).encode(), digest_size=8).hexdigest()
-    mine = dict({k: getattr(c, k) for k in ('bench', 'encoder', 'decoder', 'seed', 'eval_steps', 'guidance', 'negative_prompt', 'resolution')},
+    mine = dict({k: getattr(c, k) for k in ('bench', 'encoder', 'decoder', 'seed', 'eval_steps', 'guidance', 'negative_prompt', 'resolution', 'caption_len')},
                 prompts=prompts, weights=weights.hexdigest())
     try:
         with open(path) as f:
@@ -250,43 +235,18 @@ def generate(c, run, items):
     cut = 0
     if todo:
         uae = UAE(c, run.device)
-        cut = sum(uae.tokens([item['prompt'] for chunk in todo for item in chunk])[2:])
+        cut = uae.tokens([item['prompt'] for chunk in todo for item in chunk])[2]
         for chunk in tqdm(todo, desc=f'draw {c.name}', disable=not run.master):
             jobs = [(item, k) for item in chunk for k in range(c.samples)]
             x = torch.cat([draw(uae, jobs[i:i + c.batch]) for i in range(0, len(jobs), c.batch)])
             for item, own in zip(chunk, x.split(c.samples)):
                 save_images(c, item, own)
-    cut = sum(common.gather_objects([cut], run))             # also waits for the other ranks' images
+    cut = sum(common.gather_objects([cut], run))             # which also waits for the other ranks' images
     if cut and run.master:
         print(f'warning: {cut} prompts have more than caption_len - 1 = {c.caption_len - 1} tokens and were cut')
 
 
 # --- scoring images -------------------------------------------------------------------------------------------------------
-def picture(path, size=None):
-    """An image file -> RGB image. Raises Unusable if it is missing, damaged, or not of the expected (width, height)."""
-    if not os.path.exists(path):
-        raise Unusable(f'{path}: missing')
-    try:
-        with Image.open(path, formats=('PNG', 'JPEG')) as im:
-            im = ImageOps.exif_transpose(im).convert('RGB')
-    except Exception as e:                                   # on damaged bytes the decoders raise nearly anything
-        raise Unusable(f'{path}: cannot be read: {type(e).__name__}')
-    if size and im.size != size:
-        raise Unusable(f'{path}: {im.width}x{im.height}, expected {size[0]}x{size[1]} at --resolution and --samples')
-    return im
-
-
-def shapes_objects(image, meta):
-    """What the oracle reads: {shape: [(its cell's box, 1.0, colour)]}. It has no confidence to sort by: what the prompt asks for comes first."""
-    reading = world.read(np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)[0]
-    objects, asked = {}, [(r['class'], r.get('color')) for r in meta['include']]
-    for o in sorted(reading.objects, key=lambda o: (o.shape, o.colour) not in asked):
-        row, column = divmod(world.CELLS.index(o.cell), 2)
-        x, y = world.CELL * column, world.CELL * row
-        objects.setdefault(o.shape, []).append(((x, y, x + world.CELL, y + world.CELL), 1.0, o.colour))
-    return objects
-
-
 def shapes_scorer(c, run):
     return lambda item, path: geneval_record(path, item['meta'], shapes_objects(picture(path, (world.RESOLUTION,) * 2), item['meta']))
 
@@ -313,133 +273,6 @@ def geneval_record(path, meta, objects):
     return dict(filename=path, tag=meta['tag'], prompt=meta['prompt'], correct=correct, reason=reason, metadata=json.dumps(meta), details=json.dumps(details))
 
 
-# --- GenEval's detector: mmdetection's test pipeline and post-processing around the network of transformers --------------
-def open_detector(c, device):
-    from transformers import Mask2FormerForUniversalSegmentation
-    model = common.load(Mask2FormerForUniversalSegmentation, c.detector).eval().to(device)
-    names = model.config.id2label
-    if len(names) != len(CLASSES) or (names[0], names[79]) != (CLASSES[0], CLASSES[79]):
-        raise SystemExit(f'--detector={c.detector}: expected the 80 classes of COCO instances, got {len(names)}, from {names[0]!r}')
-    return model
-
-
-def to_detector(image):
-    """RGB image -> (1, 3, h, w) normalised, and the (h, w) inside its padding: shorter side 800, longer at most 1333, padded to /32."""
-    w, h = image.size
-    scale = min(1333 / max(h, w), 800 / min(h, w))
-    inside = int(h * scale + 0.5), int(w * scale + 0.5)
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-    x = F.interpolate(x, inside, mode='bilinear', align_corners=False).round()          # cv2's, not antialiased, back to 8 bits
-    mean, std = (torch.tensor(a).view(3, 1, 1) for a in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
-    return F.pad((x - mean) / std, (0, -inside[1] % 32, 0, -inside[0] % 32)), inside
-
-
-def instances(class_logits, mask_logits, padded, inside, size, most=100):
-    """Logits (Q, C + 1) and (Q, h, w) -> scores, labels (n,), boxes (n, 4), masks (n, *size) bool, best first.
-
-    The best `most` of all (query, class) pairs, so that a query can count as several classes; a score is the class's probability times the mask's
-    mean probability inside itself. padded, inside, size: (height, width) of the network's input, of the image in it, of the image.
-    """
-    scores, flat = class_logits.softmax(-1)[:, :-1].flatten().topk(min(most, class_logits[:, :-1].numel()))
-    query, labels = flat // (class_logits.shape[1] - 1), flat % (class_logits.shape[1] - 1)
-    m = F.interpolate(mask_logits[None], padded, mode='bilinear', align_corners=False)[:, :, :inside[0], :inside[1]]
-    m = F.interpolate(m, size, mode='bilinear', align_corners=False)[0]
-    masks = m > 0
-    sure = (m.sigmoid() * masks).flatten(1).sum(1) / (masks.flatten(1).sum(1) + 1e-6)
-    boxes = torch.zeros(len(masks), 4)
-    for i, mask in enumerate(masks.cpu()):
-        ys, xs = mask.any(1).nonzero(), mask.any(0).nonzero()
-        if len(ys):
-            boxes[i] = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-    scores, order = (scores * sure[query]).cpu().sort(descending=True)
-    query, labels = query.cpu()[order], labels.cpu()[order]
-    return scores, labels, boxes[query], masks.cpu()[query]
-
-
-@torch.no_grad()
-def detect(model, image, tag):
-    """{class: [(box, score, mask)]}, best first: scores above 0.3 (counting: 0.9), at most 16 of a class."""
-    x, inside = to_detector(image)
-    out = model(pixel_values=x.to(model.device))
-    found, least = {}, 0.9 if tag == 'counting' else 0.3
-    for score, label, box, mask in zip(*instances(out.class_queries_logits[0].float(), out.masks_queries_logits[0].float(), x.shape[-2:], inside, image.size[::-1])):
-        them = found.setdefault(CLASSES[label], []) if score > least else None
-        if them is not None and len(them) < 16:
-            them.append((box.tolist(), score.item(), mask.numpy()))
-    return found
-
-
-def open_colours(c, device):
-    """-> name_colours(image, [(box, score, mask)], class): CLIP's choice among COLOURS for each object, cut out on grey."""
-    import open_clip
-    name, _, weights = c.colour_clip.partition(':')
-    if weights == 'openai' and 'quickgelu' not in name:
-        raise SystemExit(f'--colour_clip={c.colour_clip}: OpenAI\'s weights need QuickGELU: {name}-quickgelu:openai')
-    try:
-        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=weights, device=device)
-    except Exception as e:
-        raise SystemExit(f'--colour_clip={c.colour_clip}: cannot be loaded: {str(e).splitlines()[0][:160]}')
-    return colour_namer(model.eval(), transform, open_clip.get_tokenizer(name), device)
-
-
-def colour_namer(model, transform, tokenizer, device):
-    heads = {}
-
-    def head(name):
-        """(10, d): mean over three templates of the colours' unit text features, unit length."""
-        templates = ('a photo of a {} ' + name, 'a photo of a {}-colored ' + name, 'a photo of a {} object')
-        texts = tokenizer([t.format(colour) for colour in COLOURS for t in templates]).to(device)
-        return F.normalize(F.normalize(model.encode_text(texts).float(), dim=-1).view(len(COLOURS), len(templates), -1).mean(1), dim=-1)
-
-    @torch.no_grad()
-    def name_colours(image, found, name):
-        if name not in heads:
-            heads[name] = head(name)
-        grey = Image.new('RGB', image.size, (153, 153, 153))
-        crops = [Image.composite(image, grey, Image.fromarray(mask)).crop([int(v) for v in box]) for box, _, mask in found]
-        features = F.normalize(model.encode_image(torch.stack([transform(crop) for crop in crops]).to(device)).float(), dim=-1)
-        return [COLOURS[i] for i in (features @ heads[name].T).argmax(1).tolist()]
-    return name_colours
-
-
-# --- DPG-Bench: questions to a vision-language model ------------------------------------------------------------------
-def remembered(stem, run, ask, who):
-    """ask(image, text) -> str whose answers are kept in stem.RANK.jsonl, so that a stopped run asks nothing twice. who: whom it asks."""
-    known = {}
-    for path in glob.glob(f'{glob.escape(stem)}.*.jsonl'):
-        with open(path, encoding='utf-8') as f:
-            for line in f:
-                try:
-                    known.update([json.loads(line)])
-                except (ValueError, TypeError):              # a kill in the middle of a line
-                    continue
-
-    def answer(image, text):
-        key = hashlib.blake2b(repr((who, text, image.size)).encode() + image.tobytes(), digest_size=16).hexdigest()
-        if key not in known:
-            known[key] = ask(image, text)
-            with open(f'{stem}.{run.rank}.jsonl', 'a', encoding='utf-8') as f:
-                f.write(json.dumps([key, known[key]]) + '\n')
-        return known[key]
-    return answer
-
-
-def local_vlm(c, device):
-    """-> vqa(image, question) -> str, greedy."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    processor = common.load(AutoProcessor, c.vqa)
-    model = common.load(AutoModelForImageTextToText, c.vqa, dtype=getattr(torch, c.dtype)).eval().to(device)
-
-    @torch.no_grad()
-    def vqa(image, question):
-        turn = dict(role='user', content=[dict(type='image'), dict(type='text', text=question)])
-        text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        batch = processor(text=[text], images=[image], return_tensors='pt').to(device)
-        out = model.generate(**batch, max_new_tokens=8, do_sample=False)
-        return processor.tokenizer.decode(out[0, batch['input_ids'].shape[1]:], skip_special_tokens=True)
-    return vqa
-
-
 def dpg_scorer(c, run):
     vqa = remembered(f'{c.folder}/vqa', run, local_vlm(c, run.device), c.vqa)
     R, side = c.resolution, 2 if c.samples == 4 else 1
@@ -456,72 +289,6 @@ def dpg_scorer(c, run):
         categories = [[q['category'], float(said[q['proposition_id']] is True)] for q in item['questions']]
         return dict(filename=path, item_id=item['id'], score=mean(scores), scores=scores, neither=neither, categories=categories)
     return one
-
-
-# --- GenEval++: a judge behind any OpenAI-compatible server -----------------------------------------------------------
-JUDGE = ('You check whether an image does exactly what an instruction and a checklist ask for. All of it must hold: the kind of every object, how many '
-         'there are, their colours, where they are in the picture, how large they are. The picture must be one natural image that looks like a photo: drawings, '
-         'cartoons, collages and several panels fail. Be strict; in doubt it fails. Answer with JSON alone: {"correct": 1 or 0, "reason": "one sentence"}')
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key goes to the server that was named and to no other."""
-    def redirect_request(self, *args):
-        return None
-
-
-def checklist(meta):
-    """GenEval++'s official wording of what an image must show."""
-    def thing(req, count):
-        return f'{count} {req["class"]}{"s" if req.get("count", 1) > 1 else ""}'
-
-    lines = []
-    for req in meta['include']:
-        words = [f'{req["color"]}-colored' if 'color' in req else '', req.get('size', ''), thing(req, req.get('count', 1))]
-        where = f'located in the {req["region"]} part of the image' if 'region' in req else 'present in the image'
-        lines.append(f'- {" ".join(filter(None, words))} {where}.')
-    lines += [f'- No more than {thing(req, req["count"] - 1)} should appear.' for req in meta.get('exclude', [])]
-    return 'This image should contain:\n' + '\n'.join(lines)
-
-
-def verdict(reply):
-    """A judge's reply -> (0 or 1, reason); fences and prose around the JSON object are allowed. Raises ValueError if there is none."""
-    text = re.search(r'\{.*\}', reply, re.S)
-    found = json.loads(text.group()) if text else {}
-    if found.get('correct') not in (0, 1):
-        raise ValueError(f'no {{"correct": 0 or 1}} in {reply[:60]!r}')
-    return int(found['correct']), str(found.get('reason', ''))
-
-
-def ask_judge(c, system, image, text):
-    """The server's reply, one that `verdict` understands. Raises Unusable after judge_tries failures, SystemExit where none can succeed."""
-    jpeg = io.BytesIO()
-    image.save(jpeg, 'jpeg', quality=95)
-    picture = dict(type='image_url', image_url=dict(url='data:image/jpeg;base64,' + base64.b64encode(jpeg.getvalue()).decode()))
-    body = dict(model=c.judge_model, temperature=0, max_tokens=200, messages=[
-        dict(role='system', content=system), dict(role='user', content=[dict(type='text', text=text), picture])])
-    headers, url = {'Content-Type': 'application/json'}, c.judge_url.rstrip('/') + '/chat/completions'
-    if os.environ.get('OPENAI_API_KEY'):
-        headers['Authorization'] = 'Bearer ' + os.environ['OPENAI_API_KEY']
-    for n in range(c.judge_tries):
-        time.sleep(min(2 ** n, 30) if n else 0)
-        end, raw = time.time() + c.judge_timeout, b''
-        try:
-            with urllib.request.build_opener(NoRedirect).open(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=c.judge_timeout) as r:
-                while part := r.read1(65536):                # a server that drips may not outlast the limit either
-                    raw += part
-                    if time.time() > end:
-                        raise TimeoutError('too slow')
-            reply = json.loads(raw)['choices'][0]['message']['content']
-            verdict(reply)
-            return reply
-        except urllib.error.HTTPError as e:
-            why = f'HTTP {e.code} {e.reason}'
-            if e.code in (401, 403, 404):
-                raise SystemExit(f'{url}: {why}: check --judge_url, --judge_model and OPENAI_API_KEY; the answers so far are kept')
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:
-            why = f'{type(e).__name__}: {e}'
-    raise Unusable(why[:160])
 
 
 def judge_scorer(c, run):
@@ -560,6 +327,7 @@ def score(c, run, items):
     os.makedirs(c.folder, exist_ok=True)
     scorer, summarise = BENCHES[c.bench]
     one, records, bad = scorer(c, run), [], []
+    items = drop_first_row(items) if c.bench == 'dpg' and c.official_row_bug else items
     for item in tqdm(items[run.rank::run.world], desc=f'score {c.name}', disable=not run.master):
         for path in to_score(c, item):
             try:
@@ -601,7 +369,7 @@ def read_items(c):
         raise SystemExit(f'--samples={c.samples} --batch={c.batch} --judge_tries={c.judge_tries}: expected 1 or more, and 1 or 4 samples for dpg')
     if c.bench == 'shapes' and c.resolution != world.RESOLUTION:
         raise SystemExit(f'--resolution={c.resolution}: the embedded world has {world.RESOLUTION}')
-    if not c.judge_url.startswith(('http://', 'https://', '')[2 * (not c.judge_url):]):
+    if c.judge_url and not c.judge_url.startswith(('http://', 'https://')):
         raise SystemExit(f'--judge_url={c.judge_url}: expected http:// or https://')
     if c.bench != 'shapes' and not c.prompts and (c.generate or c.bench != 'geneval'):
         raise SystemExit(f'--bench={c.bench} needs --prompts=FILE')
@@ -623,7 +391,7 @@ def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     c.samples = 1 if c.bench == 'geneval++' else c.samples
     items, sources = read_items(c), c.init_from.split(',')
-    names = [name_of(s) for s in sources]
+    names = [name_of(s) for s in sources] if c.generate or not c.images else [os.path.basename(os.path.normpath(c.images))]
     if len(sources) > 1 and (c.images or len({*names}) < len(names)):
         raise SystemExit(f'--init_from={c.init_from}: several checkpoints need different names, and --images is for one')
     run, missing, table = common.start(c), why_not(c, items), {}
@@ -638,8 +406,8 @@ def main(argv):
             table[name] = score(own, run, items)
     if run.master and table:
         columns = list(next(iter(table.values()))['columns'])
-        cells = {name: ['-' if v is None else f'{v:.3f}' for v in (s['columns'].get(k) for k in columns)] for name, s in table.items()}
-        lines = [['', *columns], ['---'] * (len(columns) + 1), *([name, *row] for name, row in cells.items())]
+        cells = {name: ['-' if s['columns'].get(k) is None else f'{s["columns"][k]:.3f}' for k in columns] for name, s in table.items()}
+        lines = [[c.bench, *columns], ['---'] * (len(columns) + 1), *([name, *row] for name, row in cells.items())]
         text = ''.join(f'| {" | ".join(line)} |\n' for line in lines)
         text += '\nThe detector has other weights than the official one: near the official numbers, not equal.\n' * (c.bench == 'geneval')
         common.write_atomic(f'{c.out_dir}/{c.bench}/table.md', lambda tmp: common.write_lines(tmp, [text]))

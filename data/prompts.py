@@ -35,28 +35,31 @@ def read_lines(path):
 
 def metadata(text, where, classes=(), colours=()):
     """One line of GenEval metadata, checked: {tag, prompt, include, exclude}; classes, colours: the words that the scorer knows, () = any."""
-    def fault(meta):
-        if not isinstance(meta, dict) or not all(isinstance(meta.get(k), str) for k in ('tag', 'prompt')):
-            return 'expected a JSON object with the strings "tag" and "prompt"'
-        for part in ('include', 'exclude'):
-            reqs = meta.get(part, [])
-            for i, req in enumerate(reqs if isinstance(reqs, list) else [None]):
-                if not isinstance(req, dict) or not isinstance(req.get('class'), str) or type(req.get('count', part == 'include' and 1)) is not int or req.get('count', 1) < 1:
-                    return f'{part}[{i}] needs a "class" and a "count" of 1 or more'
-                if classes and req['class'] not in classes:
-                    return f'unknown class {req["class"]!r}'
-                if colours and 'color' in req and req['color'] not in colours:
-                    return f'unknown color {req["color"]!r}; there are: {" ".join(colours)}'
-                p = req.get('position', ('above', -1))
-                if len(p) != 2 or p[0] not in RELATIONS or type(p[1]) is not int or 'position' in req and not 0 <= p[1] < i:
-                    return f'{part}[{i}]: "position" is [one of {", ".join(RELATIONS)}; index of an earlier object]'
     try:
         meta = json.loads(text)
     except ValueError:
         raise SystemExit(f'{where}: not JSON: {text[:60]!r}')
-    if fault(meta):
-        raise SystemExit(f'{where}: {fault(meta)}')
+    if not isinstance(meta, dict) or not all(isinstance(meta.get(k), str) for k in ('tag', 'prompt')) or not isinstance(meta.get('include'), list):
+        raise SystemExit(f'{where}: expected a JSON object with "tag", "prompt" and the list "include"')
+    for part in ('include', 'exclude'):
+        for i, req in enumerate(meta.get(part) or ()):
+            if wrong := clause_fault(req, i, classes, colours):
+                raise SystemExit(f'{where}: {part}[{i}]: {wrong}')
     return meta
+
+
+def clause_fault(req, i, classes, colours):
+    """What is wrong with the i-th clause of a metadata line; '' if nothing."""
+    if not isinstance(req, dict) or not isinstance(req.get('class'), str) or type(req.get('count')) is not int or req['count'] < 1:
+        return 'expected an object with "class" and a "count" of 1 or more'
+    if classes and req['class'] not in classes:
+        return f'unknown class {req["class"]!r}'
+    if colours and req.get('color', colours[0]) not in colours:
+        return f'unknown color {req["color"]!r}; there are: {" ".join(colours)}'
+    p = req.get('position', ['above', 0])
+    if not isinstance(p, list) or len(p) != 2 or p[0] not in RELATIONS or type(p[1]) is not int or 'position' in req and not 0 <= p[1] < i:
+        return f'"position" is [one of {", ".join(RELATIONS)}; index of an earlier object], got {p}'
+    return ''
 
 
 def read_metadata(c):
@@ -105,7 +108,7 @@ def read_dpg(c):
         for q in item['questions']:
             if not known.issuperset(q['dependency']):
                 raise SystemExit(f'{q["where"]}: {item["id"]} depends on a proposition_id it does not have: {q["dependency"]}')
-    return drop_first_row(list(items.values())) if c.official_row_bug else list(items.values())
+    return list(items.values())
 
 
 def drop_first_row(items):
@@ -116,37 +119,35 @@ def drop_first_row(items):
 
 
 def shapes_prompts(per_tag=32, seed=0):
-    """GenEval-like metadata in the embedded world's grammar: [{tag, include, exclude, prompt}], per_tag distinct ones of each tag."""
+    """A GenEval of the embedded world: per_tag distinct metadata lines {tag, include[, exclude], prompt} of each tag, always the same.
+
+    Prompts are full captions of scenes with just the objects that count; only what GenEval would ask of them is scored.
+    """
     rng = np.random.default_rng(seed)
 
     def one(tag):
-        (a, b), (p, q) = (rng.choice(words, 2, replace=False).tolist() for words in (world.SHAPES, list(world.COLOURS)))
-        want, exclude = [dict({'class': a}, count=1), dict({'class': b}, count=1)], []
-        if tag == 'single_object':
-            phrases, want = [f'{rng.choice(list(world.SIZES))} {a}'], want[:1]
-        elif tag == 'two_object':
-            phrases = [a, b]
-        elif tag == 'counting':
-            n = int(rng.integers(2, 5))
-            phrases = [f'{a} {world.CELLS[i]}' for i in sorted(rng.choice(4, n, replace=False))]
-            want, exclude = [dict({'class': a}, count=n)], [dict({'class': a}, count=n + 1)]
-        elif tag == 'colors':
-            phrases, want = [f'{p} {a}'], [dict(want[0], color=p)]
-        elif tag == 'color_attr':
-            phrases, want = [f'{p} {a}', f'{q} {b}'], [dict(want[0], color=p), dict(want[1], color=q)]
-        else:
-            pairs = [((0, 1), (2, 3)), ((0, 2), (1, 3))]                # cells side by side, cells one above the other
-            r = int(rng.integers(4))
-            first, second = pairs[r // 2][rng.integers(2)]
-            phrases = [f'{a} {world.CELLS[first]}', f'{b} {world.CELLS[second]}']
-            target, placed = (b, a) if r % 2 == 0 else (a, b)
-            want = [dict({'class': target}, count=1), dict({'class': placed}, count=1, position=[RELATIONS[r], 0])]
-        background = f'{rng.choice(list(world.BACKGROUNDS))} background'
-        return dict(tag=tag, include=want, **(dict(exclude=exclude) if exclude else {}), prompt=' , '.join([*phrases, background]) + ' .')
+        (a, b), (p, q) = (rng.choice(list(words), 2, replace=False).tolist() for words in (world.SHAPES, world.COLOURS))
+        exclude = []
+        n = dict(single_object=1, colors=1, counting=int(rng.integers(2, 5))).get(tag, 2)
+        cells = sorted(rng.choice(4, n, replace=False).tolist())
+        include = [dict({'class': a}, count=1), dict({'class': b}, count=1)][:n]
+        if tag == 'counting':
+            include, exclude = [dict({'class': a}, count=n)], [dict({'class': a}, count=n + 1)]
+        elif tag in ('colors', 'color_attr'):
+            include = [dict(req, color=colour) for req, colour in zip(include, (p, q))]
+        elif tag == 'position':
+            relation = int(rng.integers(4))
+            cells = [((0, 1), (2, 3)), ((0, 2), (1, 3))][relation // 2][rng.integers(2)]         # side by side, or one above the other
+            target, placed = include[::-1] if relation % 2 == 0 else include
+            include = [target, dict(placed, position=[RELATIONS[relation], 0])]
+        shapes, colours = ([a] * n if tag == 'counting' else [a, b]), [p, q, *rng.choice(list(world.COLOURS), 2)]
+        objects = tuple(world.Object(str(rng.choice(list(world.SIZES))), str(c), s, world.CELLS[i]) for c, s, i in zip(colours, shapes, cells))
+        prompt = world.caption(world.Scene(objects, str(rng.choice(list(world.BACKGROUNDS)))))
+        return dict(tag=tag, include=include, **(dict(exclude=exclude) if exclude else {}), prompt=prompt)
 
     found = {}
     for tag in TAGS:
         while sum(m['tag'] == tag for m in found.values()) < per_tag:
             m = one(tag)
-            found.setdefault((tag, m['prompt']), m)
+            found.setdefault(m['prompt'], m)
     return list(found.values())
