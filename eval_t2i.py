@@ -159,7 +159,8 @@ def dpg_summary(records):
                 groups.setdefault(name, []).append(answer)
     shares = {name: 100 * mean(v) for name, v in sorted(groups.items())}
     columns = {n: shares[n] for n in DPG_SHOWN if n in shares}
-    return dict(images=len(records), neither=sum(r['neither'] for r in records), categories=shares, columns=dict(columns, overall=100 * mean(r['score'] for r in records)))
+    columns['overall'] = 100 * mean(r['score'] for r in records)
+    return dict(images=len(records), neither=sum(r['neither'] for r in records), categories=shares, columns=columns)
 
 
 def judge_summary(records):
@@ -174,8 +175,6 @@ def judge_summary(records):
 def mean(values):
     values = list(values)
     return sum(values) / len(values)
-
-
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------------
@@ -202,7 +201,8 @@ def claim(c, items):
         theirs = {} if os.path.isdir(c.images) and os.listdir(c.images) else mine
     differ = [k for k in mine if mine[k] != theirs.get(k)]
     if differ:
-        raise SystemExit(f'{c.images} holds images made with other {", ".join(differ)}: remove it, choose another --out_dir or --images, or --generate=False')
+        why = f'made with other {", ".join(differ)}' if theirs else f'that this script did not draw (no {path})'
+        raise SystemExit(f'{c.images} holds images {why}: remove it, choose another --out_dir or --images, or --generate=False')
     common.write_atomic(path, lambda tmp: json.dump(mine, open(tmp, 'w'), indent=1))
 
 
