@@ -228,6 +228,8 @@ def test_what_is_written_and_that_it_is_ours(bench, tmp_path, capsys):
         made = torch.from_numpy(np.array(Image.open(out / 'example_image' / name))).permute(2, 0, 1)[None] / 127.5 - 1
         assert (made - x_hat).abs().max() < 0.6 / 127.5
         assert abs(found['similarities_by_model']['judge'][name] - reward.clip_reward(x, made, tower).item()) < 1e-5
+    told = [eval_unified.reconstruct(uae, x, [0], 3.0, drawn=False, seed=seed)[0] for seed in ((5,), (6,), (5,))]
+    assert told[0] == told[2] != told[1], 'another seed samples another caption'
     sheet = np.array(Image.open(out / 'contact_sheet.png').convert('RGB'))
     wanted = np.array(Image.open(bench / 'Image' / '0.png'))[0, 0]
     assert sheet.shape[0] > 400 and (sheet == wanted).all(-1).sum() > 500, 'the first scene is on the sheet, in its colours'
@@ -282,12 +284,15 @@ def test_captions_that_cannot_be_used_are_named_with_file_and_line(bench, tmp_pa
     assert said in message and (f'{tmp_path}/c.jsonl {said}' in message or 'of 3' in message)
 
 
-def test_references_of_any_shape_are_seen_whole_and_a_jpeg_stays_one(tmp_path):
+def test_references_of_any_shape_are_seen_whole_and_a_jpeg_stays_one(tmp_path, monkeypatch):
     """Scaled to the area the encoder was trained at; a 2:1 picture stays 2:1; scored at its own size."""
     folder_of(tmp_path / 'b' / 'Image', {'wide.jpg': picture(0, 60, 120), 'tall.webp': picture(1, 90, 45)})
     assert eval_unified.picture(tmp_path / 'b/Image/wide.jpg', 32 * 32).shape == (1, 3, 23, 45)
     assert eval_unified.picture(tmp_path / 'b/Image/wide.jpg').shape == (1, 3, 60, 120)
+    shapes, really = [], eval_unified.reconstruct
+    monkeypatch.setattr(eval_unified, 'reconstruct', lambda uae, x, *a, **kw: shapes.append(tuple(x.shape[2:])) or really(uae, x, *a, **kw))
     run(tmp_path / 'out', tmp_path / 'b', CLIP)
+    assert shapes == [(45, 23), (23, 45)], 'what the encoder was shown'
     made = {p.name: Image.open(p) for p in (tmp_path / 'out' / 'example_image').iterdir()}
     assert {name: (im.format, im.size) for name, im in made.items()} == {'wide.jpg': ('JPEG', (32, 32)), 'tall.webp': ('WEBP', (32, 32))}
 
