@@ -110,6 +110,8 @@ def loss_of(uae, seen, y, mask, old_logp, ref_logp, adv, share, c):
 
 def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
+    if c.plan:
+        return common.plan(c, 'encoder')
     run = common.start(c)
     P = common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)
