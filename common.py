@@ -466,8 +466,9 @@ def plan(c, *trained):
     uae.c.checkpointing = True
     uae.train_only(*trained)
     rows, GB = {}, lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / 1e9
-    print(f'memory of one GPU in GB = 1e9 bytes, preset {c.preset}; every rank holds the whole of it\n{"":12s} parameters   weights   trained  gradients   AdamW  reference')
-    for name, m in (*((k, getattr(uae, k)) for k in ('encoder', 'projector', 'decoder', 'vae')), ('reward', tower), ('judge', judge)):
+    world, towers = int(os.environ.get('WORLD_SIZE', 1)), (('reward', tower), ('judge', judge)) if hasattr(c, 'prompts') else ()        # stage 0 has no reward
+    print(f'memory of one GPU of {world} in GB = 1e9 bytes, preset {c.preset}\n{"":12s} parameters   weights   trained  gradients   AdamW  reference')
+    for name, m in (*((k, getattr(uae, k)) for k in ('encoder', 'projector', 'decoder', 'vae')), *towers):
         grads = [p for p in m.parameters() if p.requires_grad]
         r = rows[name] = dict(parameters=sum(p.numel() for n, p in m.named_parameters() if 'lora_' not in n), weights=GB([*m.parameters(), *m.buffers()]),
                               trained=sum(p.numel() for p in grads), gradients=GB(grads), adamw=2 * GB(grads), reference=GB(grads) if getattr(c, 'kl', 0) else 0.0)
@@ -486,7 +487,8 @@ def plan(c, *trained):
             uae.c.checkpointing = ck
             (uae.decoder.enable_gradient_checkpointing if ck else uae.decoder.disable_gradient_checkpointing)()
             kept[ck], B, _ = kept_by_autograd(uae, tower, trained)
-    blocks = min(uae.encoder.config.text_config.num_hidden_layers, uae.decoder.config.num_layers)
+    layers = dict(encoder=uae.encoder.config.text_config.num_hidden_layers, decoder=uae.decoder.config.num_layers)
+    blocks = min(layers[part] for part in trained if part in layers)
     again, fixed = (kept[False] - kept[True]) / blocks / 1e9, sum(r[k] for r in rows.values() for k in ('weights', 'gradients', 'adamw', 'reference'))
     total = {True: fixed + kept[True] / 1e9 + again, False: fixed + kept[False] / 1e9}
     print(f'activations of a micro-batch of {B}: {kept[True] / 1e9:.3f} kept + {again:.3f} of one recomputed block with checkpointing, {kept[False] / 1e9:.3f} without')

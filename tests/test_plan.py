@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from conftest import at
 
 import common
 import config
@@ -24,12 +23,10 @@ def configuration(name, *words):
 
 
 def plan(name, *words):
-    """The dict and the printed text of a stage's plan, made once."""
+    """What common.plan returns for a stage, made once."""
     if (name, *words) not in PLANS:
-        c, text = configuration(name, *words), open(os.devnull, 'w')
-        trained = TRAINS[name] if getattr(c, 'train_encoder', True) else TRAINS[name][:-1]
-        with text, contextlib.redirect_stdout(text):
-            PLANS[name, *words] = common.plan(c, *trained)
+        with open(os.devnull, 'w') as text, contextlib.redirect_stdout(text):
+            PLANS[name, *words] = common.plan(configuration(name, *words), *TRAINS[name])
     return PLANS[name, *words]
 
 
@@ -89,3 +86,72 @@ def test_activations_of_lora_in_bfloat16():
     for name in ('grpo_encoder', 'grpo_decoder'):
         said, found = plan(name, *words)['kept'][False], real(name, *words)
         assert abs(said / found - 1) < 0.15, (name, said, found)
+
+
+@pytest.mark.parametrize('name', ['grpo_encoder', 'grpo_decoder'])
+def test_bytes_are_those_of_the_run(name):
+    """Weights after train_only, gradients like them, two moments, and a reference of what is trained if there is a KL: against the real model."""
+    from model import UAE
+    said = plan(name, '--micro_batch=4', '--kl=0.1')
+    uae = UAE(configuration(name))
+    params = uae.train_only(*TRAINS[name])
+    mine = sum(p.numel() * p.element_size() for p in params) / 1e9
+    for part in ('encoder', 'projector', 'decoder', 'vae'):
+        module, row = getattr(uae, part), said[part]
+        assert row['parameters'] == sum(p.numel() for p in module.parameters()) and row['trained'] == sum(p.numel() for p in module.parameters() if p.requires_grad)
+        assert row['weights'] == pytest.approx(sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())) / 1e9)
+        own = mine if part == TRAINS[name][0] else 0.0
+        assert (row['gradients'], row['adamw'], row['reference']) == pytest.approx((own, 2 * own, own))
+    fixed = sum(said[p][k] for p in ('encoder', 'projector', 'decoder', 'vae', 'reward', 'judge') for k in ('weights', 'gradients', 'adamw', 'reference'))
+    assert said['total'][False] == pytest.approx(fixed + said['kept'][False] / 1e9)
+    assert fixed + said['kept'][True] / 1e9 < said['total'][True] < said['total'][False]
+    assert not plan(name, '--micro_batch=4')[TRAINS[name][0]]['reference']
+
+
+def test_the_micro_batch_is_the_run_s(monkeypatch):
+    """micro_batch samples, all of a rank's if it is 0; activations grow with it, and with the denoising steps that are replayed."""
+    assert plan('grpo_encoder', '--micro_batch=4')['B'] == 4
+    assert plan('grpo_encoder', '--prompts=4', '--group=4')['B'] == 16
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert plan('grpo_encoder', '--prompts=4', '--group=4', '--seed=2')['B'] == 8
+    monkeypatch.delenv('WORLD_SIZE')
+    one, more = (plan('grpo_decoder', '--micro_batch=4', *w)['kept'][False] for w in (['--train_steps=1'], []))
+    assert more > 2.5 * one
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*args, **kw):
+        raise AssertionError('--plan asks the network')
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+
+
+@pytest.mark.parametrize('name', TRAINS)
+def test_plan_of_a_script(name, tmp_path, capsys, monkeypatch, offline):
+    """Printed, with nothing loaded, written or joined; without LoRA also without peft."""
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    monkeypatch.setattr(common, 'start', lambda c: pytest.fail('--plan starts a run'))
+    script(name, '--plan', f'--out_dir={tmp_path}/out')
+    text = capsys.readouterr().out
+    for part in ('encoder', 'projector', 'decoder', 'vae') + ('reward', 'judge') * (name != 'pretrain_decoder'):
+        assert (float(re.search(rf'^{part} .* ([\d.]+) M', text, re.M)[1]) > 0) == (part in TRAINS[name]), part
+    assert 'fits 24 GB' in text and not os.path.exists(f'{tmp_path}/out')
+
+
+def test_plan_of_a_preset(capsys, offline):
+    """Nothing of it is on this machine: known architectures are enough, and what it says of the encoder is right to the byte."""
+    script('grpo_encoder', '--preset=medium', '--plan')
+    text = capsys.readouterr().out
+    row = re.search(r'^encoder +(\S+) B +(\S+) +(\S+) M +(\S+) +(\S+) +(\S+)$', text, re.M).groups()
+    adapters = 32 * 36 * 51968                   # rank, layers, in + out of their linear layers
+    assert [float(v) for v in row] == pytest.approx([3.7546, (2 * 3754622976 + 4 * adapters) / 1e9, adapters / 1e6, *(k * adapters / 1e9 for k in (4, 8, 4))], abs=1e-2)
+    with_, without = (float(re.search(rf'^total {w} +checkpointing: (\S+)', text, re.M)[1]) for w in ('with', 'without'))
+    assert 14 < with_ < without < 24
+    assert re.search(r'^total with .* fits 24 GB, fits 80 GB \(this run\)$', text, re.M)
+
+
+def test_unknown_models_are_named():
+    message = refusal(common.plan, configuration('grpo_encoder', '--decoder=somebody/else'), 'encoder')
+    assert 'somebody/else' in message and 'stabilityai/stable-diffusion-3.5-large' in message
