@@ -536,3 +536,131 @@ def quiet():
     for lib in (transformers, diffusers):
         lib.utils.logging.set_verbosity_error()
         lib.utils.logging.disable_progress_bar()
+
+
+# --- plan: what a stage needs on one GPU, before anything is downloaded ------------------------------------------------
+ALLOWANCE = 2.0                 # GB: CUDA context, kernels' workspace, logits in chunks, what a rollout holds
+
+
+def skeleton(c):
+    """A UAE, the reward's CLIP tower and the judge without weights (meta device); configs from local folders or config.architectures."""
+    import config
+    import model
+    import open_clip
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from transformers import AutoConfig, AutoModel, AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    def read(name, sub='', file='config.json'):
+        if name in config.architectures:
+            return config.architectures[name][sub] if sub else config.architectures[name]
+        try:
+            with open(os.path.join(name, sub, file)) as f:
+                return json.load(f)
+        except (OSError, ValueError) as e:
+            raise SystemExit(f'--plan knows {", ".join(config.architectures)} and local folders, not {name!r}: {e}')
+
+    uae = model.UAE.__new__(model.UAE)
+    torch.nn.Module.__init__(uae)
+    uae.c, uae.device, dtype = types.SimpleNamespace(**vars(c)), torch.device('cpu'), getattr(torch, c.dtype)
+    with torch.device('meta'):
+        uae.encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(read(c.encoder))).to(dtype)
+        uae.decoder = SD3Transformer2DModel.from_config(read(c.decoder, 'transformer')).to(dtype)
+        uae.vae = AutoencoderKL.from_config(read(c.decoder, 'vae')).to(dtype)
+        uae.projector = model.Projector(uae.encoder.config.text_config.hidden_size, uae.decoder.config.joint_attention_dim)
+        if c.lora_rank:
+            model.add_lora(uae.encoder, c.lora_rank, model.ENCODER_LORA, '')
+            model.add_lora(uae.decoder, c.lora_rank, model.DECODER_LORA, '')
+        clip = c.clip.removeprefix('local-dir:')
+        clip = read(clip, file='open_clip_config.json')['model_cfg'] if clip != c.clip else open_clip.get_model_config(c.clip.split(':')[0])
+        tower, judge = open_clip.CLIP(**clip).visual, AutoModel.from_config(AutoConfig.for_model(**read(c.judge)))
+    uae.words = len(c.caption_prompt.split()) * 4 // 3 + 21         # the prompt's text tokens, about; exactly where there is a tokenizer
+    if os.path.isdir(c.encoder):
+        uae.processor = load(AutoProcessor, c.encoder)
+        uae.tokenizer = uae.processor.tokenizer
+        uae.templates()
+        uae.words = len(uae.before_image + uae.after_image)
+    uae.register_buffer('pooled', torch.full((1, uae.decoder.config.pooled_projection_dim), float(c.decoder in config.architectures)))
+    uae.register_buffer('forbidden', torch.zeros(uae.head.weight.shape[0], dtype=torch.bool))
+    return tuple(m.requires_grad_(False).eval() for m in (uae, tower, judge))
+
+
+def kept_by_autograd(uae, tower, trained):
+    """Bytes that autograd keeps for the backward pass of one micro-batch, weights not counted, and its size B.
+
+    The stage's way from what it trains to its loss runs once on tensors without storage (FakeTensorMode), with everything
+    that is sampled replaced by zeros of the same shape, and the storages that are saved for backward are added up.
+    """
+    from model import token_logp
+    c, lm, kept = uae.c, uae.encoder.model.language_model, {}
+    d, vision, T = lm.config.hidden_size, uae.encoder.config.vision_config, c.caption_len
+    share = (getattr(c, 'batch', 0) or c.prompts * getattr(c, 'group', 1)) // int(os.environ.get('WORLD_SIZE', 1))
+    B = share if hasattr(c, 'batch') or not c.micro_batch else min(share, c.micro_batch)
+    L = round(c.resolution / vision.patch_size / vision.spatial_merge_size) ** 2 + uae.words                          # the prompt: image and text
+
+    def loss(u):
+        out = []
+        if trained == ('encoder',) or 'encoder' in trained and hasattr(c, 'train_encoder'):
+            h = lm(inputs_embeds=torch.zeros(B, L + T, d), position_ids=torch.zeros(3, B, L + T, dtype=torch.long), use_cache=False).last_hidden_state
+            out.append(token_logp(h[:, -T - 1:-1], u.head, torch.zeros(B, T, dtype=torch.long), 1.0, u.forbidden))
+        if trained == ('encoder',):
+            return out
+        n = B * min(getattr(c, 'train_steps', 1), c.sample_steps - 1)             # denoising steps are replayed in one forward
+        z, s, cond = torch.zeros(n, *u.latent_shape()), torch.zeros(n), torch.zeros(n, c.cond_len * (1 + (c.condition == 'text+image')), u.projector.down.out_features)
+        if 'projector' in trained:
+            with torch.set_grad_enabled('encoder' in trained):
+                h = lm(inputs_embeds=torch.zeros(*cond.shape[:2], d), use_cache=False).last_hidden_state
+            cond = u.projector(h.to(u.projector.up.weight.dtype))
+        for _ in range(getattr(c, 'grad_steps', 1)):
+            z = z - u.velocity(z, s, cond)
+        if hasattr(c, 'grad_steps'):
+            z = tower(torch.nn.functional.interpolate(u.to_image(z), tower.image_size, mode='bicubic', antialias=True))
+        return out + [z]
+
+    def keep(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), uae.autocast():
+        end = uae(loss)                          # alive until the storages are counted
+    own = {t.untyped_storage()._cdata for m in (uae, tower) for t in m.state_dict(keep_vars=True).values()}
+    return sum(s.nbytes() for k, s in kept.items() if k not in own), B, end
+
+
+def plan(c, *trained):
+    """Prints weights, gradients, optimizer and activations of a stage that trains the named parts; returns them as a dict."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    quiet()
+    uae, tower, judge = skeleton(c)
+    uae.c.checkpointing = True
+    uae.train_only(*trained)
+    rows, GB = {}, lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / 1e9
+    world, towers = int(os.environ.get('WORLD_SIZE', 1)), (('reward', tower), ('judge', judge)) if hasattr(c, 'prompts') else ()        # stage 0 has no reward
+    print(f'memory of one GPU of {world} in GB = 1e9 bytes, preset {c.preset}\n{"":12s} parameters   weights   trained  gradients   AdamW  reference')
+    for name, m in (*((k, getattr(uae, k)) for k in ('encoder', 'projector', 'decoder', 'vae')), *towers):
+        grads = [p for p in m.parameters() if p.requires_grad]
+        r = rows[name] = dict(parameters=sum(p.numel() for n, p in m.named_parameters() if 'lora_' not in n), weights=GB([*m.parameters(), *m.buffers()]),
+                              trained=sum(p.numel() for p in grads), gradients=GB(grads), adamw=2 * GB(grads), reference=GB(grads) if getattr(c, 'kl', 0) else 0.0)
+        print(f'{name:12s} {r["parameters"] / 1e9:8.4f} B {r["weights"]:9.3f} {r["trained"] / 1e6:7.2f} M {r["gradients"]:10.3f} {r["adamw"]:7.3f} {r["reference"]:10.3f}')
+    with FakeTensorMode():                       # the same modules, their weights without storage and as if on the CPU
+        twin = {}
+        for m in (*uae.modules(), *tower.modules()):
+            for group in (m._parameters, m._buffers):
+                for k, t in group.items():
+                    if t is not None and id(t) not in twin:
+                        new = torch.empty(t.shape, dtype=t.dtype)
+                        twin[id(t)] = torch.nn.Parameter(new, t.requires_grad) if isinstance(t, torch.nn.Parameter) else new
+                    group[k] = None if t is None else twin[id(t)]
+        kept = {}
+        for ck in (True, False):
+            uae.c.checkpointing = ck
+            (uae.decoder.enable_gradient_checkpointing if ck else uae.decoder.disable_gradient_checkpointing)()
+            kept[ck], B, _ = kept_by_autograd(uae, tower, trained)
+    layers = dict(encoder=uae.encoder.config.text_config.num_hidden_layers, decoder=uae.decoder.config.num_layers)
+    blocks = min(layers[part] for part in trained if part in layers)
+    again, fixed = (kept[False] - kept[True]) / blocks / 1e9, sum(r[k] for r in rows.values() for k in ('weights', 'gradients', 'adamw', 'reference'))
+    total = {True: fixed + kept[True] / 1e9 + again, False: fixed + kept[False] / 1e9}
+    print(f'activations of a micro-batch of {B}: {kept[True] / 1e9:.3f} kept + {again:.3f} of one recomputed block with checkpointing, {kept[False] / 1e9:.3f} without')
+    for ck in (True, False):
+        fits = ', '.join(f'{"fits" if total[ck] + ALLOWANCE < size else "does not fit"} {size} GB' for size in (24, 80))
+        print(f'total {"with   " if ck else "without"} checkpointing: {total[ck]:.2f} + {ALLOWANCE} for CUDA and the rollout: {fits}{" (this run)" if ck == c.checkpointing else ""}')
+    return dict(rows, kept=kept, total=total, B=B)

@@ -135,6 +135,8 @@ def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     if min(c.sde_window, c.sample_steps - 1) < 1:
         raise SystemExit('no noisy step is left to train: sde_window >= 1 and sample_steps >= 2 are needed')
+    if c.plan:
+        return common.plan(c, 'decoder')
     run = common.start(c)
     P = common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)

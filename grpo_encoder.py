@@ -125,6 +125,8 @@ def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     if c.condition == 'image':
         raise SystemExit('--condition=image: the decoder would not see the caption, so no caption could be better than another')
+    if c.plan:
+        return common.plan(c, 'encoder')
     run = common.start(c)
     P = common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)

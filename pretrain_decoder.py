@@ -75,6 +75,8 @@ def prepare(uae, c, batch, step, negative):
 
 def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
+    if c.plan:
+        return common.plan(c, 'projector', 'decoder', *['encoder'] * c.train_encoder)
     run = common.start(c)
     first = common.open_out_dir(c, run)
     uae = UAE(c, run.device, new_projector=True)
