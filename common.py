@@ -147,9 +147,14 @@ def find_checkpoint(c, need_projector=True):
     return folder
 
 
-def unresumed(c):
-    """The configuration as if the run had just begun: what its first step started from."""
-    return types.SimpleNamespace(**dict(vars(c), resume=False))
+def stage_start(uae, parts, c, run, first):
+    """A UAE whose `parts` are frozen as the stage began with them (uae.reference); after a resume, first > 0, they are loaded again."""
+    if first:
+        uae = type(uae)(types.SimpleNamespace(**dict(vars(c), resume=False)), run.device)
+        uae.train_only(*parts)
+    for part in parts:
+        uae = uae.reference(part)
+    return uae
 
 
 def read_meta(folder):

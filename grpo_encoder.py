@@ -133,11 +133,7 @@ def main(argv):
     train, held = open_data(c, run)
     uae = UAE(c, run.device)
     params = uae.train_only('encoder')
-    ref = None
-    if c.kl:                                                                  # the stage's initial policy, after a resume too
-        start = UAE(common.unresumed(c), run.device) if first else uae
-        start.train_only('encoder')
-        ref = start.reference('encoder')
+    ref = common.stage_start(uae, ['encoder'], c, run, first) if c.kl else None
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
     opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)

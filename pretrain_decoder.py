@@ -36,6 +36,7 @@ keys = dict(
     batch = 64,                # images per update, all ranks together
     lr = 1e-3,
     grad_clip = 1.0,           # largest gradient norm
+    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 100,              # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
     sigma_mean = 1.0,          # s = sigmoid(sigma_mean + sigma_std N(0,1)); 0 and 1 are SD3's published density
@@ -190,15 +191,15 @@ def main(argv):
                 (loss + nll).backward()
             stats.add(loss=loss.detach(), caption_loss=nll.detach() * len(slices))              # its average is then the sum
             cut += n
-        norm = common.optimise(opt, params, step, c)
-        if c.ema and math.isfinite(norm):
+        taken = common.optimise(opt, params, step, c)
+        if c.ema and not taken['bad_steps']:
             average(opt, c.ema)
 
         cut = int(common.total(cut, run))
         too_long += cut
         if run.master and (cut and cut == too_long or too_long and step == c.steps - 1):
             tqdm.write(f'warning: {too_long} captions so far do not fit the {room} tokens that cond_len={c.cond_len} has for them, and were cut')
-        log(step, **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c), truncated=cut,
+        log(step, **stats.reduce(run), **taken, truncated=cut,
             skipped=gone + int(common.total(len(images.skipped), run)) + (held['skipped'] if held else 0))
         with averaged(opt):
             common.maybe_save(c, run, step + 1, uae, opt)

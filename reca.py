@@ -42,6 +42,7 @@ keys = dict(
     batch = 48,                # images per update, all ranks together
     lr = 3e-4,
     grad_clip = 1.0,           # largest gradient norm
+    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 0,                # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
     lambda_t2i = 5.0,          # weight of the loss conditioned on the encoder's own greedy caption; 0 = captions are not even made
@@ -158,9 +159,7 @@ def main(argv):
     if room > c.cond_len:
         raise SystemExit(f'the states of template and image are {room}, cond_len is {c.cond_len}: lower --see_resolution, or shorten --templates')
     params = uae.train_only('projector', 'decoder')
-    start = None
-    if c.lambda_t2i and c.t2i_target == 'start':                            # the same after a resume
-        start = (UAE(common.unresumed(c), run.device) if first else uae).reference('decoder').reference('projector')
+    start = common.stage_start(uae, ['projector', 'decoder'], c, run, first) if c.lambda_t2i and c.t2i_target == 'start' else None
     ddp = common.parallel(uae, run)
     opt = torch.optim.AdamW(params, lr=c.lr, betas=(0.9, 0.99), weight_decay=0.0)
     common.restore(c, opt)
@@ -177,10 +176,10 @@ def main(argv):
                 loss.backward()
             stats.add(loss=loss.detach(), flow_image=f_v, flow_text=f_y)
             words += [(caption[0] != uae.end) * caption[1]] if caption else []
-        norm = common.optimise(opt, params, step, c)
+        taken = common.optimise(opt, params, step, c)
 
         words = torch.cat(words) if words else torch.zeros(1, 1)
-        log(step, **stats.reduce(run), grad_norm=norm, lr=common.lr_at(step, c), caption_len=common.total(words.sum(), run) / c.batch,
+        log(step, **stats.reduce(run), **taken, caption_len=common.total(words.sum(), run) / c.batch,
             truncated=common.total(words[:, -1].sum(), run) / c.batch, skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
         common.maybe_save(c, run, step + 1, uae, opt)
     evaluate.every(c.steps, last=True)
