@@ -112,7 +112,7 @@ def rollout(uae, tower, x, index, step, c, neg=None):
     noisy, _ = window(step, c)
     noise = common.normal((noisy[1] - noisy[0], *uae.latent_shape()), who, c.seed, 'sde', step)
     z0, path, old_logp = uae.draw_sde(z.to(uae.device), cond, c.sample_steps, noise.to(uae.device), c.sde, c.noise_level, noisy, neg)
-    r = clip_reward(x.repeat_interleave(G, 0), uae.to_image(z0), tower).view(-1, G)
+    r = clip_reward(x, uae.to_image(z0), tower).view(-1, G)
     return cond, *path, old_logp, r, ((y != uae.end) * mask).sum(1)
 
 
