@@ -47,7 +47,17 @@ class Projector(nn.Module):
 
 
 # --- the two policies' log-probs -----------------------------------------------------------------------------------
-def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=2 ** 24):
+def pick_logp(logits, y, temperature=1.0, forbidden=None):
+    """log pi(y) of tokens y (n,) under logits (n, V), which may be overwritten: (n,) float32, -inf at a forbidden token."""
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    if forbidden is not None:
+        logits = logits.masked_fill_(forbidden, -math.inf)
+    return -F.cross_entropy(logits, y, reduction='none')
+
+
+def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=10 ** 7):
     """log pi(y_t | ...) of given tokens, temperature applied, forbidden tokens out of the normaliser.
 
     h (B, T, d) hidden states that predict y (B, T); head: d -> V; forbidden (V,) bool. Returns (B, T) float32; -inf at a
@@ -55,10 +65,7 @@ def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=2 ** 24):
     logits are recomputed in the backward pass.
     """
     def rows(h, y):
-        logits = head(h).float() / temperature
-        if forbidden is not None:
-            logits = logits.masked_fill(forbidden, -math.inf)
-        return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
+        return pick_logp(head(h), y, temperature, forbidden)
 
     shape, h, y = y.shape, h.flatten(0, 1), y.flatten()
     n = max(1, chunk // head.weight.shape[0])
@@ -252,13 +259,13 @@ class UAE(nn.Module):
         with self.autocast():
             cache, h, pos = self.prefill(seen, G)
             for t in range(T):
-                logits = self.head(h[:, -1]).float().masked_fill(self.forbidden, -math.inf)
+                logits = self.head(h[:, -1]).float().masked_fill_(self.forbidden, -math.inf)
                 if temperature == 0:
                     tok = logits.argmax(-1)
                 else:                            # inverse CDF: the first token whose cumulated probability exceeds u
                     cdf = (logits / temperature).softmax(-1).double().cumsum(-1)
                     tok = torch.searchsorted(cdf, u[:, t:t + 1].double() * cdf[:, -1:], right=True)[:, 0]
-                logp[:, t] = token_logp(h[:, -1:], self.head, tok[:, None], temperature or 1.0, self.forbidden)[:, 0] * alive
+                logp[:, t] = pick_logp(logits, tok, temperature or 1.0, self.forbidden) * alive
                 y[:, t] = torch.where(alive, tok, self.end)
                 mask[:, t] = alive.float()
                 alive = alive & (tok != self.end)
