@@ -57,7 +57,7 @@ def pick_logp(logits, y, temperature=1.0, forbidden=None):
     return -F.cross_entropy(logits, y, reduction='none')
 
 
-def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=10 ** 7):
+def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=2 ** 23):
     """log pi(y_t | ...) of given tokens, temperature applied, forbidden tokens out of the normaliser.
 
     h (B, T, d) hidden states that predict y (B, T); head: d -> V; forbidden (V,) bool. Returns (B, T) float32; -inf at a
@@ -374,18 +374,29 @@ class UAE(nn.Module):
         return scheduler.sigmas.float().to(self.device)
 
     def velocity(self, z, s, c, neg=None, guidance=1.0):
-        """v (B, C, H, W) float32 at noise level s, () or (B,); with guidance v0 + guidance (v - v0), v0 without gradient."""
-        def net(c):
-            return self.decoder(hidden_states=z.to(self.decoder.dtype), timestep=1000 * s.expand(len(z)), encoder_hidden_states=c.to(self.decoder.dtype),
-                                pooled_projections=self.pooled.expand(len(z), -1).to(self.decoder.dtype), return_dict=False)[0].float()
+        """v (B, C, H, W) float32 at noise level s, () or (B,); with guidance v0 + guidance (v - v0), v0 without gradient.
 
-        with self.autocast():
-            v = net(c)
-            if guidance == 1.0:
-                return v
-            with torch.no_grad():
-                v0 = net(neg.expand(len(z), -1, -1))
+        neg: the unconditional branch's condition (1, n, D), or where v0 is known already v0 itself (B, C, H, W).
+        """
+        if guidance != 1.0:
+            if neg.dim() == 4:
+                v, v0 = self.velocity(z, s, c), neg
+            elif torch.is_grad_enabled():
+                with torch.no_grad():
+                    v0 = self.velocity(z, s, neg.expand(len(z), -1, -1))
+                v = self.velocity(z, s, c)
+            else:
+                v, v0 = self.branches(z, s, c, neg)
             return v0 + guidance * (v - v0)
+        dtype = self.decoder.dtype
+        with self.autocast():
+            return self.decoder(hidden_states=z.to(dtype), timestep=1000 * s.expand(len(z)), encoder_hidden_states=c.to(dtype),
+                                pooled_projections=self.pooled.expand(len(z), -1).to(dtype), return_dict=False)[0].float()
+
+    def branches(self, z, s, c, neg):
+        """v, v0 (B, C, H, W) of both branches of the guidance, in one forward pass of 2B rows."""
+        both = torch.cat([c, neg.expand(len(c), -1, -1)])
+        return self.velocity(torch.cat([z, z]), s.expand(len(z)).repeat(2), both).chunk(2)
 
     def latent_shape(self):
         side = self.c.resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
