@@ -11,6 +11,7 @@ With one thread on a CPU the clock is the process's own CPU time, else wall time
 times of the forward and backward passes that its mathematics needs, on inputs of the same shape and dtype.
 """
 import collections
+import itertools
 import json
 import os
 import platform
@@ -60,13 +61,17 @@ def clock():
 
 
 def watch(owner, name, label):
-    """Adds the seconds of every call of owner.name to spent[label]."""
-    call = getattr(owner, name)
+    """Adds the seconds of every call of owner.name to spent[label]; a call inside such a call counts once."""
+    call, inside = getattr(owner, name), []
 
     def watched(*args, **kwargs):
+        if inside:
+            return call(*args, **kwargs)
+        inside.append(1)
         start = clock()
         out = call(*args, **kwargs)
         spent[label] += clock() - start
+        inside.clear()
         return out
     setattr(owner, name, watched)
 
@@ -137,6 +142,7 @@ def prepare(b, stage, words, **changes):
     m.uae.forbidden[m.uae.end] = True
     m.tower = backbone(c.reward, c, run.device)
     m.params = m.uae.train_only(*TRAINED[stage])
+    m.neg = m.uae.negative() if c.guidance != 1.0 and stage == 'grpo_decoder' else None
     m.ref = m.uae.reference(TRAINED[stage][0]) if getattr(c, 'kl', 0) else None
     m.opt = torch.optim.AdamW(m.params, lr=c.lr, weight_decay=0.0)
     m.G = getattr(c, 'group', 1)
@@ -182,12 +188,12 @@ def grpo_encoder_step(m):
 
 def grpo_decoder_step(m):
     c = m.c
-    parts = [grpo_decoder.rollout(m.uae, m.tower, m.x[i], m.index[i], 0, c) for i in common.image_slices(len(m.x), c.group, c.micro_batch)]
-    cond, z, z_next, old_logp, r, _ = (torch.cat(t) for t in zip(*parts))
+    parts = [grpo_decoder.rollout(m.uae, m.tower, m.x[i], m.index[i], 0, c, m.neg) for i in common.image_slices(len(m.x), c.group, c.micro_batch)]
+    cond, z, z_next, *v0, old_logp, r, _ = (torch.cat(t) for t in zip(*parts))
     adv = grpo_decoder.group_advantage(r).flatten()
     yield 'rollout'
     for (_,), b, _ in common.group_slices((r,), c.group, c.micro_batch):
-        m.uae(grpo_decoder.loss_of, m.ref, cond[b], z[b], z_next[b], old_logp[b], adv[b], 0, 1 / r.numel(), c)[0].backward()
+        m.uae(grpo_decoder.loss_of, m.ref, cond[b], z[b], z_next[b], old_logp[b], adv[b], 0, 1 / r.numel(), c, m.neg, [t[b] for t in v0])[0].backward()
     yield 'update'
 
 
@@ -217,7 +223,7 @@ def flow_grpo_step(m):
             z_next, logp, _, _ = model.sde_step(z, velocity(uae, z, sig[i], cond, neg), sig[i], sig[i + 1], c.sde, c.noise_level * inside,
                                                 noise=noise[:, i - noisy[0]] if inside else 0.0)
             path, old, z = path + [(z, z_next)], old + [logp], z_next
-        r = grpo_decoder.clip_reward(m.x.repeat_interleave(G, 0), uae.to_image(z), m.tower).view(-1, G)
+        r = grpo_decoder.clip_reward(m.x, uae.to_image(z), m.tower).view(-1, G)
     adv = grpo_decoder.group_advantage(r).flatten()
     yield 'rollout'
     for i in (noisy[0] + j for j in trained):
@@ -385,21 +391,17 @@ def flops(m):
 
 
 def peak(call, device):
-    """Most bytes that `call` holds at once beyond what is held before it: of the CUDA device, else resident in this process (Linux)."""
+    """Most bytes of tensors that `call` holds at once beyond what is held before it."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
 
-    def resident(field):
-        with open('/proc/self/status') as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
-    with open('/proc/self/clear_refs', 'w') as f:
-        f.write('5')                             # forgets the peak so far
-    before = resident('VmRSS')
-    call()
-    return resident('VmHWM') - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == '[memory]')
+    return max(itertools.accumulate(nbytes for _, nbytes in events))
 
 
 # --- the parts -----------------------------------------------------------------------------------------------------------

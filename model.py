@@ -414,34 +414,36 @@ class UAE(nn.Module):
     def draw_sde(self, z, c, S, noise, kind, noise_level, window, neg=None):
         """SDE sampler with its log-probs: steps in `window` = (first, last + 1) are stochastic, the others ODE steps.
 
-        noise (B, W, C, H, W): standard normal, one per stochastic step; neg: `negative()`, if there is guidance. Returns z_0 (B, C, H, W), path = (z, z_next) each
-        (B, W, C, H, W), and logp (B, W) recorded while sampling.
+        noise (B, W, C, H, W): standard normal, one per stochastic step; neg: `negative()`, if there is guidance. Returns
+        z_0 (B, C, H, W), path = (z, z_next), with guidance (z, z_next, v0), each (B, W, C, H, W), and logp (B, W) recorded while sampling.
         """
-        sig = self.sigmas(S)
+        sig, guided = self.sigmas(S), self.c.guidance != 1.0
         path, logps = [], []
         for i in range(S):
-            v = self.velocity(z, sig[i], c, neg, self.c.guidance)
+            v, *v0 = self.branches(z, sig[i], c, neg) if guided else (self.velocity(z, sig[i], c),)
+            if guided:
+                v = v0[0] + self.c.guidance * (v - v0[0])
             inside = window[0] <= i < window[1]
             z_next, logp, _, _ = sde_step(z, v, sig[i], sig[i + 1], kind, noise_level if inside else 0.0,
                                           noise=noise[:, i - window[0]] if inside else torch.zeros_like(z))
             if inside:
-                path.append((z, z_next))
+                path.append((z, z_next, *v0))
                 logps.append(logp)
             z = z_next
-        before, after = (torch.stack(p, 1) for p in zip(*path))
-        return z, (before, after), torch.stack(logps, 1)
+        return z, tuple(torch.stack(p, 1) for p in zip(*path)), torch.stack(logps, 1)
 
     def step_logp(self, path, steps, c, S, kind, noise_level, first, neg=None):
         """The update's log-prob of stored steps, all replayed in one [B * n] forward; differentiable.
 
-        path (z, z_next) from `draw_sde`; steps: n indices into its window, which starts at denoising step `first`.
+        path (z, z_next) from `draw_sde`; steps: n indices into its window, which starts at denoising step `first`. A path with
+        v0 spares the unconditional branch while the weights are those of the rollout.
         Returns logp (B, n), mean (B, n, C, H, W), std (B, n, 1, 1, 1).
         """
-        z, z_next = (p[:, steps].flatten(0, 1) for p in path)
+        z, z_next, *v0 = (p[:, steps].flatten(0, 1) for p in path)
         B, n = len(c), len(steps)
         sig = self.sigmas(S)
         at = torch.tensor(steps, device=self.device).repeat(B) + first
-        v = self.velocity(z, sig[at], c.repeat_interleave(n, 0), neg, self.c.guidance)
+        v = self.velocity(z, sig[at], c.repeat_interleave(n, 0), v0[0] if v0 else neg, self.c.guidance)
         _, logp, mean, std = sde_step(z, v, sig[at], sig[at + 1], kind, noise_level, z_next=z_next)
         return logp.view(B, n), mean.unflatten(0, (B, n)), std.unflatten(0, (B, n))
 
