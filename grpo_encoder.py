@@ -106,7 +106,7 @@ def rollout(uae, tower, x, index, step, c):
     y, mask, old_logp = uae.sample_captions(seen, G, c.temperature, u)
     z = common.normal(uae.latent_shape(), index, c.seed, 'start', step).to(uae.device).repeat_interleave(G, 0)
     x_hat = uae.to_image(uae.draw(z, uae.condition(y, mask, seen), c.sample_steps))
-    r = clip_reward(x.repeat_interleave(G, 0), x_hat, tower).view(-1, G)
+    r = clip_reward(x, x_hat, tower).view(-1, G)
     return seen, y, mask, old_logp, r
 
 

@@ -47,7 +47,17 @@ class Projector(nn.Module):
 
 
 # --- the two policies' log-probs -----------------------------------------------------------------------------------
-def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=2 ** 24):
+def pick_logp(logits, y, temperature=1.0, forbidden=None):
+    """log pi(y) of tokens y (n,) under logits (n, V), which may be overwritten: (n,) float32, -inf at a forbidden token."""
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    if forbidden is not None:
+        logits = logits.masked_fill_(forbidden, -math.inf)
+    return -F.cross_entropy(logits, y, reduction='none')
+
+
+def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=2 ** 23):
     """log pi(y_t | ...) of given tokens, temperature applied, forbidden tokens out of the normaliser.
 
     h (B, T, d) hidden states that predict y (B, T); head: d -> V; forbidden (V,) bool. Returns (B, T) float32; -inf at a
@@ -55,10 +65,7 @@ def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=2 ** 24):
     logits are recomputed in the backward pass.
     """
     def rows(h, y):
-        logits = head(h).float() / temperature
-        if forbidden is not None:
-            logits = logits.masked_fill(forbidden, -math.inf)
-        return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
+        return pick_logp(head(h), y, temperature, forbidden)
 
     shape, h, y = y.shape, h.flatten(0, 1), y.flatten()
     n = max(1, chunk // head.weight.shape[0])
@@ -256,13 +263,13 @@ class UAE(nn.Module):
         with self.autocast():
             cache, h, pos = self.prefill(seen, G)
             for t in range(T):
-                logits = self.head(h[:, -1]).float().masked_fill(self.forbidden, -math.inf)
+                logits = self.head(h[:, -1]).float().masked_fill_(self.forbidden, -math.inf)
                 if temperature == 0:
                     tok = logits.argmax(-1)
                 else:                            # inverse CDF: the first token whose cumulated probability exceeds u
                     cdf = (logits / temperature).softmax(-1).double().cumsum(-1)
                     tok = torch.searchsorted(cdf, u[:, t:t + 1].double() * cdf[:, -1:], right=True)[:, 0]
-                logp[:, t] = token_logp(h[:, -1:], self.head, tok[:, None], temperature or 1.0, self.forbidden)[:, 0] * alive
+                logp[:, t] = pick_logp(logits, tok, temperature or 1.0, self.forbidden) * alive
                 y[:, t] = torch.where(alive, tok, self.end)
                 mask[:, t] = alive.float()
                 alive = alive & (tok != self.end)
@@ -371,18 +378,29 @@ class UAE(nn.Module):
         return scheduler.sigmas.float().to(self.device)
 
     def velocity(self, z, s, c, neg=None, guidance=1.0):
-        """v (B, C, H, W) float32 at noise level s, () or (B,); with guidance v0 + guidance (v - v0), v0 without gradient."""
-        def net(c):
-            return self.decoder(hidden_states=z.to(self.decoder.dtype), timestep=1000 * s.expand(len(z)), encoder_hidden_states=c.to(self.decoder.dtype),
-                                pooled_projections=self.pooled.expand(len(z), -1).to(self.decoder.dtype), return_dict=False)[0].float()
+        """v (B, C, H, W) float32 at noise level s, () or (B,); with guidance v0 + guidance (v - v0), v0 without gradient.
 
-        with self.autocast():
-            v = net(c)
-            if guidance == 1.0:
-                return v
-            with torch.no_grad():
-                v0 = net(neg.expand(len(z), -1, -1))
+        neg: the unconditional branch's condition (1, n, D), or where v0 is known already v0 itself (B, C, H, W).
+        """
+        if guidance != 1.0:
+            if neg.dim() == 4:
+                v, v0 = self.velocity(z, s, c), neg
+            elif torch.is_grad_enabled():
+                with torch.no_grad():
+                    v0 = self.velocity(z, s, neg.expand(len(z), -1, -1))
+                v = self.velocity(z, s, c)
+            else:
+                v, v0 = self.branches(z, s, c, neg)
             return v0 + guidance * (v - v0)
+        dtype = self.decoder.dtype
+        with self.autocast():
+            return self.decoder(hidden_states=z.to(dtype), timestep=1000 * s.expand(len(z)), encoder_hidden_states=c.to(dtype),
+                                pooled_projections=self.pooled.expand(len(z), -1).to(dtype), return_dict=False)[0].float()
+
+    def branches(self, z, s, c, neg):
+        """v, v0 (B, C, H, W) of both branches of the guidance, in one forward pass of 2B rows."""
+        both = torch.cat([c, neg.expand(len(c), -1, -1)])
+        return self.velocity(torch.cat([z, z]), s.expand(len(z)).repeat(2), both).chunk(2)
 
     def latent_shape(self):
         side = self.c.resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -400,34 +418,36 @@ class UAE(nn.Module):
     def draw_sde(self, z, c, S, noise, kind, noise_level, window, neg=None):
         """SDE sampler with its log-probs: steps in `window` = (first, last + 1) are stochastic, the others ODE steps.
 
-        noise (B, W, C, H, W): standard normal, one per stochastic step; neg: `negative()`, if there is guidance. Returns z_0 (B, C, H, W), path = (z, z_next) each
-        (B, W, C, H, W), and logp (B, W) recorded while sampling.
+        noise (B, W, C, H, W): standard normal, one per stochastic step; neg: `negative()`, if there is guidance. Returns
+        z_0 (B, C, H, W), path = (z, z_next), with guidance (z, z_next, v0), each (B, W, C, H, W), and logp (B, W) recorded while sampling.
         """
-        sig = self.sigmas(S)
+        sig, guided = self.sigmas(S), self.c.guidance != 1.0
         path, logps = [], []
         for i in range(S):
-            v = self.velocity(z, sig[i], c, neg, self.c.guidance)
+            v, *v0 = self.branches(z, sig[i], c, neg) if guided else (self.velocity(z, sig[i], c),)
+            if guided:
+                v = v0[0] + self.c.guidance * (v - v0[0])
             inside = window[0] <= i < window[1]
             z_next, logp, _, _ = sde_step(z, v, sig[i], sig[i + 1], kind, noise_level if inside else 0.0,
                                           noise=noise[:, i - window[0]] if inside else torch.zeros_like(z))
             if inside:
-                path.append((z, z_next))
+                path.append((z, z_next, *v0))
                 logps.append(logp)
             z = z_next
-        before, after = (torch.stack(p, 1) for p in zip(*path))
-        return z, (before, after), torch.stack(logps, 1)
+        return z, tuple(torch.stack(p, 1) for p in zip(*path)), torch.stack(logps, 1)
 
     def step_logp(self, path, steps, c, S, kind, noise_level, first, neg=None):
         """The update's log-prob of stored steps, all replayed in one [B * n] forward; differentiable.
 
-        path (z, z_next) from `draw_sde`; steps: n indices into its window, which starts at denoising step `first`.
+        path (z, z_next) from `draw_sde`; steps: n indices into its window, which starts at denoising step `first`. A path with
+        v0 spares the unconditional branch while the weights are those of the rollout.
         Returns logp (B, n), mean (B, n, C, H, W), std (B, n, 1, 1, 1).
         """
-        z, z_next = (p[:, steps].flatten(0, 1) for p in path)
+        z, z_next, *v0 = (p[:, steps].flatten(0, 1) for p in path)
         B, n = len(c), len(steps)
         sig = self.sigmas(S)
         at = torch.tensor(steps, device=self.device).repeat(B) + first
-        v = self.velocity(z, sig[at], c.repeat_interleave(n, 0), neg, self.c.guidance)
+        v = self.velocity(z, sig[at], c.repeat_interleave(n, 0), v0[0] if v0 else neg, self.c.guidance)
         _, logp, mean, std = sde_step(z, v, sig[at], sig[at + 1], kind, noise_level, z_next=z_next)
         return logp.view(B, n), mean.unflatten(0, (B, n)), std.unflatten(0, (B, n))
 

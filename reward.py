@@ -119,15 +119,15 @@ _default = []
 def clip_reward(x, x_hat, tower=None):
     """R_i = cos(f_I(x_i), f_I(x_hat_i)), the one objective of the method.
 
-    x, x_hat (B, 3, H, W) in [-1, 1] -> (B,) in [-1, 1]; differentiable in x_hat, x is a constant. tower: a Backbone;
-    None = the tiny CLIP of the embedded world.
+    x, x_hat (B, 3, H, W) in [-1, 1] -> (B,) in [-1, 1]; differentiable in x_hat, x is a constant. x may be the P images of
+    B = P*G reconstructions in contiguous groups. tower: a Backbone; None = the tiny CLIP of the embedded world.
     """
     if tower is None:
         if not _default:
             _default.append(Backbone('clip', 'local-dir:data/shapes/base/clip', ''))
         tower = _default[0].to(x_hat.device)
     with torch.no_grad():
-        f = tower.features(x)
+        f = tower.features(x).repeat_interleave(len(x_hat) // len(x), 0)
     return (f * tower.features(x_hat)).sum(-1)
 
 

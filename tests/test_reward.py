@@ -134,6 +134,16 @@ def test_row_i_is_scored_against_row_i(tower, x, x_hat):
     assert changed.tolist() == [False, True, False, False]
 
 
+def test_groups_share_their_source(tower, x, x_hat):
+    """P pictures against P*G reconstructions in contiguous groups: each source goes through the tower once."""
+    seen = []
+    handle = tower.tower.register_forward_hook(lambda m, args, kwargs, out: seen.append(len((*args, *kwargs.values())[0])), with_kwargs=True)
+    r = clip_reward(x[:2], x_hat, tower)
+    handle.remove()
+    assert seen == [2, 4]
+    torch.testing.assert_close(r, clip_reward(x[:2].repeat_interleave(2, 0), x_hat, tower), atol=1e-6, rtol=1e-5)
+
+
 def test_gradient_in_the_reconstruction_alone(tower, x, x_hat):
     x, x_hat = x.clone().requires_grad_(), x_hat.clone().requires_grad_()
     r = clip_reward(x, x_hat, tower)
