@@ -39,7 +39,7 @@ import common
 import config
 from data.prompts import RELATIONS, TAGS, drop_first_row, read_dpg, read_lines, read_metadata, shapes_prompts
 from data.shapes import scenes as world
-from judges import (JUDGE, Unusable, ask_judge, checklist, detect, local_vlm, open_colours, open_detector, picture, remembered, says_yes,
+from data.judges import (JUDGE, Unusable, ask_judge, checklist, detect, local_vlm, open_colours, open_detector, picture, remembered, says_yes,
                     shapes_objects, verdict)
 from model import UAE
 

@@ -14,7 +14,7 @@ from PIL import Image
 import common
 import config
 import eval_t2i
-import judges
+from data import judges
 from data import prompts
 from data.shapes import scenes as world
 from eval_t2i import dpg_score, geneval_correct, relative_position
