@@ -290,6 +290,18 @@ def add_lora(tower, rank, targets, path):
             raise SystemExit(f'{path}: not an adapter of this model; first unknown key {result.unexpected_keys[0]}')
 
 
+def save_lora(encoder, decoder, folder):
+    """Writes both towers' adapters: encoder/ in peft's layout, decoder/ as load_lora_weights of StableDiffusion3Pipeline reads it, alpha included."""
+    from diffusers import StableDiffusion3Pipeline
+    from peft import get_peft_model_state_dict
+    os.makedirs(f'{folder}/encoder', exist_ok=True)
+    adapter = {f'base_model.model.{k}': v for k, v in get_peft_model_state_dict(encoder).items()}
+    save_file(adapter, f'{folder}/encoder/adapter_model.safetensors')
+    encoder.peft_config['default'].save_pretrained(f'{folder}/encoder')
+    StableDiffusion3Pipeline.save_lora_weights(f'{folder}/decoder', get_peft_model_state_dict(decoder),
+                                               transformer_lora_adapter_metadata=decoder.peft_config['default'].to_dict())
+
+
 def pooled_of_nothing(c, width):
     """pooled_projections (1, width): the constant pooled CLIP-L + CLIP-G embedding of the empty string, computed once by
     the decoder's own text encoders and cached; zeros where the decoder comes without text encoders (the tiny one)."""

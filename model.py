@@ -49,9 +49,7 @@ class Projector(nn.Module):
 # --- the two policies' log-probs -----------------------------------------------------------------------------------
 def pick_logp(logits, y, temperature=1.0, forbidden=None):
     """log pi(y) of tokens y (n,) under logits (n, V), which may be overwritten: (n,) float32, -inf at a forbidden token."""
-    logits = logits.float()
-    if temperature != 1.0:
-        logits = logits / temperature
+    logits = logits.float() / temperature if temperature != 1.0 else logits.float()
     if forbidden is not None:
         logits = logits.masked_fill_(forbidden, -math.inf)
     return -F.cross_entropy(logits, y, reduction='none')
@@ -331,8 +329,7 @@ class UAE(nn.Module):
         for i, (row, k) in enumerate(zip(y.cpu(), keep.cpu())):
             row = self.before_text + row[k].tolist()[:room] + self.after_text
             ids[i, :len(row)], attend[i, :len(row)] = torch.tensor(row), 1
-        ids, attend = ids.to(self.device), attend.to(self.device)
-        h = self.encoder.model.language_model(inputs_embeds=self.embed(ids), attention_mask=attend, use_cache=False).last_hidden_state
+        h = self.encoder.model.language_model(inputs_embeds=self.embed(ids.to(self.device)), attention_mask=attend.to(self.device), use_cache=False).last_hidden_state
         return self.projector(h.to(self.projector.up.weight.dtype))
 
     def pad(self, h):
@@ -425,8 +422,7 @@ class UAE(nn.Module):
         path, logps = [], []
         for i in range(S):
             v, *v0 = self.branches(z, sig[i], c, neg) if guided else (self.velocity(z, sig[i], c),)
-            if guided:
-                v = v0[0] + self.c.guidance * (v - v0[0])
+            v = v0[0] + self.c.guidance * (v - v0[0]) if guided else v
             inside = window[0] <= i < window[1]
             z_next, logp, _, _ = sde_step(z, v, sig[i], sig[i + 1], kind, noise_level if inside else 0.0,
                                           noise=noise[:, i - window[0]] if inside else torch.zeros_like(z))
@@ -464,8 +460,8 @@ class UAE(nn.Module):
 
     # --- reference policy and checkpoints --------------------------------------------------------------------------
     def reference(self, name):
-        """A frozen policy with the present weights of 'encoder' or 'decoder', for the KL term: a UAE that shares every
-        module but that one, and of that one every weight that is not trained (with LoRA: a second adapter)."""
+        """A UAE whose encoder, projector or decoder is frozen with its present weights (for the KL term: the reference policy); it
+        shares every other module, and of that one every weight that is not trained (with LoRA: a second adapter)."""
         ref, tower = copy.copy(self), getattr(self, name)
         shared = {id(p): p for p in tower.parameters() if not p.requires_grad}
         ref._modules = dict(self._modules, **{name: copy.deepcopy(tower, shared)})
@@ -478,15 +474,7 @@ class UAE(nn.Module):
         encoder's in peft's layout, the decoder's as StableDiffusion3Pipeline.save_lora_weights writes it."""
         os.makedirs(folder, exist_ok=True)
         save_file(self.projector.state_dict(), f'{folder}/projector.safetensors')
-        if not self.c.lora_rank:
-            self.encoder.save_pretrained(f'{folder}/encoder')
-            self.decoder.save_pretrained(f'{folder}/decoder/transformer')
-            return
-        from diffusers import StableDiffusion3Pipeline
-        from peft import get_peft_model_state_dict
-        os.makedirs(f'{folder}/encoder', exist_ok=True)
-        adapter = {f'base_model.model.{k}': v for k, v in get_peft_model_state_dict(self.encoder).items()}
-        save_file(adapter, f'{folder}/encoder/adapter_model.safetensors')
-        self.encoder.peft_config['default'].save_pretrained(f'{folder}/encoder')
-        StableDiffusion3Pipeline.save_lora_weights(f'{folder}/decoder', get_peft_model_state_dict(self.decoder),
-                                                   transformer_lora_adapter_metadata=self.decoder.peft_config['default'].to_dict())
+        if self.c.lora_rank:
+            return common.save_lora(self.encoder, self.decoder, folder)
+        self.encoder.save_pretrained(f'{folder}/encoder')
+        self.decoder.save_pretrained(f'{folder}/decoder/transformer')
