@@ -10,7 +10,8 @@
 
 No caption is needed: the image is its own, dense prompt. Encoder frozen (the towers are separate, so lambda_i2t = 0), projector and decoder
 trained. The template stands BEFORE the image: in a causal language model words after it change nothing at the image's positions. Afterwards
-the condition is text again, which `lambda_t2i` keeps alive with captions by the frozen encoder itself.
+the condition is text again, which `lambda_t2i` keeps alive with captions by the frozen encoder itself. Measured at tiny size, one seed, 96 updates of 32: F(c_v) falls from .77
+to .63, which is what the base pays for no condition at all (its full captions: .15), t2i of true captions .901 to .898 (lambda_t2i 0, lr 1e-4: .69).
 
     paper                                here                              why
     lambda_t2i = 0                       1, tiny 5                         its models draw from a sequence that holds the text; this decoder forgets how to read a caption
