@@ -295,10 +295,10 @@ class UAE(nn.Module):
         """Tokens -> strings, up to the end token."""
         return [self.tokenizer.decode(t[m.bool() & (t != self.end)], skip_special_tokens=True) for t, m in zip(y.cpu(), mask.cpu())]
 
-    def tokens(self, texts):
-        """Strings -> y, mask (B, T) as the sampler would return them; longer ones are cut, the number cut is returned."""
+    def tokens(self, texts, T=None):
+        """Strings -> y, mask (B, T) as the sampler would return them, T = caption_len if None; longer ones are cut, the number cut is returned."""
         ids = [self.tokenizer(t, add_special_tokens=False).input_ids for t in texts]
-        T = self.c.caption_len
+        T = T or self.c.caption_len
         y = torch.full((len(ids), T), self.end)
         mask = torch.zeros(len(ids), T)
         for i, row in enumerate(ids):
