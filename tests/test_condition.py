@@ -8,6 +8,7 @@ import torch
 from conftest import G, P, at
 
 from data.shapes import scenes
+from model import Projector
 
 WIRINGS = ('text', 'answer', 'image', 'text+image')
 wirings = pytest.mark.parametrize('kind', WIRINGS)
@@ -109,6 +110,17 @@ def test_gradient_reaches_the_language_model(uae, seen, sampled, kind):
     with torch.enable_grad():
         u.condition(sampled[0], sampled[1], seen).square().sum().backward()
     assert sum(p.grad is not None and bool(p.grad.any()) for p in params) > 0.9 * len(params)
+
+
+# --- the projector -------------------------------------------------------------------------------------------------
+def test_projector_is_two_linear_layers_and_a_gelu():
+    """g(h) = W2 gelu(W1 h + b1) + b2, hidden width 2D, under a checkpoint's names; gelu(a) = a Phi(a)."""
+    g = Projector(6, 4)
+    assert {k: tuple(p.shape) for k, p in g.named_parameters()} == {'up.weight': (8, 6), 'up.bias': (8,), 'down.weight': (4, 8), 'down.bias': (4,)}
+    h = 3 * torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    a = h @ g.up.weight.T + g.up.bias
+    want = (a * torch.distributions.Normal(0.0, 1.0).cdf(a)) @ g.down.weight.T + g.down.bias
+    torch.testing.assert_close(g(h), want)
 
 
 # --- what each holds -----------------------------------------------------------------------------------------------
