@@ -324,8 +324,7 @@ class UAE(nn.Module):
         """
         room = self.c.cond_len - len(self.before_text) - len(self.after_text)
         keep = mask.bool() & (y != self.end)
-        ids = torch.full((len(y), self.c.cond_len), self.tokenizer.pad_token_id)
-        attend = torch.zeros_like(ids)
+        ids, attend = torch.full((len(y), self.c.cond_len), self.tokenizer.pad_token_id), torch.zeros(len(y), self.c.cond_len, dtype=torch.long)
         for i, (row, k) in enumerate(zip(y.cpu(), keep.cpu())):
             row = self.before_text + row[k].tolist()[:room] + self.after_text
             ids[i, :len(row)], attend[i, :len(row)] = torch.tensor(row), 1
