@@ -178,7 +178,7 @@ class UAE(nn.Module):
             if not p.requires_grad:
                 p.data = p.data.to(getattr(torch, self.c.dtype))
         if self.c.checkpointing:
-            getattr(self.encoder, 'activation_checkpointing_enable', self.encoder.gradient_checkpointing_enable)()      # its name from transformers 6 on
+            (getattr(self.encoder, 'activation_checkpointing_enable', None) or self.encoder.gradient_checkpointing_enable)()      # two names of one thing
             self.decoder.enable_gradient_checkpointing()
         return [p for p in self.parameters() if p.requires_grad]
 
