@@ -103,11 +103,9 @@ def geneval_verdict(objects, metadata):
             fault = f'{name}: {right} of {count} {req["color"]}, seen: {", ".join(str(o[2]) for o in found)}'
         elif 'position' in req:
             relation, target = req['position']
-            if groups[target] is None:
-                fault = f'{name}: nothing to be {relation}'
-            elif not all(relation in relative_position(a[0], b[0]) for a in found for b in groups[target]):
+            if not all(relation in relative_position(a[0], b[0]) for a in found for b in groups[target]):
                 fault = f'{name}: not {relation} its target'
-        groups.append(None if fault else found)
+        groups.append(found)                                 # a target with a fault of its own has failed the image already
         faults += [fault] if fault else []
     for req in metadata.get('exclude', []):
         n = len(objects.get(req['class'], []))

@@ -71,7 +71,7 @@ RED = wants(('dog', 1, dict(color='red')))
     (dict(cat=things(1)), LEFT, False), (dict(dog=things(1, 50)), LEFT, False),
     (dict(dog=things(2, 50), cat=things(1)), LEFT, True), (dict(dog=things(1, 50), cat=things(1, 90) + things(1)), LEFT, False),
     (dict(dog=things(2, 10), cat=things(1)), wants(('dog', 2, {}), ('cat', 1, dict(position=['left of', 0]))), True),
-    (dict(dog=things(2, -20), cat=things(1)), wants(('dog', 2, {}), ('cat', 1, dict(position=['left of', 0]))), False),                     # of every one of the targets
+    (dict(dog=things(2, -10), cat=things(1)), wants(('dog', 2, {}), ('cat', 1, dict(position=['left of', 0]))), False),                     # of every one of the targets
     (dict(dog=things(1, 50, 'blue'), cat=things(1)), wants(('dog', 1, dict(color='red')), ('cat', 1, dict(position=['left of', 0]))), False)])
 def test_geneval_correct(objects, metadata, correct):
     assert geneval_correct(objects, metadata) is correct
@@ -249,12 +249,16 @@ def test_folders_resume_and_world_size(few, tmp_path, capsys, monkeypatch):
     assert json.loads(results[0]['metadata']) == SHAPES[0] and results[0]['filename'].endswith('00000/samples/00000.png')
     table = capsys.readouterr().out.splitlines()[-4:]
     assert table[0] == '| shapes | single_object | two_object | counting | overall |' and table[2].startswith('| base | ')
+    same = [dict(id='a', number=0, prompt=SHAPES[0]['prompt']), dict(id='b', number=1, prompt=SHAPES[0]['prompt'])]
+    uae = eval_t2i.UAE(keys_of(*few), 'cpu')
+    a, b, c = eval_t2i.draw(uae, [(same[0], 0), (same[1], 0), (same[0], 1)])
+    assert min((a - b).abs().max(), (a - c).abs().max(), (b - c).abs().max()) > 0.1, 'every item and every sample has its own noise'
     # what is there stays, what is missing comes back the same
     (out / 'images' / '00001' / 'samples' / '00001.png').unlink()
-    (out / 'images' / '00002' / 'samples' / '00000.png').write_bytes(b'mine')
+    (out / 'images' / '00000' / 'samples' / '00000.png').write_bytes(b'mine')
     eval_t2i.generate(keys_of(*few, images=str(out / 'images')), types.SimpleNamespace(rank=0, world=1, master=True, device='cpu'), eval_t2i.read_items(keys_of(*few)))
     again = contents(out / 'images')
-    assert again.pop('00002/samples/00000.png') == b'mine' and whole.items() >= again.items() and len(again) == 8
+    assert again.pop('00000/samples/00000.png') == b'mine' and whole.items() >= again.items() and len(again) == 8
     # two ranks write the very files of one
     monkeypatch.setattr(common, 'gather_objects', lambda items, run: items)
     for rank in (0, 1):
@@ -324,6 +328,8 @@ def test_masks_go_back_to_the_image_without_the_padding():
     low[:, :, :round(336 * 1333 / 1344 / 2)] = 8.0
     _, _, boxes, masks = judges.instances(torch.tensor([[5.0, 0.0]]), low, (672, 1344), inside, (50, 100))
     assert masks.shape == (1, 50, 100) and boxes.tolist() == [[0, 0, 50, 50]]
+    _, _, boxes, _ = judges.instances(torch.tensor([[5.0, 0.0]]), blob(64, 64, 0, 16, 0, 64)[None], (64, 64), (32, 64), (32, 64))
+    assert boxes.tolist() == [[0, 0, 64, 16]], 'the lower half was padding'
     assert judges.to_detector(Image.new('RGB', (512, 512)))[0].shape == (1, 3, 800, 800)
 
 
@@ -392,7 +398,7 @@ def test_geneval_with_a_tiny_detector(tmp_path, no_matcher, monkeypatch, capsys)
     eval_t2i.main(words)
     assert asked == ['dog'], 'colours are named where they are asked for, of the best `count`'
     assert [r['correct'] for r in lines(f'{tmp_path}/out/geneval/theirs/results.jsonl')] == [True, True]
-    assert json.loads(lines(f'{tmp_path}/out/geneval/theirs/results.jsonl')[0]['details']) == dict(dog=[[0, 0, 9, 9, 0.95]] * 2)
+    assert all(json.loads(r['details']) == dict(dog=[[0, 0, 9, 9, 0.95]] * 2) for r in lines(f'{tmp_path}/out/geneval/theirs/results.jsonl'))
     os.rename(f'{tmp_path}/theirs/0001', f'{tmp_path}/theirs/00000')
     assert '00000/metadata.jsonl' in refusal(eval_t2i.main, words) and 'twice' in refusal(eval_t2i.main, words)
 
@@ -430,6 +436,7 @@ def test_colours_are_named_from_the_object_alone():
     namer = judges.colour_namer(Stand(), transform, tokenizer, 'cpu')
     assert namer(Image.fromarray(pixels), found, 'dog') == ['red', 'blue']
     assert torch.allclose(crops[0][0, :, 0, 3], torch.full((3,), 0.6)) and crops[0][0, 0, 0, 0] == 1, 'around the object it is grey 153'
+    assert (crops[0][1, 2] == 1).all(), 'and nothing beyond its box'
     assert texts[:3] == ['a photo of a red dog', 'a photo of a red-colored dog', 'a photo of a red object'] and len(texts) == 30
     namer(Image.fromarray(pixels), found, 'dog')
     assert len(texts) == 30, 'texts once per class'
@@ -531,10 +538,14 @@ def test_judge_summary_counts_what_failed_apart():
 class Server(http.server.BaseHTTPRequestHandler):
     """Behaves as the prompt in the request tells it: see `behave`."""
     protocol_version = 'HTTP/1.0'
-    seen = []
+    seen, got = [], []
 
     def log_message(self, *args):
         pass
+
+    def do_GET(self):
+        self.got.append((self.path, self.headers.get('Authorization')))
+        self.send_error(404)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
@@ -549,7 +560,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         if how in ('500', '403', '400') or how == 'recovers' and times < 3:
             return self.send_error(int(how) if how.isdigit() else 503)
         if how == 'redirects':
-            self.send_response(307)
+            self.send_response(302)
             self.send_header('Location', f'http://127.0.0.1:{self.server.server_port}/elsewhere')
             return self.end_headers()
         text = dict(prose='It looks right to me.', cut='{"correct": 1, "rea', fenced=f'```json\n{good}\n```', wrong='{"correct": 0}').get(how, good)
@@ -607,6 +618,7 @@ def test_a_judge_that_misbehaves(judged, tmp_path):
     assert (body['model'], body['temperature'], body['max_tokens']) == ('m', 0, 200) and body['messages'][0]['role'] == 'system'
     assert body['messages'][1]['content'][0]['text'] == 'Instruction:\nfine\n\nExpectation checklist:\nThis image should contain:\n- 2 dogs present in the image.'
     assert body['messages'][1]['content'][1]['image_url']['url'].startswith('data:image/jpeg;base64,/9j/')
+    assert not Server.got, 'the key does not follow a redirect'
     assert all(key == 'Bearer sk-very-secret' for _, key, _ in requests)
     assert not any(b'secret' in text for text in contents(tmp_path / 'out').values())
     # answers are kept, failures are asked again; a new image is a new question
