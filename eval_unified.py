@@ -134,7 +134,7 @@ def contact_sheet(columns, texts, path):
     for i, text in enumerate(texts):
         for ax, images in zip(axes[i], columns):
             ax.imshow((images[i].permute(1, 2, 0).cpu().clamp(-1, 1) + 1) / 2, interpolation='nearest')
-        axes[i, -1].text(0, 0.5, text, va='center', fontsize=8, wrap=True, parse_math=False)
+        axes[i, -1].text(0, 0.5, text.replace('$', r'\$'), va='center', fontsize=8, wrap=True)
         for ax in axes[i]:
             ax.axis('off')
     fig.tight_layout()

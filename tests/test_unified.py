@@ -317,5 +317,5 @@ def test_damaged_pictures_are_named_and_what_was_drawn_stays(bench, tmp_path):
 
 def test_a_sheet_shows_any_text(tmp_path):
     x = [torch.zeros(3, 20, 30), torch.ones(3, 8, 8)]
-    eval_unified.contact_sheet([x, x], ['costs $5 and $6_{', 'a ' * 200], tmp_path / 'sheet.png')
+    eval_unified.contact_sheet([x, x], ['from $5_{ to $6', 'a ' * 200], tmp_path / 'sheet.png')
     assert Image.open(tmp_path / 'sheet.png').size[1] > 200
