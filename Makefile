@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: setup demo test base
+.PHONY: setup demo test base rounds
 setup: .venv/.done
 
 .venv/.done: requirements.txt
@@ -17,3 +17,13 @@ test: setup
 
 base: setup
 	$(PY) data/shapes/pretrain.py
+
+# stages 2 and 3 in turn, R rounds, an evaluation after each: make rounds R=2 FROM=out/cold_start ARGS="--preset=paper --data=/data/photos"
+R ?= 2
+OUT ?= out/rounds
+rounds: setup
+	@last=$(FROM); for r in $$(seq 1 $(R)); do \
+	    $(PY) grpo_encoder.py --init_from=$$last --seed=$$r --out_dir=$(OUT)/encoder_$$r --resume $(ARGS) && \
+	    $(PY) grpo_decoder.py --init_from=$(OUT)/encoder_$$r --seed=$$r --out_dir=$(OUT)/decoder_$$r --resume $(ARGS) && \
+	    $(PY) eval_unified.py --init_from=$(OUT)/decoder_$$r --out_dir=$(OUT)/eval_$$r $(ARGS) || exit 1; \
+	    last=$(OUT)/decoder_$$r; done

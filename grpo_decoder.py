@@ -135,17 +135,15 @@ def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     if min(c.sde_window, c.sample_steps - 1) < 1:
         raise SystemExit('no noisy step is left to train: sde_window >= 1 and sample_steps >= 2 are needed')
+    if c.plan:
+        return common.plan(c, 'decoder')
     run = common.start(c)
     P = common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)
     train, held = open_data(c, run)
     uae = UAE(c, run.device)
     params = uae.train_only('decoder')
-    ref = None
-    if c.kl:                                                                  # the stage's initial policy, after a resume too
-        start = UAE(common.unresumed(c), run.device) if first else uae
-        start.train_only('decoder')
-        ref = start.reference('decoder')
+    ref = common.stage_start(uae, ['decoder'], c, run, first) if c.kl else None
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
     opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)

@@ -65,9 +65,11 @@ def group_advantage(r, std=True):
     return torch.where(equal, 0.0, centred / (r.std(1, keepdim=True) + 1e-4) if std else centred)
 
 
-def token_weights(mask, loss_mean):
-    """(B, T) weights of the sampled tokens in the loss, before they are normalised: 1 each, or 1 / |y_i| for 'caption'."""
-    return mask / mask.sum(1, keepdim=True) if loss_mean == 'caption' else mask
+def token_weights(mask, c):
+    """How much each sampled token weighs in the loss, by c.loss_mean: weights (B, T), and what their sum is divided by."""
+    if c.loss_mean == 'caption':
+        return mask / mask.sum(1, keepdim=True), len(mask)
+    return mask, mask.sum().item() if c.loss_mean == 'token' else mask.numel()
 
 
 def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
@@ -123,17 +125,15 @@ def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     if c.condition == 'image':
         raise SystemExit('--condition=image: the decoder would not see the caption, so no caption could be better than another')
+    if c.plan:
+        return common.plan(c, 'encoder')
     run = common.start(c)
     P = common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)
     train, held = open_data(c, run)
     uae = UAE(c, run.device)
     params = uae.train_only('encoder')
-    ref = None
-    if c.kl:                                                                  # the stage's initial policy, after a resume too
-        start = UAE(common.unresumed(c), run.device) if first else uae
-        start.train_only('encoder')
-        ref = start.reference('encoder')
+    ref = common.stage_start(uae, ['encoder'], c, run, first) if c.kl else None
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
     opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)
@@ -161,22 +161,21 @@ def main(argv):
         b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P], c.adv_std).flatten()                       # (P, G) -> (B,)
 
         # update
-        weight = token_weights(mask, c.loss_mean)
-        tokens = common.total(mask.sum(), run)
-        count = all_r.numel() * c.caption_len if c.loss_mean == 'constant' else common.total(weight.sum(), run)
+        weight, count = token_weights(mask, c)
+        share = run.world / common.total(count, run)                                                    # of one unit of weight in the step's loss
         with uae.parked(*['decoder', 'vae'] * c.offload):
             for k in range(c.updates):
                 stats = common.Stats()
                 for s, b, last in common.group_slices(seen, c.group, c.micro_batch):
                     with common.no_sync(ddp, not last):
-                        loss, stat = ddp(loss_of, s, y[b], weight[b], old_logp[b], ref_logp[b], b_adv[b], run.world / count, c)
+                        loss, stat = ddp(loss_of, s, y[b], weight[b], old_logp[b], ref_logp[b], b_adv[b], share, c)
                         loss.backward()
                     stats.add(weight[b].sum(), loss=loss.detach(), **stat)
                 stats = stats.reduce(run)
                 diff = stats['logp_diff'] if k == 0 else diff                   # after an update the two differ by right
                 taken = common.optimise(opt, params, step, c)
         words = (y != uae.end) * mask                                                                   # without end tokens
-        entropy = -common.total((old_logp * mask).sum(), run) / tokens                                  # of the policy, nats a token, estimated
+        entropy = -common.total((old_logp * mask).sum(), run) / common.total(mask.sum(), run)                                  # of the policy, nats a token, estimated
         log(step, **common.reward_fields(all_r), **dict(stats, logp_diff=diff), **taken, entropy=entropy,
             caption_len=common.total(words.sum(), run) / all_r.numel(), truncated=common.total(words[:, -1].sum(), run) / all_r.numel(),
             skipped=int(common.total(len(train.skipped), run)) + held['skipped'])

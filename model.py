@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import add_lora
+from common import add_lora, pooled_of_nothing
 
 # where LoRA goes: every linear layer of the language model, never the vision tower, lm_head or projector; in the decoder
 # the attention projections that Flow-GRPO adapts
@@ -121,17 +121,21 @@ class UAE(nn.Module):
         self.c, self.device = c, torch.device(device)
         ckpt = common.find_checkpoint(c, need_projector=not new_projector)
         full_encoder, full_decoder = (os.path.exists(f'{ckpt}/{p}/config.json') for p in ('encoder', 'decoder/transformer'))
-        dtype = getattr(torch, c.dtype)
+        dtype, self.release = getattr(torch, c.dtype), common.find_release(ckpt)
         masters = dtype if c.lora_rank else torch.float32         # full fine-tuning: what a checkpoint holds is not rounded on the way in
-        self.processor = common.load(AutoProcessor, c.encoder)
+        self.source = f'{self.release}/llm_processor' if self.release and os.path.isdir(f'{self.release}/llm_processor') else c.encoder
+        self.processor = common.load(AutoProcessor, self.source)
         self.tokenizer = self.processor.tokenizer
-        self.encoder = common.load(Qwen2_5_VLForConditionalGeneration, f'{ckpt}/encoder' if full_encoder else c.encoder, dtype=masters)
-        self.decoder = common.load(SD3Transformer2DModel, f'{ckpt}/decoder' if full_decoder else c.decoder, subfolder='transformer', torch_dtype=masters)
+        if self.release and not full_encoder:
+            self.encoder, self.decoder, projector = common.load_release(self.release, masters)
+        else:
+            self.encoder = common.load(Qwen2_5_VLForConditionalGeneration, f'{ckpt}/encoder' if full_encoder else c.encoder, dtype=masters)
+            self.decoder = common.load(SD3Transformer2DModel, f'{ckpt}/decoder' if full_decoder else c.decoder, subfolder='transformer', torch_dtype=masters)
         self.vae = common.load(AutoencoderKL, c.decoder, subfolder='vae', torch_dtype=dtype)
         self.scheduler = common.load(FlowMatchEulerDiscreteScheduler, c.decoder, subfolder='scheduler')
         self.projector = Projector(self.encoder.config.text_config.hidden_size, self.decoder.config.joint_attention_dim)
         if ckpt:
-            self.projector.load_state_dict(load_file(f'{ckpt}/projector.safetensors'))
+            self.projector.load_state_dict(projector if ckpt.startswith('uae:') else load_file(f'{ckpt}/projector.safetensors'))
         if c.lora_rank:
             add_lora(self.encoder, c.lora_rank, ENCODER_LORA, f'{ckpt}/encoder/adapter_model.safetensors')
             add_lora(self.decoder, c.lora_rank, DECODER_LORA, f'{ckpt}/decoder/pytorch_lora_weights.safetensors')
@@ -302,10 +306,10 @@ class UAE(nn.Module):
         """Tokens -> strings, up to the end token."""
         return [self.tokenizer.decode(t[m.bool() & (t != self.end)], skip_special_tokens=True) for t, m in zip(y.cpu(), mask.cpu())]
 
-    def tokens(self, texts):
-        """Strings -> y, mask (B, T) as the sampler would return them; longer ones are cut, the number cut is returned."""
+    def tokens(self, texts, T=None):
+        """Strings -> y, mask (B, T) as the sampler would return them, T = caption_len if None; longer ones are cut, the number cut is returned."""
         ids = [self.tokenizer(t, add_special_tokens=False).input_ids for t in texts]
-        T = self.c.caption_len
+        T = T or self.c.caption_len
         y = torch.full((len(ids), T), self.end)
         mask = torch.zeros(len(ids), T)
         for i, row in enumerate(ids):
@@ -486,20 +490,3 @@ class UAE(nn.Module):
         self.encoder.peft_config['default'].save_pretrained(f'{folder}/encoder')
         StableDiffusion3Pipeline.save_lora_weights(f'{folder}/decoder', get_peft_model_state_dict(self.decoder),
                                                    transformer_lora_adapter_metadata=self.decoder.peft_config['default'].to_dict())
-
-
-def pooled_of_nothing(c, width):
-    """pooled_projections (1, width): the constant pooled CLIP-L + CLIP-G embedding of the empty string, computed once by
-    the decoder's own text encoders and cached; zeros where the decoder comes without text encoders (the tiny one)."""
-    if os.path.isdir(c.decoder) and not os.path.isdir(f'{c.decoder}/text_encoder'):
-        return torch.zeros(1, width)
-    cache = os.path.join('out', 'pooled-' + c.decoder.strip('/').replace('/', '--') + '.safetensors')
-    if not os.path.exists(cache):
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-        parts = []
-        for i in ('', '_2'):
-            ids = common.load(CLIPTokenizer, c.decoder, subfolder=f'tokenizer{i}')('', padding='max_length', return_tensors='pt').input_ids
-            with torch.no_grad():
-                parts.append(common.load(CLIPTextModelWithProjection, c.decoder, subfolder=f'text_encoder{i}')(ids).text_embeds)
-        common.write_atomic(cache, lambda path: save_file(dict(pooled=torch.cat(parts, -1).float()), path))
-    return load_file(cache)['pooled']

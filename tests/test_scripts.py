@@ -227,3 +227,23 @@ def test_reward_fields():
     found = common.reward_fields(r)
     assert found['reward'] == 2 and abs(found['reward_std'] - 2 ** 0.5 / 2) < 1e-6 and found['zero_var'] == 0.5
     assert distance(dict(a=r), dict(a=r + 1)) == 2
+
+
+def test_offload_parks_what_is_idle_and_changes_nothing(tmp_path, monkeypatch):
+    """Moves are recorded: on the CPU alone they have no effect."""
+    moves = []
+    to = torch.nn.Module.to
+
+    def recorded(self, *args, **kw):
+        if type(self).__name__ in ('Qwen2_5_VLForConditionalGeneration', 'SD3Transformer2DModel', 'AutoencoderKL'):
+            moves.append((type(self).__name__, str(args[0])))
+        return to(self, *args, **kw)
+    for name, idle in (('grpo_encoder', 'SD3Transformer2DModel'), ('grpo_decoder', 'Qwen2_5_VLForConditionalGeneration')):
+        plain = tiny(name, tmp_path / name / 'plain', steps=1)
+        monkeypatch.setattr(torch.nn.Module, 'to', recorded)
+        moves.clear()
+        parked = tiny(name, tmp_path / name / 'parked', '--offload=True', steps=1)
+        monkeypatch.undo()
+        assert [m for m in moves if m[1] == 'cpu'][-4:] == [(idle, 'cpu'), ('AutoencoderKL', 'cpu')] * 2, 'out before the update, back after it'
+        assert [{k: v for k, v in line.items() if k not in ('sec', 'peak_gb')} for line in plain] == \
+               [{k: v for k, v in line.items() if k not in ('sec', 'peak_gb')} for line in parked]
