@@ -190,9 +190,9 @@ class UAE(nn.Module):
 
     def forward(self, loss, *args, **kwargs):
         """loss(self, ...) of a stage script: the one door through which DistributedDataParallel sees a backward pass."""
-        towers = (self.encoder.model.language_model, self.decoder)
+        towers = (self.encoder.model.language_model, self.decoder) if self.c.checkpointing else ()
         for m in towers:                         # libraries recompute activations in train mode only; nothing here has dropout
-            m.train(self.c.checkpointing)
+            m.train()
         try:
             return loss(self, *args, **kwargs)
         finally:
