@@ -63,9 +63,10 @@ EXERCISES = dict(
                ('the corner cropped instead of the centre', 'round((x.shape[-2] - crop) / 2), round((x.shape[-1] - crop) / 2)', '0, 0'))),
     cold_start=dict(
         where=('cold_start.py:reconstruction_loss', 'model.py:UAE.draw'),
-        grader=('test_gradients.py::test_the_semantic_loss_reaches_decoder_projector_and_language_model',),
+        grader=('test_logp.py::test_draw_has_the_gradient_of_the_whole_chain_behind_its_start',
+                'test_gradients.py::test_the_semantic_loss_reaches_decoder_projector_and_language_model',),
         wrong=(('the condition detached: projector and language model learn nothing', 'uae.condition(y, mask, seen)', 'uae.condition(y, mask, seen).detach()'),
-               ('the latent detached at each step: the last step alone has a gradient', 'z = z + (', 'z = z.detach() + ('),
+               ('the latent detached on its way into the network: no chain from step to step', 'self.velocity(z, sig[i]', 'self.velocity(z.detach(), sig[i]'),
                ('a gradient in the first steps instead of the last', 'i >= S - grad_steps', 'i < grad_steps'))),
     condition=dict(
         where=('model.py:UAE.condition',),

@@ -17,7 +17,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDERS = ('', 'data', 'data/shapes')
-WORDS = dict(grpo_encoder=('--steps=60', '--eval_every=10'), grpo_decoder=('--steps=60', '--eval_every=10'))
+WORDS = dict(grpo_encoder=('--steps=60', '--eval_every=15'), grpo_decoder=('--steps=60', '--eval_every=15'))
 BEFORE = dict(grpo_encoder='cold_start', grpo_decoder='grpo_encoder')
 
 

@@ -369,6 +369,19 @@ def test_draw_has_gradients_of_its_last_steps_only(uae, cond, monkeypatch):
         assert torch.is_grad_enabled()
 
 
+def test_draw_has_the_gradient_of_the_whole_chain_behind_its_start(uae):
+    """Velocity c z: each step multiplies by 1 + c dt, so the last K steps have a derivative in c that can be written out."""
+    u = copy.copy(uae)
+    u.velocity = lambda z, s, c, *a: c * z
+    steps = u.sigmas(S).diff()
+    for k in (1, 3, S):
+        c = torch.tensor(0.7, requires_grad=True)
+        got = torch.autograd.grad(u.draw(torch.ones(1, 1, 1, 1), c, S, k).sum(), c)[0]
+        last = 1 + c * steps[S - k:]
+        want = (1 + c * steps).prod() * (steps[S - k:] / last).sum()
+        torch.testing.assert_close(got, want.detach(), atol=1e-6, rtol=1e-5)
+
+
 def test_step_logp_has_a_gradient(uae, cond):
     other = copy.deepcopy(uae)
     params = other.train_only('decoder')
