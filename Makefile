@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: setup demo test base rounds
+.PHONY: setup demo test base bench rounds
 setup: .venv/.done
 
 .venv/.done: requirements.txt
@@ -17,6 +17,9 @@ test: setup
 
 base: setup
 	$(PY) data/shapes/pretrain.py
+
+bench: demo
+	$(PY) eval_t2i.py --init_from=base,out/demo/cold_start,out/demo/grpo_encoder,out/demo/grpo_decoder
 
 # stages 2 and 3 in turn, R rounds, an evaluation after each: make rounds R=2 FROM=out/cold_start ARGS="--preset=paper --data=/data/photos"
 R ?= 2

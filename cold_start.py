@@ -62,6 +62,8 @@ def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     if not 1 <= c.grad_steps <= c.sample_steps:
         raise SystemExit(f'--grad_steps={c.grad_steps}: between 1 and sample_steps={c.sample_steps} denoising steps carry the gradient')
+    if c.plan:
+        return common.plan(c, 'encoder', 'projector', 'decoder')
     run = common.start(c)
     common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 
@@ -103,7 +104,7 @@ def load(cls, path, **kwargs):
     """cls.from_pretrained with one clear line when the folder or hub id cannot be had."""
     try:
         return cls.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         where = os.path.join(path, kwargs.get('subfolder', ''))
         first = (str(e).strip().splitlines() or [''])[0][:160]
         raise SystemExit(f'cannot load {cls.__name__} from {where!r}: {first}')
@@ -117,7 +118,7 @@ def newest(out_dir):
 
 def find_checkpoint(c, need_projector=True):
     """The folder a run starts from: --resume's own newest, --init_from, or the shipped base of the tiny preset
-    ('' where there is none and need_projector is False).
+    ('' where there is none and need_projector is False). --init_from=uae:DIR stays as it is, see `load_release`.
 
     Raises SystemExit in one line when there is none, when it is half-written, or when it belongs to other base models.
     """
@@ -130,6 +131,8 @@ def find_checkpoint(c, need_projector=True):
             raise SystemExit(f'no trained projector next to {c.encoder!r}: give --init_from=CHECKPOINT, '
                              'made by pretrain_decoder.py (stage 0) or cold_start.py (stage 1)')
         return folder
+    if not folder and c.init_from.startswith('uae:'):
+        return c.init_from
     folder = folder or newest(c.init_from) or c.init_from
     if not os.path.isdir(folder):
         raise SystemExit(f'--init_from={c.init_from}: no such folder')
@@ -144,9 +147,14 @@ def find_checkpoint(c, need_projector=True):
     return folder
 
 
-def unresumed(c):
-    """The configuration as if the run had just begun: what its first step started from."""
-    return types.SimpleNamespace(**dict(vars(c), resume=False))
+def stage_start(uae, parts, c, run, first):
+    """A UAE whose `parts` are frozen as the stage began with them (uae.reference); after a resume, first > 0, they are loaded again."""
+    if first:
+        uae = type(uae)(types.SimpleNamespace(**dict(vars(c), resume=False)), run.device)
+        uae.train_only(*parts)
+    for part in parts:
+        uae = uae.reference(part)
+    return uae
 
 
 def read_meta(folder):
@@ -236,7 +244,7 @@ def save(c, run, step, uae, optimizer, keep=2):
         uae.save(folder + '.tmp')
         torch.save(dict(optimizer=optimizer.state_dict(), step=step), f'{folder}.tmp/state.pt')
         with open(f'{folder}.tmp/meta.json', 'w') as f:
-            json.dump(dict(step=step, config=vars(c)), f, indent=1)
+            json.dump(dict(step=step, release=getattr(uae, 'release', ''), config=vars(c)), f, indent=1)
         os.replace(folder + '.tmp', folder)
         done = sorted(glob.glob(f'{c.out_dir}/step_' + '[0-9]' * 6))
         for old in done[:-keep]:
@@ -280,6 +288,145 @@ def add_lora(tower, rank, targets, path):
         result = set_peft_model_state_dict(tower, saved)
         if result.unexpected_keys:
             raise SystemExit(f'{path}: not an adapter of this model; first unknown key {result.unexpected_keys[0]}')
+
+
+def save_lora(encoder, decoder, folder):
+    """Writes both towers' adapters: encoder/ in peft's layout, decoder/ as load_lora_weights of StableDiffusion3Pipeline reads it, alpha included."""
+    from diffusers import StableDiffusion3Pipeline
+    from peft import get_peft_model_state_dict
+    os.makedirs(f'{folder}/encoder', exist_ok=True)
+    adapter = {f'base_model.model.{k}': v for k, v in get_peft_model_state_dict(encoder).items()}
+    save_file(adapter, f'{folder}/encoder/adapter_model.safetensors')
+    encoder.peft_config['default'].save_pretrained(f'{folder}/encoder')
+    StableDiffusion3Pipeline.save_lora_weights(f'{folder}/decoder', get_peft_model_state_dict(decoder),
+                                               transformer_lora_adapter_metadata=decoder.peft_config['default'].to_dict())
+
+
+def pooled_of_nothing(c, width):
+    """pooled_projections (1, width): the constant pooled CLIP-L + CLIP-G embedding of the empty string, computed once by
+    the decoder's own text encoders and cached; zeros where the decoder comes without text encoders (the tiny one)."""
+    if os.path.isdir(c.decoder) and not os.path.isdir(f'{c.decoder}/text_encoder'):
+        return torch.zeros(1, width)
+    cache = os.path.join('out', 'pooled-' + c.decoder.strip('/').replace('/', '--') + '.safetensors')
+    if not os.path.exists(cache):
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+        parts = []
+        for i in ('', '_2'):
+            ids = load(CLIPTokenizer, c.decoder, subfolder=f'tokenizer{i}')('', padding='max_length', return_tensors='pt').input_ids
+            with torch.no_grad():
+                parts.append(load(CLIPTextModelWithProjection, c.decoder, subfolder=f'text_encoder{i}')(ids).text_embeds)
+        write_atomic(cache, lambda path: save_file(dict(pooled=torch.cat(parts, -1).float()), path))
+    return load_file(cache)['pooled']
+
+
+# --- the authors' release: --init_from=uae:DIR -------------------------------------------------------------------------
+RELEASE_SCALE = 2.0          # alpha / rank of adapters that come without their configuration: the release's own 64 / 32
+
+
+def find_release(ckpt):
+    """The release's folder below a start 'uae:DIR' or below the adapters of a checkpoint that began there, '' = none."""
+    if ckpt.startswith('uae:'):
+        return os.path.abspath(ckpt.removeprefix('uae:'))
+    return read_meta(ckpt).get('release', '') if os.path.exists(f'{ckpt}/meta.json') else ''
+
+
+def released_key(key):
+    """A tensor's name in the release -> (name in our modules, 'A' or 'B' if it is one factor of a LoRA pair, else '').
+
+    Whoever wrapped the model (peft, DistributedDataParallel) and whichever transformers named its parts, Qwen's become
+    model.language_model.*, model.visual.*, lm_head.*; Sequential's projector.0 and .2 become projector.up and .down.
+    """
+    key = re.sub(r'^(module\.|transformer\.)+|base_model\.(model\.)?|\.base_layer(?=\.)', '', key)
+    pair = re.fullmatch(r'(.+)\.lora_([AB])(\.default)?\.weight', key)
+    key, factor = (f'{pair[1]}.weight', pair[2]) if pair else (key, '')
+    key = re.sub(r'^(model\.)?projector\.([02])\.', lambda m: {'0': 'projector.up.', '2': 'projector.down.'}[m[2]], key)
+    key = re.sub(r'^(model\.)?visual\.', 'model.visual.', key)
+    return re.sub(r'^(model\.)?(language_model\.)?(model\.)?(layers|embed_tokens|norm)\.', r'model.language_model.\4.', key), factor
+
+
+def shards(folder):
+    """Yields (place, key, read) of every tensor in a folder's safetensors, those of its index where it has one."""
+    paths = sorted(glob.glob(f'{folder}/*.safetensors'))
+    for index in glob.glob(f'{folder}/*.safetensors.index.json'):
+        with open(index) as f:
+            paths = sorted({os.path.join(folder, name) for name in json.load(f)['weight_map'].values()})
+    if not paths:
+        raise SystemExit(f'{folder}: no safetensors here')
+    for path in paths:
+        try:
+            with safe_open(path, 'pt') as f:
+                for key in f.keys():
+                    yield f'{path}: {key}', key, lambda: f.get_tensor(key)
+        except (OSError, SafetensorError) as e:
+            raise SystemExit(f'{path} is missing or damaged: {e}')
+
+
+def lora_scale(folder):
+    """alpha / rank of the adapters in a folder."""
+    if not os.path.exists(f'{folder}/adapter_config.json'):
+        return RELEASE_SCALE
+    with open(f'{folder}/adapter_config.json') as f:
+        config = json.load(f)
+    odd = [k for k in ('use_dora', 'use_rslora', 'rank_pattern', 'alpha_pattern', 'fan_in_fan_out', 'modules_to_save') if config.get(k)]
+    if odd or config.get('bias', 'none') != 'none':
+        raise SystemExit(f'{folder}/adapter_config.json: only plain LoRA can be read, this has {" ".join(odd) or "bias"}')
+    return config['lora_alpha'] / config['r']
+
+
+@torch.no_grad()
+def overlay(state, folder):
+    """Writes a folder's tensors over `state`, {our name: tensor}, in place: whole weights replace, LoRA pairs are added as
+    alpha / rank B A. Nothing has to be there, but what is there has to fit: else SystemExit in one line."""
+    pairs, scale = {}, lora_scale(folder)
+    for place, key, read in shards(folder):
+        name, factor = released_key(key)
+        if name not in state:
+            raise SystemExit(f'{place}: unknown key, the model has no {name!r}')
+        tensor = read()
+        if factor:
+            pairs.setdefault(name, {})[factor] = tensor
+        elif tensor.shape != state[name].shape:
+            raise SystemExit(f'{place}: shape {tuple(tensor.shape)}, the model has {tuple(state[name].shape)}')
+        else:
+            state[name].copy_(tensor)
+    for name, pair in pairs.items():
+        if len(pair) < 2:
+            raise SystemExit(f'{folder}: half a LoRA pair at {name!r}')
+        if (pair['B'].shape[0], pair['A'].shape[1]) != tuple(state[name].shape):
+            raise SystemExit(f'{folder}: the LoRA pair at {name!r} is for {pair["B"].shape[0]}x{pair["A"].shape[1]}, the model has {tuple(state[name].shape)}')
+        state[name].add_((scale * pair['B'].float() @ pair['A'].float()).to(state[name].device))
+
+
+def load_release(folder, dtype):
+    """Reads the layout of the authors' release -> encoder, decoder, {name: tensor} of the projector.
+
+    llm: Qwen2.5-VL with the projector in its shards; llm_lora (optional): the weights of stage 2, whole ones or LoRA pairs,
+    which win over llm's; dit: the transformer; dit_lora (optional): its adapter in peft's layout, added in.
+    """
+    from diffusers import SD3Transformer2DModel
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    for part in ('llm', 'dit'):
+        if not os.path.isdir(f'{folder}/{part}'):
+            raise SystemExit(f'--init_from=uae:{folder}: no folder {part} in it (llm, dit and, if there, llm_lora, dit_lora, llm_processor are read)')
+    encoder, seen = load(Qwen2_5_VLForConditionalGeneration, f'{folder}/llm', dtype=dtype, output_loading_info=True)
+    decoder, drawn = load(SD3Transformer2DModel, f'{folder}/dit', torch_dtype=dtype, output_loading_info=True)
+    unknown = [k for k in seen['unexpected_keys'] if not released_key(k)[0].startswith('projector.')]
+    for part, kind, keys in (('llm', 'missing', seen['missing_keys']), ('llm', 'unknown', unknown),
+                             ('dit', 'missing', drawn['missing_keys']), ('dit', 'unknown', drawn['unexpected_keys'])):
+        if keys:
+            raise SystemExit(f'{folder}/{part}: {len(keys)} {kind} keys, first {min(keys)!r}')
+    found = ((released_key(key)[0], read) for _, key, read in shards(f'{folder}/llm'))
+    projector = {name.removeprefix('projector.'): read().float() for name, read in found if name.startswith('projector.')}
+    d, D = encoder.config.text_config.hidden_size, decoder.config.joint_attention_dim
+    need = {'up.weight': (2 * D, d), 'up.bias': (2 * D,), 'down.weight': (D, 2 * D), 'down.bias': (D,)}
+    if {k: tuple(v.shape) for k, v in projector.items()} != need:
+        raise SystemExit(f'{folder}/llm: expected projector.0 and projector.2 that take {d} to {2 * D} to {D} dimensions, '
+                         f'found {", ".join(f"{k} {tuple(v.shape)}" for k, v in sorted(projector.items())) or "none"}')
+    state = {**encoder.state_dict(), **{f'projector.{k}': v for k, v in projector.items()}}
+    for part, over in (('llm_lora', state), ('dit_lora', decoder.state_dict())):
+        if os.path.isdir(f'{folder}/{part}'):
+            overlay(over, f'{folder}/{part}')
+    return encoder, decoder, projector
 
 
 # --- optimisation ----------------------------------------------------------------------------------------------------
@@ -406,3 +553,131 @@ def quiet():
     for lib in (transformers, diffusers):
         lib.utils.logging.set_verbosity_error()
         lib.utils.logging.disable_progress_bar()
+
+
+# --- plan: what a stage needs on one GPU, before anything is downloaded ------------------------------------------------
+ALLOWANCE = 2.0                 # GB: CUDA context, kernels' workspace, logits in chunks, what a rollout holds
+
+
+def skeleton(c):
+    """A UAE, the reward's CLIP tower and the judge without weights (meta device); configs from local folders or config.architectures."""
+    import config
+    import model
+    import open_clip
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from transformers import AutoConfig, AutoModel, AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    def read(name, sub='', file='config.json'):
+        if name in config.architectures:
+            return config.architectures[name][sub] if sub else config.architectures[name]
+        try:
+            with open(os.path.join(name, sub, file)) as f:
+                return json.load(f)
+        except (OSError, ValueError) as e:
+            raise SystemExit(f'--plan knows {", ".join(config.architectures)} and local folders, not {name!r}: {e}')
+
+    uae = model.UAE.__new__(model.UAE)
+    torch.nn.Module.__init__(uae)
+    uae.c, uae.device, dtype = types.SimpleNamespace(**vars(c)), torch.device('cpu'), getattr(torch, c.dtype)
+    with torch.device('meta'):
+        uae.encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(read(c.encoder))).to(dtype)
+        uae.decoder = SD3Transformer2DModel.from_config(read(c.decoder, 'transformer')).to(dtype)
+        uae.vae = AutoencoderKL.from_config(read(c.decoder, 'vae')).to(dtype)
+        uae.projector = model.Projector(uae.encoder.config.text_config.hidden_size, uae.decoder.config.joint_attention_dim)
+        if c.lora_rank:
+            model.add_lora(uae.encoder, c.lora_rank, model.ENCODER_LORA, '')
+            model.add_lora(uae.decoder, c.lora_rank, model.DECODER_LORA, '')
+        clip = c.clip.removeprefix('local-dir:')
+        clip = read(clip, file='open_clip_config.json')['model_cfg'] if clip != c.clip else open_clip.get_model_config(c.clip.split(':')[0])
+        tower, judge = open_clip.CLIP(**clip).visual, AutoModel.from_config(AutoConfig.for_model(**read(c.judge)))
+    uae.words = len(c.caption_prompt.split()) * 4 // 3 + 21         # the prompt's text tokens, about; exactly where there is a tokenizer
+    if os.path.isdir(c.encoder):
+        uae.processor = load(AutoProcessor, c.encoder)
+        uae.tokenizer = uae.processor.tokenizer
+        uae.templates()
+        uae.words = len(uae.before_image + uae.after_image)
+    uae.register_buffer('pooled', torch.full((1, uae.decoder.config.pooled_projection_dim), float(c.decoder in config.architectures)))
+    uae.register_buffer('forbidden', torch.zeros(uae.head.weight.shape[0], dtype=torch.bool))
+    return tuple(m.requires_grad_(False).eval() for m in (uae, tower, judge))
+
+
+def kept_by_autograd(uae, tower, trained):
+    """Bytes that autograd keeps for the backward pass of one micro-batch, weights not counted, and its size B.
+
+    The stage's way from what it trains to its loss runs once on tensors without storage (FakeTensorMode), with everything
+    that is sampled replaced by zeros of the same shape, and the storages that are saved for backward are added up.
+    """
+    from model import token_logp
+    c, lm, kept = uae.c, uae.encoder.model.language_model, {}
+    d, vision, T = lm.config.hidden_size, uae.encoder.config.vision_config, c.caption_len
+    share = (getattr(c, 'batch', 0) or c.prompts * getattr(c, 'group', 1)) // int(os.environ.get('WORLD_SIZE', 1))
+    B = share if hasattr(c, 'batch') or not c.micro_batch else min(share, c.micro_batch)
+    L = round(c.resolution / vision.patch_size / vision.spatial_merge_size) ** 2 + uae.words                          # the prompt: image and text
+
+    def loss(u):
+        out = []
+        if trained == ('encoder',) or 'encoder' in trained and hasattr(c, 'train_encoder'):
+            h = lm(inputs_embeds=torch.zeros(B, L + T, d), position_ids=torch.zeros(3, B, L + T, dtype=torch.long), use_cache=False).last_hidden_state
+            out.append(token_logp(h[:, -T - 1:-1], u.head, torch.zeros(B, T, dtype=torch.long), 1.0, u.forbidden))
+        if trained == ('encoder',):
+            return out
+        n = B * min(getattr(c, 'train_steps', 1), c.sample_steps - 1)             # denoising steps are replayed in one forward
+        z, s, cond = torch.zeros(n, *u.latent_shape()), torch.zeros(n), torch.zeros(n, c.cond_len * (1 + (c.condition == 'text+image')), u.projector.down.out_features)
+        if 'projector' in trained:
+            with torch.set_grad_enabled('encoder' in trained):
+                h = lm(inputs_embeds=torch.zeros(*cond.shape[:2], d), use_cache=False).last_hidden_state
+            cond = u.projector(h.to(u.projector.up.weight.dtype))
+        for _ in range(getattr(c, 'grad_steps', 1)):
+            z = z - u.velocity(z, s, cond)
+        if hasattr(c, 'grad_steps'):
+            z = tower(torch.nn.functional.interpolate(u.to_image(z), tower.image_size, mode='bicubic', antialias=True))
+        return out + [z]
+
+    def keep(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), uae.autocast():
+        end = uae(loss)                          # alive until the storages are counted
+    own = {t.untyped_storage()._cdata for m in (uae, tower) for t in m.state_dict(keep_vars=True).values()}
+    return sum(s.nbytes() for k, s in kept.items() if k not in own), B, end
+
+
+def plan(c, *trained):
+    """Prints weights, gradients, optimizer and activations of a stage that trains the named parts; returns them as a dict."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    quiet()
+    uae, tower, judge = skeleton(c)
+    uae.c.checkpointing = True
+    uae.train_only(*trained)
+    rows, GB = {}, lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / 1e9
+    world, towers = int(os.environ.get('WORLD_SIZE', 1)), (('reward', tower), ('judge', judge)) if hasattr(c, 'prompts') else ()        # stage 0 has no reward
+    print(f'memory of one GPU of {world} in GB = 1e9 bytes, preset {c.preset}\n{"":12s} parameters   weights   trained  gradients   AdamW  reference')
+    for name, m in (*((k, getattr(uae, k)) for k in ('encoder', 'projector', 'decoder', 'vae')), *towers):
+        grads = [p for p in m.parameters() if p.requires_grad]
+        r = rows[name] = dict(parameters=sum(p.numel() for n, p in m.named_parameters() if 'lora_' not in n), weights=GB([*m.parameters(), *m.buffers()]),
+                              trained=sum(p.numel() for p in grads), gradients=GB(grads), adamw=2 * GB(grads), reference=GB(grads) if getattr(c, 'kl', 0) else 0.0)
+        print(f'{name:12s} {r["parameters"] / 1e9:8.4f} B {r["weights"]:9.3f} {r["trained"] / 1e6:7.2f} M {r["gradients"]:10.3f} {r["adamw"]:7.3f} {r["reference"]:10.3f}')
+    with FakeTensorMode():                       # the same modules, their weights without storage and as if on the CPU
+        twin = {}
+        for m in (*uae.modules(), *tower.modules()):
+            for group in (m._parameters, m._buffers):
+                for k, t in group.items():
+                    if t is not None and id(t) not in twin:
+                        new = torch.empty(t.shape, dtype=t.dtype)
+                        twin[id(t)] = torch.nn.Parameter(new, t.requires_grad) if isinstance(t, torch.nn.Parameter) else new
+                    group[k] = None if t is None else twin[id(t)]
+        kept = {}
+        for ck in (True, False):
+            uae.c.checkpointing = ck
+            (uae.decoder.enable_gradient_checkpointing if ck else uae.decoder.disable_gradient_checkpointing)()
+            kept[ck], B, _ = kept_by_autograd(uae, tower, trained)
+    layers = dict(encoder=uae.encoder.config.text_config.num_hidden_layers, decoder=uae.decoder.config.num_layers)
+    blocks = min(layers[part] for part in trained if part in layers)
+    again, fixed = (kept[False] - kept[True]) / blocks / 1e9, sum(r[k] for r in rows.values() for k in ('weights', 'gradients', 'adamw', 'reference'))
+    total = {True: fixed + kept[True] / 1e9 + again, False: fixed + kept[False] / 1e9}
+    print(f'activations of a micro-batch of {B}: {kept[True] / 1e9:.3f} kept + {again:.3f} of one recomputed block with checkpointing, {kept[False] / 1e9:.3f} without')
+    for ck in (True, False):
+        fits = ', '.join(f'{"fits" if total[ck] + ALLOWANCE < size else "does not fit"} {size} GB' for size in (24, 80))
+        print(f'total {"with   " if ck else "without"} checkpointing: {total[ck]:.2f} + {ALLOWANCE} for CUDA and the rollout: {fits}{" (this run)" if ck == c.checkpointing else ""}')
+    return dict(rows, kept=kept, total=total, B=B)

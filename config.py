@@ -17,7 +17,7 @@ shared = dict(
     decoder = 'data/shapes/base/decoder',        # folder with transformer/ vae/ scheduler/ as StableDiffusion3Pipeline saves it
     clip = 'local-dir:data/shapes/base/clip',    # open_clip name:weights, or local-dir:FOLDER
     judge = 'data/shapes/base/judge',            # image tower that only evaluation sees: a folder or hub id for AutoModel
-    init_from = '',                              # checkpoint of an earlier stage; '' = the shipped base (tiny only)
+    init_from = '',                              # checkpoint of an earlier stage, or uae:DIR (the authors' release); '' = the shipped base (tiny only)
     out_dir = '',                                # '' = out/<script name>
     data = 'shapes',                             # 'shapes', or a folder / manifest / tar shards (data/README.md)
     data_keys = ('image', 'caption', ''),        # a manifest's field names, and the folder its image paths are relative to
@@ -80,9 +80,7 @@ architectures = {
     'stabilityai/stable-diffusion-3.5-large': dict(
         transformer=dict(_sd3, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, dual_attention_layers=()),
         vae=_sd3_vae, scheduler=dict(num_train_timesteps=1000, shift=3.0)),
-    'ViT-L-14-quickgelu:openai': dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=224,
-                                      projection_dim=768),           # its image tower, as a CLIPVisionConfig
-    'facebook/dinov2-large': dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518),
+    'facebook/dinov2-large': dict(model_type='dinov2', hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518),
 }
 
 

@@ -3,29 +3,46 @@
     python eval_unified.py                                        # the shipped base, on held-out scenes
     python eval_unified.py --init_from=out/grpo_decoder --eval_images=256
     python eval_unified.py --plot=out/grpo_encoder,out/other      # curves of the evaluations inside some runs
-    python eval_unified.py --preset=paper --init_from=out/grpo_decoder --held_out=UniBench/Image --eval_temperature=0.7
+    python eval_unified.py --bench=unified --preset=paper --init_from=out/grpo_decoder --data=UniBench --eval_temperature=0.7 --seeds=3
+    python eval_unified.py --bench=unified --data=UniBench --generated=UniBench/example_image    # or --captions=FILE: somebody else's
 
 Captions are greedy unless eval_temperature says otherwise, sampling is the ODE from fixed start noise, and beside the
 tower that was the reward stands one that was not (`judge`). In the embedded world captions and images are counted too:
 truth, recall and exactness of sampled and greedy captions, and what an oracle reads in the images.
-"""
-import json
-import os
-import sys
 
+--bench=unified is the paper's benchmark in its official layout: references DATA/Image/*.jpg; reconstructions of the same names go to
+out_dir/example_image (seed k: example_image_k), where the official script finds them; unified.json has its keys, report.json means and
+standard errors over seeds. A second run draws what is missing. A backbone that does not load, or a reference without a reconstruction,
+is refused; the official script leaves them out of the mean. Our encoder sees a reference whole, scaled to resolution^2 pixels.
+"""
+import glob
+import json
+import math
+import os
+import pathlib
+import sys
+import textwrap
+
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import common
 import config
-from data.images import open_data
+from data.images import FORMATS, open_data
 from model import UAE
-from reward import backbone, clip_reward
+from reward import backbone, backbones, clip_reward, over_seeds, pair, unified_score
 
 # --- script keys ---------------------------------------------------------------------------------------------------
 keys = dict(
     steps = 0,                 # updates: none here; the word exists in every script
     plot = '',                 # run folders, comma-separated: draw the curves of their eval.jsonl instead
+    bench = '',                # unified = the paper's Unified-Bench on the references in DATA/Image
+    backbones = 'clip,longclip,dinov2,dinov3',   # names in reward.BACKBONES; name=FOLDER takes the weights from there
+    captions = '',             # .jsonl of {"image", "caption"}, as sample.py writes: draw these captions instead of our encoder's
+    generated = '',            # folder of somebody else's reconstructions: score these, none of our models is loaded
+    seeds = 1,                 # repetitions with other start noise and other sampled captions
 )
 # -------------------------------------------------------------------------------------------------------------------
 
@@ -34,21 +51,21 @@ CHUNK = 64                     # held-out images at a time
 
 
 @torch.no_grad()
-def reconstruct(uae, x, rows, temperature=0.0, drawn=True):
+def reconstruct(uae, x, rows, temperature=0.0, drawn=True, seed=()):
     """x (n, 3, R, R), rows: their indices -> captions (list), token counts (n,), x_hat (n, 3, R, R), None if not drawn.
 
-    Fixed randomness: start noise and uniforms are functions of an image's index alone.
+    Fixed randomness: start noise and uniforms are functions of an image's index (and of seed, a tuple) alone.
     """
     seen = uae.see(x)
-    u = common.uniform((uae.c.caption_len,), rows, 'eval', 'token').to(uae.device)
+    u = common.uniform((uae.c.caption_len,), rows, 'eval', 'token', *seed).to(uae.device)
     y, mask, _ = uae.sample_captions(seen, 1, temperature, u)
-    return uae.texts(y, mask), ((y != uae.end) * mask).sum(1), draw(uae, y, mask, rows, seen) if drawn else None
+    return uae.texts(y, mask), ((y != uae.end) * mask).sum(1), draw(uae, y, mask, rows, seen, seed) if drawn else None
 
 
 @torch.no_grad()
-def draw(uae, y, mask, rows, seen=None):
-    """Images (n, 3, R, R) of captions by the ODE, start noise a function of the image's index alone."""
-    z = common.normal(uae.latent_shape(), rows, 'eval', 'start').to(uae.device)
+def draw(uae, y, mask, rows, seen=None, seed=()):
+    """Images (n, 3, R, R) of captions by the ODE, start noise a function of the image's index (and of seed) alone."""
+    z = common.normal(uae.latent_shape(), rows, 'eval', 'start', *seed).to(uae.device)
     return uae.to_image(uae.draw(z, uae.condition(y, mask, seen), uae.c.eval_steps)).clamp(-1, 1)
 
 
@@ -108,8 +125,8 @@ def count(found, scenes):
     return out
 
 
-def contact_sheet(columns, texts, path, scale=4):
-    """PNG: rows of images beside their captions. columns: list of (N, 3, R, R) in [-1, 1]; texts: list of N strings."""
+def contact_sheet(columns, texts, path):
+    """PNG: rows of images beside their captions. columns: lists of N images (3, H, W) in [-1, 1]; texts: list of N strings."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -117,7 +134,7 @@ def contact_sheet(columns, texts, path, scale=4):
     for i, text in enumerate(texts):
         for ax, images in zip(axes[i], columns):
             ax.imshow((images[i].permute(1, 2, 0).cpu().clamp(-1, 1) + 1) / 2, interpolation='nearest')
-        axes[i, -1].text(0, 0.5, text, va='center', fontsize=8, wrap=True)
+        axes[i, -1].text(0, 0.5, text, va='center', fontsize=8, wrap=True, parse_math=False)
         for ax in axes[i]:
             ax.axis('off')
     fig.tight_layout()
@@ -150,13 +167,142 @@ def plot_runs(folders, path):
     plt.close(fig)
 
 
+# --- the paper's Unified-Bench ---------------------------------------------------------------------------------------
+def image_files(folder):
+    """[(file name, path)] of the images at any depth below a folder, with the official script's suffixes and in its order."""
+    paths = sorted(p for p in glob.glob(f'{glob.escape(folder)}/**', recursive=True)
+                   if p.lower().endswith(('.jpg', '.jpeg', '.png', '.bmp', '.tiff', '.webp')))
+    if not paths:
+        raise SystemExit(f'{folder}: {"no images in it" if os.path.isdir(folder) else "no such folder"}')
+    return [(os.path.basename(p), p) for p in paths]
+
+
+def read_captions(path, references):
+    """A .jsonl of {"image", "caption"} -> {reference: caption}, by the image's file name. Raises SystemExit with file and line."""
+    items, texts, place = [], {}, path
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            for n, line in enumerate(f, 1):
+                place = f'{path} line {n}'
+                if line.strip():
+                    row = json.loads(line)
+                    items.append((os.path.basename(row['image']), place))
+                    texts[place] = '' + row['caption']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f'{place}: expected lines {{"image": "...", "caption": "..."}} ({type(e).__name__}: {e})')
+    return {r: texts[place] for r, place in pair(items, references, 'caption').items()}
+
+
+def picture(path, area=0):
+    """-> x (1, 3, H, W) in [-1, 1] as the official script reads it, RGB by PIL alone, at its own size or scaled to about `area` pixels."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            im = file.convert('RGB')
+        if max(im.size) > 100 * min(im.size):
+            raise ValueError(f'{im.width} x {im.height} is too long and thin')
+    except Exception as e:                       # on damaged bytes the decoders raise nearly anything
+        raise SystemExit(f'{path}: not a usable image ({str(e).split(" <")[0] or type(e).__name__})')
+    scale = math.sqrt(area / (im.width * im.height)) if area else 1
+    im = im.resize([max(1, round(side * scale)) for side in im.size], Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(im)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def keep(x, path):
+    """x (3, R, R) in [-1, 1] -> an image file in the format of its name; whole or not there."""
+    im = Image.fromarray(((x + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+    kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
+    how = dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True)).get(kind, {})
+    common.write_atomic(path, lambda tmp: im.save(tmp, kind, **how))
+
+
+def write_json(path, value):
+    common.write_atomic(path, lambda tmp: pathlib.Path(tmp).write_text(json.dumps(value, indent=2)))
+
+
+def claim(c, run):
+    """Notes in out_dir/run.json what its images depend on; refuses an out_dir whose images were made otherwise."""
+    base, path = os.path.abspath(common.find_checkpoint(c)), pathlib.Path(c.out_dir, 'run.json')
+    parts = glob.glob(f'{glob.escape(base)}/**/*.safetensors', recursive=True) + [c.captions] * bool(c.captions)
+    mine = {k: getattr(c, k) for k in ('encoder decoder lora_rank captions resolution caption_prompt caption_len negative_prompt condition '
+                                       'cond_len guidance eval_steps eval_temperature dtype seed').split()}
+    mine.update(data=os.path.abspath(c.data), init_from=base, written=max(map(os.path.getmtime, parts)))
+    for k, old in json.loads(path.read_text()).items() if path.exists() else ():
+        if old != mine.get(k):
+            raise SystemExit(f'{c.out_dir} holds images made with {k}={old!r}, this run has {mine.get(k)!r}: give --out_dir=ELSEWHERE')
+    common.total(0, run)                         # nobody writes before everybody has read
+    if run.master:
+        write_json(str(path), mine)
+
+
+def rebuild(c, run, references):
+    """Draws what out_dir lacks, each rank its share, from the captions of c.captions or our encoder's. -> [(folder, {reference: caption})] of the seeds."""
+    given = read_captions(c.captions, references) if c.captions else None
+    claim(c, run)
+    uae, names, made = UAE(c, run.device), list(references), []
+    for k in range(c.seeds):
+        folder, texts = (f'{c.out_dir}/{kind}' + f'_{k}' * bool(k) for kind in ('example_image', 'captions'))
+        for i in tqdm(range(run.rank, len(names), run.world), desc=f'seed {k + 1} of {c.seeds}', disable=not run.master):
+            name, seed = names[i], (c.seed + k,)
+            if os.path.exists(f'{folder}/{name}') and os.path.exists(f'{texts}/{name}.json'):
+                continue
+            x = picture(references[name], c.resolution ** 2).to(uae.device)
+            if given is None:
+                (text,), _, x_hat = reconstruct(uae, x, [i], c.eval_temperature, seed=seed)
+            else:
+                text, (y, mask, cut) = given[name], uae.tokens([given[name]])
+                x_hat = draw(uae, y, mask, [i], uae.see(x) if c.condition != 'text' else None, seed)
+                if cut:
+                    print(f'warning: the caption of {name} has more than caption_len - 1 = {c.caption_len - 1} tokens and was cut')
+            write_json(f'{texts}/{name}.json', text)
+            keep(x_hat[0], f'{folder}/{name}')
+        common.total(0, run)                     # all have drawn
+        made.append((folder, {name: json.loads(pathlib.Path(texts, f'{name}.json').read_text()) for name in names}))
+    return made
+
+
+def unified(c, run):
+    """--bench=unified: draws what is to be drawn, scores it; unified.json (of seed k: unified_k.json), report.json, contact_sheet.png."""
+    if not os.path.isdir(f'{c.data}/Image'):
+        raise SystemExit(f'--bench=unified needs --data=DIR with the references in DIR/Image; there is no {c.data}/Image')
+    files, results = image_files(f'{c.data}/Image'), []
+    references = pair(files, dict(files), 'file')                       # refuses two of one name
+    towers = backbones(c) if run.master else {}                         # before hours of drawing
+    made = [(c.generated, dict.fromkeys(references, ''))] if c.generated else rebuild(c, run, references)
+    if not run.master:
+        return
+    towers = {name: tower.to(run.device) for name, tower in towers.items()}
+    for k, (folder, captions) in enumerate(made):
+        files = image_files(folder)
+        pairs = pair(files, references, 'reconstruction')
+        scores = {name: {file: None for file, _ in files} for name in towers}
+        for ref, path in tqdm(pairs.items(), desc='score'):
+            x, x_hat = picture(references[ref]).to(run.device), picture(path).to(run.device)
+            for name, tower in towers.items():
+                scores[name][os.path.basename(path)] = clip_reward(x, x_hat, tower).item()
+        results.append(unified_score(scores))
+        write_json(f'{c.out_dir}/unified' + f'_{k}' * bool(k) + '.json', results[k])
+    mean, error = over_seeds(results)
+    write_json(f'{c.out_dir}/report.json', dict(summary=mean, standard_error=error, seeds=len(results), images=len(references), captions=captions))
+    print('\n'.join(f'{name:22s} {v:.4f}' + (f' +- {error[name]:.4f}' if error else '') for name, v in mean.items()))
+    shown = list(references)[:12]
+    contact_sheet([[picture(place[r])[0] for r in shown] for place in (references, pairs)],
+                  [textwrap.shorten(captions[r], 400, placeholder=' ...') for r in shown], f'{c.out_dir}/contact_sheet.png')
+
+
 def main(argv):
     c = config.parse(keys, {}, argv, __file__)
     if c.plot:
         os.makedirs(c.out_dir, exist_ok=True)
         plot_runs(c.plot.split(','), f'{c.out_dir}/curves.png')
         return print(f'{c.out_dir}/curves.png')
+    stray = [k for k in ('captions', 'generated', 'seeds') if getattr(c, k) != keys[k]]
+    if c.bench not in ('', 'unified') or stray and not c.bench:
+        raise SystemExit(f'--bench={c.bench}: expected unified' + (f' (for --{stray[0]})' if stray else ''))
+    if c.seeds < 1 or c.generated and len(stray) > 1:
+        raise SystemExit(f'--seeds={c.seeds}: expected 1 or more' if c.seeds < 1 else '--generated images are finished: without --captions and --seeds')
     run = common.start(c)
+    if c.bench:
+        return unified(c, run)
     _, held = open_data(c, run, training=False)
     evaluate = Evaluator(UAE(c, run.device), held, c, run)
     summary, found = evaluate()

@@ -98,7 +98,7 @@ def rollout(uae, tower, x, index, step, c, neg=None):
     """G drawings of each image's caption, and their rewards. x (P, 3, R, R), index (P,) position in the global batch,
     neg: the unconditional branch's condition, if there is guidance.
 
-    Returns cond (B, cond_len, D), path (z, z_next) each (B, W, C, H, W), old_logp (B, W), r (P, G), words (P,).
+    Returns cond (B, cond_len, D), path (z, z_next; with guidance also v0) each (B, W, C, H, W), old_logp (B, W), r (P, G), words (P,).
     """
     G, who = c.group, (index[:, None] * c.group + torch.arange(c.group)).flatten()
     seen = uae.see(x)
@@ -112,19 +112,19 @@ def rollout(uae, tower, x, index, step, c, neg=None):
     noisy, _ = window(step, c)
     noise = common.normal((noisy[1] - noisy[0], *uae.latent_shape()), who, c.seed, 'sde', step)
     z0, path, old_logp = uae.draw_sde(z.to(uae.device), cond, c.sample_steps, noise.to(uae.device), c.sde, c.noise_level, noisy, neg)
-    r = clip_reward(x.repeat_interleave(G, 0), uae.to_image(z0), tower).view(-1, G)
+    r = clip_reward(x, uae.to_image(z0), tower).view(-1, G)
     return cond, *path, old_logp, r, ((y != uae.end) * mask).sum(1)
 
 
-def loss_of(uae, ref, cond, z, z_next, old_logp, adv, step, share, c, neg=None):
-    """The whole loss of a micro-batch; `share` = world / samples of the step."""
+def loss_of(uae, ref, cond, z, z_next, old_logp, adv, step, share, c, neg=None, v0=()):
+    """The whole loss of a micro-batch; `share` = world / samples of the step; v0: as the rollout left it, in a step's first update."""
     noisy, trained = window(step, c)
-    args = (z, z_next), trained, cond, c.sample_steps, c.sde, c.noise_level, noisy[0], neg
-    logp, mean, std = uae.step_logp(*args)
+    args = trained, cond, c.sample_steps, c.sde, c.noise_level, noisy[0], neg
+    logp, mean, std = uae.step_logp((z, z_next, *v0), *args)
     loss, stats = policy_loss(logp, old_logp[:, trained], adv, clip=c.clip_range)
     if c.kl:
         with torch.no_grad():
-            ref_mean = ref.step_logp(*args)[1]
+            ref_mean = ref.step_logp((z, z_next), *args)[1]
         kl = kl_gauss(mean, ref_mean, std)
         loss, stats = loss + c.kl * kl, dict(stats, kl=kl.detach())
     stats['logp_diff'] = (logp - old_logp[:, trained]).detach().abs().max()
@@ -135,17 +135,15 @@ def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     if min(c.sde_window, c.sample_steps - 1) < 1:
         raise SystemExit('no noisy step is left to train: sde_window >= 1 and sample_steps >= 2 are needed')
+    if c.plan:
+        return common.plan(c, 'decoder')
     run = common.start(c)
     P = common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)
     train, held = open_data(c, run)
     uae = UAE(c, run.device)
     params = uae.train_only('decoder')
-    ref = None
-    if c.kl:                                                                  # the stage's initial policy, after a resume too
-        start = UAE(common.unresumed(c), run.device) if first else uae
-        start.train_only('decoder')
-        ref = start.reference('decoder')
+    ref = common.stage_start(uae, ['decoder'], c, run, first) if c.kl else None
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
     opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)
@@ -159,7 +157,7 @@ def main(argv):
         batch = train.batch(c.seed, step, c.prompts, run.rank, run.world)
         x = batch['x'].to(run.device)
         parts = [rollout(uae, tower, x[i], batch['index'][i], step, c, neg) for i in common.image_slices(P, c.group, c.micro_batch)]
-        cond, z, z_next, old_logp, r, words = (torch.cat(t) for t in zip(*parts))
+        cond, z, z_next, *v0, old_logp, r, words = (torch.cat(t) for t in zip(*parts))
 
         # advantage: whole groups on one rank; the control permutes rewards over the whole batch, reproducibly
         all_r = common.gather(r, run)
@@ -174,7 +172,8 @@ def main(argv):
                 stats = common.Stats()
                 for (_,), b, last in common.group_slices((r,), c.group, c.micro_batch):
                     with common.no_sync(ddp, not last):
-                        loss, stat = ddp(loss_of, ref, cond[b], z[b], z_next[b], old_logp[b], b_adv[b], step, run.world / all_r.numel(), c, neg)
+                        known = [t[b] for t in v0] if k == 0 else []            # the first update has the rollout's weights
+                        loss, stat = ddp(loss_of, ref, cond[b], z[b], z_next[b], old_logp[b], b_adv[b], step, run.world / all_r.numel(), c, neg, known)
                         loss.backward()
                     stats.add(len(b_adv[b]), loss=loss.detach(), **stat)
                 stats = stats.reduce(run)

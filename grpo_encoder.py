@@ -106,7 +106,7 @@ def rollout(uae, tower, x, index, step, c):
     y, mask, old_logp = uae.sample_captions(seen, G, c.temperature, u)
     z = common.normal(uae.latent_shape(), index, c.seed, 'start', step).to(uae.device).repeat_interleave(G, 0)
     x_hat = uae.to_image(uae.draw(z, uae.condition(y, mask, seen), c.sample_steps))
-    r = clip_reward(x.repeat_interleave(G, 0), x_hat, tower).view(-1, G)
+    r = clip_reward(x, x_hat, tower).view(-1, G)
     return seen, y, mask, old_logp, r
 
 
@@ -125,17 +125,15 @@ def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     if c.condition == 'image':
         raise SystemExit('--condition=image: the decoder would not see the caption, so no caption could be better than another')
+    if c.plan:
+        return common.plan(c, 'encoder')
     run = common.start(c)
     P = common.per_rank('prompts', c.prompts, run.world)
     first = common.open_out_dir(c, run)
     train, held = open_data(c, run)
     uae = UAE(c, run.device)
     params = uae.train_only('encoder')
-    ref = None
-    if c.kl:                                                                  # the stage's initial policy, after a resume too
-        start = UAE(common.unresumed(c), run.device) if first else uae
-        start.train_only('encoder')
-        ref = start.reference('encoder')
+    ref = common.stage_start(uae, ['encoder'], c, run, first) if c.kl else None
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
     opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import add_lora
+from common import add_lora, pooled_of_nothing
 
 # where LoRA goes: every linear layer of the language model, never the vision tower, lm_head or projector; in the decoder
 # the attention projections that Flow-GRPO adapts
@@ -47,7 +47,15 @@ class Projector(nn.Module):
 
 
 # --- the two policies' log-probs -----------------------------------------------------------------------------------
-def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=2 ** 24):
+def pick_logp(logits, y, temperature=1.0, forbidden=None):
+    """log pi(y) of tokens y (n,) under logits (n, V), which may be overwritten: (n,) float32, -inf at a forbidden token."""
+    logits = logits.float() / temperature if temperature != 1.0 else logits.float()
+    if forbidden is not None:
+        logits = logits.masked_fill_(forbidden, -math.inf)
+    return -F.cross_entropy(logits, y, reduction='none')
+
+
+def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=2 ** 23):
     """log pi(y_t | ...) of given tokens, temperature applied, forbidden tokens out of the normaliser.
 
     h (B, T, d) hidden states that predict y (B, T); head: d -> V; forbidden (V,) bool. Returns (B, T) float32; -inf at a
@@ -55,10 +63,7 @@ def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=2 ** 24):
     logits are recomputed in the backward pass.
     """
     def rows(h, y):
-        logits = head(h).float() / temperature
-        if forbidden is not None:
-            logits = logits.masked_fill(forbidden, -math.inf)
-        return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
+        return pick_logp(head(h), y, temperature, forbidden)
 
     shape, h, y = y.shape, h.flatten(0, 1), y.flatten()
     n = max(1, chunk // head.weight.shape[0])
@@ -114,17 +119,21 @@ class UAE(nn.Module):
         self.c, self.device = c, torch.device(device)
         ckpt = common.find_checkpoint(c, need_projector=not new_projector)
         full_encoder, full_decoder = (os.path.exists(f'{ckpt}/{p}/config.json') for p in ('encoder', 'decoder/transformer'))
-        dtype = getattr(torch, c.dtype)
+        dtype, self.release = getattr(torch, c.dtype), common.find_release(ckpt)
         masters = dtype if c.lora_rank else torch.float32         # full fine-tuning: what a checkpoint holds is not rounded on the way in
-        self.processor = common.load(AutoProcessor, c.encoder)
+        self.source = f'{self.release}/llm_processor' if self.release and os.path.isdir(f'{self.release}/llm_processor') else c.encoder
+        self.processor = common.load(AutoProcessor, self.source)
         self.tokenizer = self.processor.tokenizer
-        self.encoder = common.load(Qwen2_5_VLForConditionalGeneration, f'{ckpt}/encoder' if full_encoder else c.encoder, dtype=masters)
-        self.decoder = common.load(SD3Transformer2DModel, f'{ckpt}/decoder' if full_decoder else c.decoder, subfolder='transformer', torch_dtype=masters)
+        if self.release and not full_encoder:
+            self.encoder, self.decoder, projector = common.load_release(self.release, masters)
+        else:
+            self.encoder = common.load(Qwen2_5_VLForConditionalGeneration, f'{ckpt}/encoder' if full_encoder else c.encoder, dtype=masters)
+            self.decoder = common.load(SD3Transformer2DModel, f'{ckpt}/decoder' if full_decoder else c.decoder, subfolder='transformer', torch_dtype=masters)
         self.vae = common.load(AutoencoderKL, c.decoder, subfolder='vae', torch_dtype=dtype)
         self.scheduler = common.load(FlowMatchEulerDiscreteScheduler, c.decoder, subfolder='scheduler')
         self.projector = Projector(self.encoder.config.text_config.hidden_size, self.decoder.config.joint_attention_dim)
         if ckpt:
-            self.projector.load_state_dict(load_file(f'{ckpt}/projector.safetensors'))
+            self.projector.load_state_dict(projector if ckpt.startswith('uae:') else load_file(f'{ckpt}/projector.safetensors'))
         if c.lora_rank:
             add_lora(self.encoder, c.lora_rank, ENCODER_LORA, f'{ckpt}/encoder/adapter_model.safetensors')
             add_lora(self.decoder, c.lora_rank, DECODER_LORA, f'{ckpt}/decoder/pytorch_lora_weights.safetensors')
@@ -169,7 +178,7 @@ class UAE(nn.Module):
             if not p.requires_grad:
                 p.data = p.data.to(getattr(torch, self.c.dtype))
         if self.c.checkpointing:
-            self.encoder.gradient_checkpointing_enable()
+            (getattr(self.encoder, 'activation_checkpointing_enable', None) or self.encoder.gradient_checkpointing_enable)()      # two names of one thing
             self.decoder.enable_gradient_checkpointing()
         return [p for p in self.parameters() if p.requires_grad]
 
@@ -252,13 +261,13 @@ class UAE(nn.Module):
         with self.autocast():
             cache, h, pos = self.prefill(seen, G)
             for t in range(T):
-                logits = self.head(h[:, -1]).float().masked_fill(self.forbidden, -math.inf)
+                logits = self.head(h[:, -1]).float().masked_fill_(self.forbidden, -math.inf)
                 if temperature == 0:
                     tok = logits.argmax(-1)
                 else:                            # inverse CDF: the first token whose cumulated probability exceeds u
                     cdf = (logits / temperature).softmax(-1).double().cumsum(-1)
                     tok = torch.searchsorted(cdf, u[:, t:t + 1].double() * cdf[:, -1:], right=True)[:, 0]
-                logp[:, t] = token_logp(h[:, -1:], self.head, tok[:, None], temperature or 1.0, self.forbidden)[:, 0] * alive
+                logp[:, t] = pick_logp(logits, tok, temperature or 1.0, self.forbidden) * alive
                 y[:, t] = torch.where(alive, tok, self.end)
                 mask[:, t] = alive.float()
                 alive = alive & (tok != self.end)
@@ -295,10 +304,10 @@ class UAE(nn.Module):
         """Tokens -> strings, up to the end token."""
         return [self.tokenizer.decode(t[m.bool() & (t != self.end)], skip_special_tokens=True) for t, m in zip(y.cpu(), mask.cpu())]
 
-    def tokens(self, texts):
-        """Strings -> y, mask (B, T) as the sampler would return them; longer ones are cut, the number cut is returned."""
+    def tokens(self, texts, T=None):
+        """Strings -> y, mask (B, T) as the sampler would return them, T = caption_len if None; longer ones are cut, the number cut is returned."""
         ids = [self.tokenizer(t, add_special_tokens=False).input_ids for t in texts]
-        T = self.c.caption_len
+        T = T or self.c.caption_len
         y = torch.full((len(ids), T), self.end)
         mask = torch.zeros(len(ids), T)
         for i, row in enumerate(ids):
@@ -315,13 +324,11 @@ class UAE(nn.Module):
         """
         room = self.c.cond_len - len(self.before_text) - len(self.after_text)
         keep = mask.bool() & (y != self.end)
-        ids = torch.full((len(y), self.c.cond_len), self.tokenizer.pad_token_id)
-        attend = torch.zeros_like(ids)
+        ids, attend = torch.full((len(y), self.c.cond_len), self.tokenizer.pad_token_id), torch.zeros(len(y), self.c.cond_len, dtype=torch.long)
         for i, (row, k) in enumerate(zip(y.cpu(), keep.cpu())):
             row = self.before_text + row[k].tolist()[:room] + self.after_text
             ids[i, :len(row)], attend[i, :len(row)] = torch.tensor(row), 1
-        ids, attend = ids.to(self.device), attend.to(self.device)
-        h = self.encoder.model.language_model(inputs_embeds=self.embed(ids), attention_mask=attend, use_cache=False).last_hidden_state
+        h = self.encoder.model.language_model(inputs_embeds=self.embed(ids.to(self.device)), attention_mask=attend.to(self.device), use_cache=False).last_hidden_state
         return self.projector(h.to(self.projector.up.weight.dtype))
 
     def pad(self, h):
@@ -367,18 +374,29 @@ class UAE(nn.Module):
         return scheduler.sigmas.float().to(self.device)
 
     def velocity(self, z, s, c, neg=None, guidance=1.0):
-        """v (B, C, H, W) float32 at noise level s, () or (B,); with guidance v0 + guidance (v - v0), v0 without gradient."""
-        def net(c):
-            return self.decoder(hidden_states=z.to(self.decoder.dtype), timestep=1000 * s.expand(len(z)), encoder_hidden_states=c.to(self.decoder.dtype),
-                                pooled_projections=self.pooled.expand(len(z), -1).to(self.decoder.dtype), return_dict=False)[0].float()
+        """v (B, C, H, W) float32 at noise level s, () or (B,); with guidance v0 + guidance (v - v0), v0 without gradient.
 
-        with self.autocast():
-            v = net(c)
-            if guidance == 1.0:
-                return v
-            with torch.no_grad():
-                v0 = net(neg.expand(len(z), -1, -1))
+        neg: the unconditional branch's condition (1, n, D), or where v0 is known already v0 itself (B, C, H, W).
+        """
+        if guidance != 1.0:
+            if neg.dim() == 4:
+                v, v0 = self.velocity(z, s, c), neg
+            elif torch.is_grad_enabled():
+                with torch.no_grad():
+                    v0 = self.velocity(z, s, neg.expand(len(z), -1, -1))
+                v = self.velocity(z, s, c)
+            else:
+                v, v0 = self.branches(z, s, c, neg)
             return v0 + guidance * (v - v0)
+        dtype = self.decoder.dtype
+        with self.autocast():
+            return self.decoder(hidden_states=z.to(dtype), timestep=1000 * s.expand(len(z)), encoder_hidden_states=c.to(dtype),
+                                pooled_projections=self.pooled.expand(len(z), -1).to(dtype), return_dict=False)[0].float()
+
+    def branches(self, z, s, c, neg):
+        """v, v0 (B, C, H, W) of both branches of the guidance, in one forward pass of 2B rows."""
+        both = torch.cat([c, neg.expand(len(c), -1, -1)])
+        return self.velocity(torch.cat([z, z]), s.expand(len(z)).repeat(2), both).chunk(2)
 
     def latent_shape(self):
         side = self.c.resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -396,34 +414,35 @@ class UAE(nn.Module):
     def draw_sde(self, z, c, S, noise, kind, noise_level, window, neg=None):
         """SDE sampler with its log-probs: steps in `window` = (first, last + 1) are stochastic, the others ODE steps.
 
-        noise (B, W, C, H, W): standard normal, one per stochastic step; neg: `negative()`, if there is guidance. Returns z_0 (B, C, H, W), path = (z, z_next) each
-        (B, W, C, H, W), and logp (B, W) recorded while sampling.
+        noise (B, W, C, H, W): standard normal, one per stochastic step; neg: `negative()`, if there is guidance. Returns
+        z_0 (B, C, H, W), path = (z, z_next), with guidance (z, z_next, v0), each (B, W, C, H, W), and logp (B, W) recorded while sampling.
         """
-        sig = self.sigmas(S)
+        sig, guided = self.sigmas(S), self.c.guidance != 1.0
         path, logps = [], []
         for i in range(S):
-            v = self.velocity(z, sig[i], c, neg, self.c.guidance)
+            v, *v0 = self.branches(z, sig[i], c, neg) if guided else (self.velocity(z, sig[i], c),)
+            v = v0[0] + self.c.guidance * (v - v0[0]) if guided else v
             inside = window[0] <= i < window[1]
             z_next, logp, _, _ = sde_step(z, v, sig[i], sig[i + 1], kind, noise_level if inside else 0.0,
                                           noise=noise[:, i - window[0]] if inside else torch.zeros_like(z))
             if inside:
-                path.append((z, z_next))
+                path.append((z, z_next, *v0))
                 logps.append(logp)
             z = z_next
-        before, after = (torch.stack(p, 1) for p in zip(*path))
-        return z, (before, after), torch.stack(logps, 1)
+        return z, tuple(torch.stack(p, 1) for p in zip(*path)), torch.stack(logps, 1)
 
     def step_logp(self, path, steps, c, S, kind, noise_level, first, neg=None):
         """The update's log-prob of stored steps, all replayed in one [B * n] forward; differentiable.
 
-        path (z, z_next) from `draw_sde`; steps: n indices into its window, which starts at denoising step `first`.
+        path (z, z_next) from `draw_sde`; steps: n indices into its window, which starts at denoising step `first`. A path with
+        v0 spares the unconditional branch while the weights are those of the rollout.
         Returns logp (B, n), mean (B, n, C, H, W), std (B, n, 1, 1, 1).
         """
-        z, z_next = (p[:, steps].flatten(0, 1) for p in path)
+        z, z_next, *v0 = (p[:, steps].flatten(0, 1) for p in path)
         B, n = len(c), len(steps)
         sig = self.sigmas(S)
         at = torch.tensor(steps, device=self.device).repeat(B) + first
-        v = self.velocity(z, sig[at], c.repeat_interleave(n, 0), neg, self.c.guidance)
+        v = self.velocity(z, sig[at], c.repeat_interleave(n, 0), v0[0] if v0 else neg, self.c.guidance)
         _, logp, mean, std = sde_step(z, v, sig[at], sig[at + 1], kind, noise_level, z_next=z_next)
         return logp.view(B, n), mean.unflatten(0, (B, n)), std.unflatten(0, (B, n))
 
@@ -440,8 +459,8 @@ class UAE(nn.Module):
 
     # --- reference policy and checkpoints --------------------------------------------------------------------------
     def reference(self, name):
-        """A frozen policy with the present weights of 'encoder' or 'decoder', for the KL term: a UAE that shares every
-        module but that one, and of that one every weight that is not trained (with LoRA: a second adapter)."""
+        """A UAE whose encoder, projector or decoder is frozen with its present weights (for the KL term: the reference policy); it
+        shares every other module, and of that one every weight that is not trained (with LoRA: a second adapter)."""
         ref, tower = copy.copy(self), getattr(self, name)
         shared = {id(p): p for p in tower.parameters() if not p.requires_grad}
         ref._modules = dict(self._modules, **{name: copy.deepcopy(tower, shared)})
@@ -454,32 +473,7 @@ class UAE(nn.Module):
         encoder's in peft's layout, the decoder's as StableDiffusion3Pipeline.save_lora_weights writes it."""
         os.makedirs(folder, exist_ok=True)
         save_file(self.projector.state_dict(), f'{folder}/projector.safetensors')
-        if not self.c.lora_rank:
-            self.encoder.save_pretrained(f'{folder}/encoder')
-            self.decoder.save_pretrained(f'{folder}/decoder/transformer')
-            return
-        from diffusers import StableDiffusion3Pipeline
-        from peft import get_peft_model_state_dict
-        os.makedirs(f'{folder}/encoder', exist_ok=True)
-        adapter = {f'base_model.model.{k}': v for k, v in get_peft_model_state_dict(self.encoder).items()}
-        save_file(adapter, f'{folder}/encoder/adapter_model.safetensors')
-        self.encoder.peft_config['default'].save_pretrained(f'{folder}/encoder')
-        StableDiffusion3Pipeline.save_lora_weights(f'{folder}/decoder', get_peft_model_state_dict(self.decoder),
-                                                   transformer_lora_adapter_metadata=self.decoder.peft_config['default'].to_dict())
-
-
-def pooled_of_nothing(c, width):
-    """pooled_projections (1, width): the constant pooled CLIP-L + CLIP-G embedding of the empty string, computed once by
-    the decoder's own text encoders and cached; zeros where the decoder comes without text encoders (the tiny one)."""
-    if os.path.isdir(c.decoder) and not os.path.isdir(f'{c.decoder}/text_encoder'):
-        return torch.zeros(1, width)
-    cache = os.path.join('out', 'pooled-' + c.decoder.strip('/').replace('/', '--') + '.safetensors')
-    if not os.path.exists(cache):
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-        parts = []
-        for i in ('', '_2'):
-            ids = common.load(CLIPTokenizer, c.decoder, subfolder=f'tokenizer{i}')('', padding='max_length', return_tensors='pt').input_ids
-            with torch.no_grad():
-                parts.append(common.load(CLIPTextModelWithProjection, c.decoder, subfolder=f'text_encoder{i}')(ids).text_embeds)
-        common.write_atomic(cache, lambda path: save_file(dict(pooled=torch.cat(parts, -1).float()), path))
-    return load_file(cache)['pooled']
+        if self.c.lora_rank:
+            return common.save_lora(self.encoder, self.decoder, folder)
+        self.encoder.save_pretrained(f'{folder}/encoder')
+        self.decoder.save_pretrained(f'{folder}/decoder/transformer')

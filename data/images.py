@@ -170,7 +170,7 @@ def open_images(data, resolution, image_key='image', caption_key='caption', imag
         source = os.path.expanduser(source.strip())
         paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
         if not paths:
-            raise DataError(f'--data: no such file or folder, and no glob that matches: {source!r}')
+            raise DataError(f'no such file or folder, and no glob that matches: {source!r}')
         for path in paths:
             if os.path.isdir(path):
                 found = list_folder(path, caption_key)
@@ -181,7 +181,7 @@ def open_images(data, resolution, image_key='image', caption_key='caption', imag
             elif path.lower().endswith(SUFFIXES):
                 found = pair({os.path.basename(path): (path,)}, ())
             else:
-                raise DataError(f'--data: expected a folder, an image, .json, .jsonl or .tar (unpack a .tar.gz), got {path}')
+                raise DataError(f'expected a folder, an image, .json, .jsonl or .tar (unpack a .tar.gz), got {path}')
             if not found:
                 raise DataError(f'{path}: no images in it ({" ".join(SUFFIXES)})')
             if caption_key != 'caption':  # a key that is nowhere should stop us here, not skip every image later on

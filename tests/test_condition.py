@@ -8,6 +8,7 @@ import torch
 from conftest import G, P, at
 
 from data.shapes import scenes
+from model import Projector
 
 WIRINGS = ('text', 'answer', 'image', 'text+image')
 wirings = pytest.mark.parametrize('kind', WIRINGS)
@@ -109,6 +110,17 @@ def test_gradient_reaches_the_language_model(uae, seen, sampled, kind):
     with torch.enable_grad():
         u.condition(sampled[0], sampled[1], seen).square().sum().backward()
     assert sum(p.grad is not None and bool(p.grad.any()) for p in params) > 0.9 * len(params)
+
+
+# --- the projector -------------------------------------------------------------------------------------------------
+def test_projector_is_two_linear_layers_and_a_gelu():
+    """g(h) = W2 gelu(W1 h + b1) + b2, hidden width 2D, under a checkpoint's names; gelu(a) = a Phi(a)."""
+    g = Projector(6, 4)
+    assert {k: tuple(p.shape) for k, p in g.named_parameters()} == {'up.weight': (8, 6), 'up.bias': (8,), 'down.weight': (4, 8), 'down.bias': (4,)}
+    h = 3 * torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    a = h @ g.up.weight.T + g.up.bias
+    want = (a * torch.distributions.Normal(0.0, 1.0).cdf(a)) @ g.down.weight.T + g.down.bias
+    torch.testing.assert_close(g(h), want)
 
 
 # --- what each holds -----------------------------------------------------------------------------------------------
@@ -255,9 +267,14 @@ def test_guidance(uae, inputs, calls, guidance):
     s = torch.tensor(0.6)
     v, v0 = uae.velocity(z, s, c), uae.velocity(z, s, neg.expand(P, -1, -1))
     assert (v - v0).abs().max() > 1e-3
+    for live, want in ((True, [False, True]), (False, [False])):       # for an update two passes, in a rollout both branches at once
+        calls.clear()
+        with torch.set_grad_enabled(live):
+            torch.testing.assert_close(uae.velocity(z, s, c, neg, guidance), v0 + guidance * (v - v0), atol=1e-5, rtol=1e-4)
+        assert sorted(calls) == want
     calls.clear()
-    torch.testing.assert_close(uae.velocity(z, s, c, neg, guidance), v0 + guidance * (v - v0), atol=1e-5, rtol=1e-4)
-    assert len(calls) == 2
+    torch.testing.assert_close(uae.velocity(z, s, c, v0, guidance), v0 + guidance * (v - v0), atol=1e-5, rtol=1e-4)
+    assert len(calls) == 1                                              # a known v0 is not computed again
 
 
 def test_guidance_one_is_off_and_costs_one_call(uae, inputs, calls):
@@ -271,8 +288,9 @@ def test_guidance_one_is_off_and_costs_one_call(uae, inputs, calls):
     u.draw_sde(z, c, 4, torch.zeros(P, 1, *u.latent_shape()), 'flow', 0.7, (0, 1))
     assert len(calls) == 8
     calls.clear()
-    at(uae, guidance=3.0).draw(z, c, 4)
-    assert len(calls) == 8
+    with torch.no_grad():
+        at(uae, guidance=3.0).draw(z, c, 4)
+    assert len(calls) == 4
 
 
 def test_the_unconditional_branch_has_no_gradient(uae, inputs, calls):

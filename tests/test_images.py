@@ -3,8 +3,11 @@ step sees, and that bad input is stepped over or refused in one line."""
 import io
 import json
 import os
+import re
+import shlex
 import sys
 import tarfile
+import types
 import warnings
 
 import numpy as np
@@ -13,8 +16,11 @@ import torch
 from PIL import Image, JpegImagePlugin
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common
+import config
 from data import images
 from data.images import DataError, ImageError, open_images
+from running import lines, refusal, script
 
 R = 16
 rng = np.random.default_rng(0)
@@ -435,3 +441,142 @@ def test_unreadable_tar(tmp_path):
     for name in ['cut', 'junk', 'empty', 'gz']:
         refused(f'{name}.tar: not a readable tar', str(tmp_path / f'{name}.tar'), R)
     refused('none.tar: no images', make_tar(tmp_path / 'none.tar', [('a.txt', b'x')]), R)
+
+
+# --- sample.py: captions for a whole folder ----------------------------------------------------------------------------
+
+def sample(folder, out, *words):
+    script('sample', f'--image={folder}', f'--out_dir={out}', '--device=cpu', '--eval_temperature=1', '--eval_steps=1', *words)
+    return {os.path.relpath(row['image'], folder): row['caption'] for row in lines(out / 'captions.jsonl')}
+
+
+def photos(folder, n=5):
+    for i in range(n):
+        save(folder / f'{i % 2}' / f'{i:02d}.png', noise(32, 32))
+    return folder
+
+
+def test_captions_of_a_folder_do_not_depend_on_the_batch(tmp_path, monkeypatch):
+    """Nor on what else lies there; images with one stem have pictures of their own; the result is a manifest that opens."""
+    photos(tmp_path / 'in')
+    save(tmp_path / 'in' / '0' / '00.bmp', noise(32, 32))
+    (tmp_path / 'in' / '0' / '03.png').write_bytes(b'broken')
+    one = sample(tmp_path / 'in', tmp_path / 'one', '--batch=1')
+    assert sorted(one) == ['0/00.bmp', '0/00.png', '0/02.png', '0/04.png', '1/01.png', '1/03.png'] and len(set(one.values())) == 6, 'noise of its own each'
+    assert sample(tmp_path / 'in', tmp_path / 'all', '--batch=4') == one
+    for name in one:
+        stem = name if '/00.' in name else name.removesuffix('.png')
+        a, b = (np.asarray(Image.open(tmp_path / out / f'{stem}.png')).astype(int) for out in ('one', 'all'))
+        assert a.shape == (32, 64, 3) and abs(a - b).max() <= 1
+    assert not (tmp_path / 'all' / '0' / '03.png').exists()
+    (tmp_path / 'in' / '0' / '02.png').unlink()
+    less = sample(tmp_path / 'in', tmp_path / 'less', '--draw=False')
+    assert less == {k: v for k, v in one.items() if k != '0/02.png'} and not list((tmp_path / 'less').rglob('*.png'))
+    assert sample(tmp_path / 'in', tmp_path / 'other', '--draw=False', '--seed=3') != less
+    s = open_images(str(tmp_path / 'less' / 'captions.jsonl'), R)
+    assert [s.get(i)[1] for i in range(len(s))] == list(less.values())
+
+
+def test_captions_resume_after_a_kill(tmp_path, capsys):
+    """A last line that was cut, in the middle of a letter too, is written anew; whole ones stay, and nothing is there twice."""
+    photos(tmp_path / 'in')
+    want = sample(tmp_path / 'in', tmp_path / 'out', '--draw=False', '--batch=2')
+    path = tmp_path / 'out' / 'captions.jsonl'
+    whole = path.read_bytes()
+    for cut in (whole[:-9], whole[:-1], whole[:whole.index(b'\n') + 20], whole[:7], b'', whole[:-1] + 'é'.encode()[:1]):
+        path.write_bytes(cut)
+        kept = cut[:cut.rfind(b'\n') + 1].count(b'\n')
+        capsys.readouterr()
+        assert sample(tmp_path / 'in', tmp_path / 'out', '--draw=False') == want and len(lines(path)) == 5
+        assert f'{5 - kept} captions more, {kept} were there' in capsys.readouterr().out
+    path.write_bytes(b'{"picture": 3}\n')
+    assert 'captions.jsonl' in refusal(lambda: sample(tmp_path / 'in', tmp_path / 'out'))
+
+
+def test_a_picture_is_there_before_its_line(tmp_path, monkeypatch):
+    """A run killed between the two draws the picture again instead of leaving it out for ever."""
+    photos(tmp_path / 'in', 2)
+    monkeypatch.setattr(Image.Image, 'save', lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sample(tmp_path / 'in', tmp_path / 'out')
+    assert not (tmp_path / 'out' / 'captions.jsonl').exists()
+
+
+def test_folders_that_sample_refuses(tmp_path):
+    photos(tmp_path / 'in', 2)
+    t = make_tar(tmp_path / 'a.tar', [('0.png', encoded(noise()))])
+    assert 'inside a tar' in refusal(lambda: sample(t, tmp_path / 'out'))
+    assert 'lies in --image' in refusal(lambda: sample(tmp_path / 'in', tmp_path / 'in' / 'out'))
+    assert '--batch=0' in refusal(lambda: sample(tmp_path / 'in', tmp_path / 'out', '--batch=0'))
+
+
+def test_captions_on_two_ranks_are_those_of_one(tmp_path, monkeypatch):
+    """Rank 1 first, what it would send kept for rank 0; lines are in the folder's order whoever captioned them."""
+    photos(tmp_path / 'in')
+    (tmp_path / 'in' / '1' / '03.png').write_bytes(b'broken')
+    want = sample(tmp_path / 'in', tmp_path / 'one', '--draw=False')
+    sent = []
+    monkeypatch.setattr(common, 'total', lambda value, run: value)
+    for rank, gather in ((1, lambda items, run: sent.append(items) or items), (0, lambda items, run: items + sent.pop(0))):
+        monkeypatch.setattr(common, 'gather_objects', gather)
+        monkeypatch.setattr(common, 'start', lambda c: types.SimpleNamespace(rank=rank, world=2, master=rank == 0, device='cpu'))
+        if rank:
+            script('sample', f'--image={tmp_path}/in', f'--out_dir={tmp_path}/two', '--eval_temperature=1', '--draw=False', '--batch=2')
+            assert sum(len(part) for part in sent) == 2 and len(sent) == 2 and not (tmp_path / 'two' / 'captions.jsonl').exists()
+    assert sample(tmp_path / 'in', tmp_path / 'two', '--draw=False', '--batch=2') == want
+    images = [row['image'] for row in lines(tmp_path / 'two' / 'captions.jsonl')]
+    assert len(images) == 4 and images == sorted(images)
+
+
+# --- the layouts of data/README.md -------------------------------------------------------------------------------------
+
+def layouts(sets):
+    """Miniatures of the public sets as their downloads and the commands of data/README.md leave them below `sets`, each of
+    two pictures, the second with red value 10; -> {set: captions}."""
+    red = [np.full((R, R, 3), (10 * i, 0, 0), np.uint8) for i in range(2)]
+    def tars(folder, caption):
+        for i in range(2):
+            make_tar(sets / folder / f'{i:05d}.tar', [(f'{i:09d}.jpg', encoded(red[i], 'JPEG', quality=95)), *caption(i)])
+    tars('blip3o-60k', lambda i: [(f'{i:09d}.txt', f'blip {i}'.encode())])
+    tars('t2i-2m/data_512_2M', lambda i: [(f'{i:09d}.json', json.dumps(dict(prompt=f't2i {i}')).encode())])
+    tars('megalith/tars', lambda i: [(f'{i:09d}.json', json.dumps(dict(url='u', key=f'{i:09d}', status='success')).encode())])
+    tars('laion/tars', lambda i: [(f'{i:09d}.txt', f'laion {i}'.encode()), (f'{i:09d}.json', json.dumps(dict(caption=f'laion {i}', url='u')).encode())])
+    echo = sets / 'Echo-4o-Image' / 'Instruction-Following-Image'
+    save(sets / 'docci' / 'images' / 'x.jpg', red[0])
+    for i in range(2):
+        save(echo / 'images' / f'{i:05d}.jpg', red[i], quality=95)
+        save(sets / 'sharegpt-4o' / 'text_to_image' / f'image_{i}.png', red[i])
+        save(sets / 'docci' / 'images' / f'train_{i:05d}.jpg', red[i], quality=95)
+        save(sets / 'llava' / 'images' / f'0000{i}' / f'{i}.jpg', red[i], quality=95)
+        save(sets / 'hf' / f'{i}.png', red[i])
+    write_manifest(echo / 'Instruction-Following-Image.jsonl', [dict(task_type='t2i', instruction=f'echo {i}', type='x',
+                   output_image=f'/Echo-4o-Image/Instruction-Following-Image/images/{i:05d}.jpg') for i in range(2)])
+    write_manifest(sets / 'sharegpt-4o' / 'text_to_image.json', [dict(input_prompt=f'share {i}', output_image=f'text_to_image/image_{i}.png',
+                   output_image_resolution=[R, R]) for i in range(2)])
+    write_manifest(sets / 'docci' / 'docci_descriptions.jsonlines', [dict(example_id=f'train_{i:05d}', split='train', image_file=f'train_{i:05d}.jpg',
+                   description=f'docci {i}') for i in range(2)])
+    write_manifest(sets / 'llava' / 'blip_laion_cc_sbu_558k.json', [dict(id=str(i), image=f'0000{i}/{i}.jpg', conversations=[
+                   {'from': 'human', 'value': '<image>\nDescribe.'}, {'from': 'gpt', 'value': f'llava {i}'}]) for i in range(2)])
+    write_manifest(sets / 'hf' / 'metadata.jsonl', [dict(file_name=f'{i}.png', text=f'hf {i}') for i in range(2)])
+    return dict(blip='blip3o-60k', t2i='t2i-2m', echo='Echo-4o-Image', share='sharegpt-4o', docci='docci/', llava='llava/', megalith='megalith/tars', laion='laion/tars')
+
+
+def test_every_command_of_the_readme_finds_its_set(tmp_path):
+    """The words --data and --data_keys are taken from data/README.md itself, quoted as a shell would read them."""
+    with open('data/README.md', encoding='utf-8') as f:
+        text = f.read()
+    sets, found = layouts(tmp_path / 'sets'), {}
+    for block in re.findall(r'^```sh\n(.*?)^```', text, re.S | re.M):
+        block = block.replace('\\\n', ' ').replace('$SETS', str(tmp_path / 'sets'))
+        for command in [line for line in block.splitlines() if line.startswith('python ') and '$HOME' not in line]:
+            script_name, *words = shlex.split(command)[1:]
+            c = config.parse({}, {}, words, script_name)
+            s = open_images(c.data, R, *c.data_keys)
+            name = next(k for k, folder in sets.items() if f'{tmp_path}/sets/{folder}' in c.data)
+            found[name] = [s.get(i)[1] for i in range(len(s))]
+            assert [abs(int(u8(s.get(i)[0])[0, 0, 0]) - 10 * i) <= 3 for i in range(len(s))] == [True, True], name
+            assert (script_name == 'pretrain_decoder.py') <= (found[name] == [f'{name} {i}' for i in range(2)]), 'a command that needs captions'
+    assert found == {**{k: [f'{k} 0', f'{k} 1'] for k in sets}, 'megalith': [None, None]}
+    keys = re.search(r'`--data=FOLDER/metadata.jsonl (--data_keys=.*?)`', text)[1]
+    c = config.parse({}, {}, shlex.split(keys), 'x.py')
+    assert open_images(str(tmp_path / 'sets' / 'hf' / 'metadata.jsonl'), R, *c.data_keys).get(1)[1] == 'hf 1'

@@ -1,4 +1,6 @@
 """The reward: preprocessing as the towers expect it, a cosine of the right pairs, a gradient in the reconstruction alone."""
+import json
+import math
 import types
 
 import numpy as np
@@ -62,15 +64,28 @@ def test_preprocess_of_the_right_size_only_normalises():
 
 
 def test_tiny_towers_preprocess_as_their_folders_say():
-    import json
     with open('data/shapes/base/clip/open_clip_config.json') as f:
         cfg = json.load(f)
     pre, side = cfg['preprocess_cfg'], cfg['model_cfg']['vision_cfg']['image_size']
     assert {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in backbone('clip', CONFIG).pre.items()} == dict(
-        mean=tuple(pre['mean']), std=tuple(pre['std']), resize=side, crop=side)
+        mean=tuple(pre['mean']), std=tuple(pre['std']), resize=side, crop=side, corner=math.floor)
     with open('data/shapes/base/judge/preprocessor_config.json') as f:
         p = json.load(f)
-    assert backbone('judge', CONFIG).pre == dict(mean=p['image_mean'], std=p['image_std'], resize=p['size']['height'], crop=p['size']['height'])
+    assert backbone('judge', CONFIG).pre == dict(mean=p['image_mean'], std=p['image_std'], resize=None, crop=p['size']['height'], mode='bicubic', corner=math.floor)
+
+
+def test_a_folder_s_own_preprocessing(tmp_path):
+    """As transformers reads it: shortest side and centre crop, or one size to squash to; what cannot be followed is refused."""
+    path, norm = tmp_path / 'preprocessor_config.json', dict(image_mean=[0, 0, 0], image_std=[1, 1, 1])
+    path.write_text(json.dumps(dict(norm, size=dict(shortest_edge=256), crop_size=dict(height=224, width=224), resample=3)))
+    assert reward.own_preprocessing(path) == dict(mean=[0, 0, 0], std=[1, 1, 1], resize=256, crop=224, mode='bicubic', corner=math.floor)
+    path.write_text(json.dumps(dict(norm, size=dict(height=224, width=224), resample=2)))
+    assert reward.own_preprocessing(path) == dict(mean=[0, 0, 0], std=[1, 1, 1], resize=None, crop=224, mode='bilinear', corner=math.floor)
+    for text in ('{}', '[', json.dumps(dict(norm, size=224)), json.dumps(dict(norm, size=dict(shortest_edge=224)))):
+        path.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            reward.own_preprocessing(path)
+        assert str(path) in str(stop.value) and '\n' not in str(stop.value)
 
 
 # --- the cosine ----------------------------------------------------------------------------------------------------
@@ -117,6 +132,16 @@ def test_row_i_is_scored_against_row_i(tower, x, x_hat):
     mixed[1] = x[1]
     changed = (clip_reward(x, mixed, tower) - r).abs() > 1e-5
     assert changed.tolist() == [False, True, False, False]
+
+
+def test_groups_share_their_source(tower, x, x_hat):
+    """P pictures against P*G reconstructions in contiguous groups: each source goes through the tower once."""
+    seen = []
+    handle = tower.tower.register_forward_hook(lambda m, args, kwargs, out: seen.append(len((*args, *kwargs.values())[0])), with_kwargs=True)
+    r = clip_reward(x[:2], x_hat, tower)
+    handle.remove()
+    assert seen == [2, 4]
+    torch.testing.assert_close(r, clip_reward(x[:2].repeat_interleave(2, 0), x_hat, tower), atol=1e-6, rtol=1e-5)
 
 
 def test_gradient_in_the_reconstruction_alone(tower, x, x_hat):

@@ -297,7 +297,7 @@ def pretrain_decoder(c, avoid):
     root = f'{os.path.normpath(c.out_dir)}_stage0'
     write_manifest(c, avoid, root)
     words = [f'--data={root}/manifest.jsonl', f'--encoder={c.encoder}', f'--decoder={c.decoder}', f'--seed={c.seed}', f'--dtype={c.dtype}',
-             '--answer_key=answer']
+             '--answer_key=answer', '--eval_every=0']
     stage0.main([*words, f'--out_dir={root}/draw', f'--steps={c.decoder_steps}', '--lr=1.5e-3', '--lr_decay=3.0',
                  '--caption_every=2'])
     # then the learning rate falls to 0 with a caption loss at every update: the captioner settles without leaving the decoder behind
