@@ -229,10 +229,11 @@ def write_lines(path, lines):
 
 
 def write_atomic(path, write):
-    """write(temporary path), then rename: the file is whole or not there."""
+    """write(temporary path), then rename: the file is whole or not there, and two ranks that write the same one do not meet."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    write(path + '.tmp')
-    os.replace(path + '.tmp', path)
+    tmp = f'{path}.{os.getpid()}.tmp'
+    write(tmp)
+    os.replace(tmp, path)
 
 
 def save(c, run, step, uae, optimizer, keep=2):
