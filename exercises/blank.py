@@ -44,11 +44,11 @@ EXERCISES = dict(
                ('cps: fresh noise without taking as much of the old away', 'torch.sqrt(s_next ** 2 - std ** 2) * eps', 's_next * eps'),
                ('a density without its normaliser', ' - torch.log(safe) - 0.5 * math.log(2 * math.pi)', ''))),
     caption_logp=dict(
-        where=('model.py:token_logp', 'model.py:UAE.caption_logp'),
+        where=('model.py:pick_logp', 'model.py:token_logp', 'model.py:UAE.caption_logp'),
         grader=('test_logp.py::test_chunks_change_nothing', 'test_logp.py::test_recorded_equals_rescored[0.7]'),
-        wrong=(('the temperature of the sampling left out', 'head(h).float() / temperature', 'head(h).float()'),
+        wrong=(('the temperature of the sampling left out', 'y, temperature, self.forbidden)', 'y, 1.0, self.forbidden)'),
                ('off by one: each token scored by the state that has read it', 'self.caption_states(seen, y)[:, :-1]', 'self.caption_states(seen, y)[:, 1:]'),
-               ('forbidden tokens at logit 0 instead of -inf: they keep a share of the probability', 'masked_fill(forbidden, -math.inf)', 'masked_fill(forbidden, 0.0)'))),
+               ('forbidden tokens at logit 0 instead of -inf: they keep a share of the probability', 'masked_fill_(forbidden, -math.inf)', 'masked_fill_(forbidden, 0.0)'))),
     projector=dict(
         where=('model.py:Projector.__init__', 'model.py:Projector.forward'),
         grader=('test_condition.py::test_projector_is_two_linear_layers_and_a_gelu',),
