@@ -53,7 +53,7 @@ EXERCISES = dict(
         grader='test_reward.py::test_preprocess_is_pil_s test_reward.py::test_preprocess_of_the_right_size_only_normalises',
         wrong=(('shrunk without the antialiasing filter', 'antialias=True', 'antialias=False'),
                ('[-1, 1] taken for [0, 1]', 'x.float() * 0.5 + 0.5', 'x.float()'),
-               ('the corner cropped instead of the centre', 'round((x.shape[-2] - crop) / 2), round((x.shape[-1] - crop) / 2)', '0, 0'))),
+               ('the corner cropped instead of the centre', 'corner((n - crop) / 2) for n', '0 for n'))),
     cold_start=dict(where='cold_start.py:reconstruction_loss model.py:UAE.draw',
         grader='test_logp.py::test_draw_has_the_gradient_of_the_whole_chain_behind_its_start '
                'test_gradients.py::test_the_semantic_loss_reaches_decoder_projector_and_language_model',
