@@ -98,7 +98,7 @@ def driver(root):
         copy(f'{root}/forks/{name}')
         if text:
             subprocess.run(['git', 'apply', '-'], cwd=f'{root}/forks/{name}', input=text, text=True, check=True)
-        results[f'fork {name}'] = child(lambda: script(stage, f'{root}/forks/{name}', [*TINY, *words, '--out_dir=run']))
+        results[f'fork {name}'] = child(lambda: script(stage, f'{root}/forks/{name}', [*words, *TINY, '--out_dir=run']))
     with open('results.json', 'w') as f:
         json.dump(results, f)
 
