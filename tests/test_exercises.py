@@ -3,6 +3,7 @@
 One process imports the libraries, which takes long, and forks for each of the sixty runs; only the children import the project's modules,
 from a copy of it: `python tests/test_exercises.py COPY`.
 """
+import gc
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ import traceback
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ('--steps=2', '--prompts=2', '--eval_every=0', '--eval_images=4', '--device=cpu')
+TINY = ('--steps=2', '--prompts=2', '--sample_steps=4', '--eval_every=0', '--eval_images=4', '--device=cpu')
 
 
 def blank_of(root=ROOT):
@@ -83,9 +84,10 @@ def driver(root):
     import transformers.models.convnext.modeling_convnext  # noqa: F401
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
     blank, results = blank_of(root), {}
+    gc.freeze()                                  # a child's collector need not look at the libraries
 
     def graded(*names):
-        return child(lambda: pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *[f'tests/{g}' for n in names for g in blank.EXERCISES[n]['grader'].split()]]))
+        return child(lambda: pytest.main(['-x', '-q', '-p', 'no:cacheprovider', '--assert=plain', *[f'tests/{g}' for n in names for g in blank.EXERCISES[n]['grader'].split()]]))
     for name in blank.EXERCISES:
         for variant in range(4):
             blank.exchange(name, variant)
@@ -122,7 +124,7 @@ def copy(target, *folders):
 def results(tmp_path_factory):
     root = copy(tmp_path_factory.mktemp('copy'), 'tests', 'exercises')
     before = {p.relative_to(root): p.read_bytes() for p in root.glob('*.py')}
-    env = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', CUDA_VISIBLE_DEVICES='', PYTHONPATH='')
+    env = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', CUDA_VISIBLE_DEVICES='', PYTHONPATH='', PYTEST_DISABLE_PLUGIN_AUTOLOAD='1')
     done = subprocess.run([sys.executable, f'{root}/tests/test_exercises.py', root], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
     assert {p.relative_to(root): p.read_bytes() for p in root.glob('*.py')} == before, 'restored to the byte'
