@@ -15,9 +15,10 @@ import sys
 import traceback
 
 import pytest
+from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ('--steps=2', '--prompts=2', '--sample_steps=4', '--eval_every=0', '--eval_images=4', '--device=cpu')
+TINY = ('--steps=2', '--prompts=2', '--sample_steps=4', '--eval_every=0', '--eval_images=2', '--data=../../pictures', '--device=cpu')
 
 
 def blank_of(root=ROOT):
@@ -81,8 +82,11 @@ def driver(root):
     import diffusers.models.transformers.transformer_sd3  # noqa: F401
     import open_clip  # noqa: F401
     import torchvision.transforms  # noqa: F401
+    import transformers
     import transformers.models.convnext.modeling_convnext  # noqa: F401
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+    transformers.AutoProcessor.from_pretrained('data/shapes/base/encoder')       # what the library works out once a process
+    transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained('data/shapes/base/encoder')
     blank, results = blank_of(root), {}
     gc.freeze()                                  # a child's collector need not look at the libraries
 
@@ -94,13 +98,16 @@ def driver(root):
             results[f'{name} {variant}'] = graded(name)
         blank.exchange(name)
     results['restored'] = graded(*blank.EXERCISES)
+    os.makedirs('pictures')
+    for i in range(6):
+        Image.linear_gradient('L').rotate(60 * i).convert('RGB').resize((32, 32)).save(f'pictures/{i}.png')
     runs = {name: (f['script'], f['words'], f['text']) for name, f in FORKS.items()}
     runs.update({unchanged([f['script'], *f['words']]): (f['script'], f['words'], '') for f in FORKS.values()})
     for name, (stage, words, text) in runs.items():
         copy(f'{root}/forks/{name}')
         if text:
             subprocess.run(['git', 'apply', '-'], cwd=f'{root}/forks/{name}', input=text, text=True, check=True)
-        results[f'fork {name}'] = child(lambda: script(stage, f'{root}/forks/{name}', [*words, *TINY, '--out_dir=run']))
+        results[f'fork {name}'] = child(lambda: script(stage, f'{root}/forks/{name}', [*words, *TINY, *['--group=4'] * (stage == 'grpo_decoder'), '--out_dir=run']))
     with open('results.json', 'w') as f:
         json.dump(results, f)
 
@@ -219,6 +226,21 @@ def test_ten_ablations_of_at_most_ten_lines():
     for name, fork in FORKS.items():
         diff = fork['text'].split('```diff\n')[1]
         assert 1 <= sum(line[0] in '+-' and line[:4] not in ('+++ ', '--- ') for line in diff.splitlines()) <= 10, name
+
+
+def test_curves_of_named_fields(tmp_path):
+    for run in 'ab':
+        (tmp_path / run).mkdir()
+        for kind, field in (('log', 'entropy'), ('eval', 'judge')):
+            (tmp_path / run / f'{kind}.jsonl').write_text(''.join(json.dumps({'step': i, 'reward': i, field: -i}) + '\n' for i in range(3)))
+    from eval_unified import plot_runs                                           # not above: the process that forks imports this file
+    folders = [str(tmp_path / run) for run in 'ab']
+    plot_runs(folders, ['entropy', 'reward'], tmp_path / 'two.png')
+    plot_runs(folders, ['entropy', 'reward', 'judge'], tmp_path / 'three.png')
+    two, three = (Image.open(tmp_path / f'{n}.png') for n in ('two', 'three'))
+    assert three.width == 1.5 * two.width and three.height == two.height
+    with pytest.raises(SystemExit, match='kl not in every run; fields there are: .*entropy.*judge'):
+        plot_runs(folders, ['kl', 'reward'], tmp_path / 'none.png')
 
 
 if __name__ == '__main__':
