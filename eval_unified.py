@@ -37,7 +37,7 @@ from reward import backbone, backbones, clip_reward, over_seeds, pair, unified_s
 # --- script keys ---------------------------------------------------------------------------------------------------
 keys = dict(
     steps = 0,                 # updates: none here; the word exists in every script
-    plot = '',                 # run folders, comma-separated: draw the curves of their eval.jsonl instead
+    plot = '',                 # run folders, comma-separated: draw the curves of their evaluations instead; A,B:reward,entropy = of these fields
     bench = '',                # unified = the paper's Unified-Bench on the references in DATA/Image
     backbones = 'clip,longclip,dinov2,dinov3',   # names in reward.BACKBONES; name=FOLDER takes the weights from there
     captions = '',             # .jsonl of {"image", "caption"}, as sample.py writes: draw these captions instead of our encoder's
@@ -142,23 +142,28 @@ def contact_sheet(columns, texts, path):
     plt.close(fig)
 
 
-def plot_runs(folders, path):
-    """PNG with the evaluations inside some runs over updates, one panel a measure, one line a run."""
+def plot_runs(folders, fields, path):
+    """PNG of curves of some runs over updates, one panel a field of eval.jsonl or else of log.jsonl, one line a run; no fields: those of the loop."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     runs = {}
     for folder in folders:
-        if not os.path.exists(f'{folder}/eval.jsonl'):
-            raise SystemExit(f'--plot: no {folder}/eval.jsonl')
-        with open(f'{folder}/eval.jsonl') as f:
-            runs[os.path.basename(folder.rstrip('/'))] = [json.loads(line) for line in f]
-    shown = ('reward', 'judge', 'caption_len', 'caption_truth', 'caption_recall', 'greedy_caption_truth', 'greedy_caption_recall', 't2i_own', 't2i_true')
-    names = [n for n in shown if all(n in lines[0] for lines in runs.values())]
+        run = runs[os.path.basename(folder.rstrip('/'))] = {}
+        for kind in ('log', 'eval'):
+            if not os.path.exists(f'{folder}/{kind}.jsonl'):
+                raise SystemExit(f'--plot: no {folder}/{kind}.jsonl')
+            with open(f'{folder}/{kind}.jsonl') as f:
+                lines = [json.loads(line) for line in f]
+            run.update({k: ([line['step'] for line in lines], [line[k] for line in lines]) for k in lines[0]})
+    shown = fields or ('reward', 'judge', 'caption_len', 'caption_truth', 'caption_recall', 'greedy_caption_truth', 'greedy_caption_recall', 't2i_own', 't2i_true')
+    names = [n for n in shown if all(n in run for run in runs.values())]
+    if fields and names != fields:
+        raise SystemExit(f'--plot: {" ".join(n for n in fields if n not in names)} not in every run; fields there are: {" ".join(run)}')
     fig, axes = plt.subplots(1, len(names), figsize=(2.8 * len(names), 2.8), squeeze=False)
     for ax, name in zip(axes[0], names):
-        for run, lines in runs.items():
-            ax.plot([line['step'] for line in lines], [line[name] for line in lines], label=run)
+        for run, curves in runs.items():
+            ax.plot(*curves[name], label=run)
         ax.set_title(name, fontsize=9)
         ax.set_xlabel('updates')
     axes[0, 0].legend(fontsize=7)
@@ -293,7 +298,8 @@ def main(argv):
     c = config.parse(keys, {}, argv, __file__)
     if c.plot:
         os.makedirs(c.out_dir, exist_ok=True)
-        plot_runs(c.plot.split(','), f'{c.out_dir}/curves.png')
+        folders, _, fields = c.plot.partition(':')
+        plot_runs(folders.split(','), fields.split(',') if fields else [], f'{c.out_dir}/curves.png')
         return print(f'{c.out_dir}/curves.png')
     stray = [k for k in ('captions', 'generated', 'seeds') if getattr(c, k) != keys[k]]
     if c.bench not in ('', 'unified') or stray and not c.bench:
