@@ -581,8 +581,8 @@ def quiet():
 ALLOWANCE = 2.0                 # GB: CUDA context, kernels' workspace, logits in chunks, what a rollout holds
 
 
-def skeleton(c):
-    """A UAE, the reward's CLIP tower and the judge without weights (meta device); configs from local folders or config.architectures."""
+def skeleton(c, device='meta'):
+    """A UAE, the reward's CLIP tower and the judge without weights, or on another device with random ones; configs from local folders or config.architectures."""
     import config
     import model
     import open_clip
@@ -600,8 +600,8 @@ def skeleton(c):
 
     uae = model.UAE.__new__(model.UAE)
     torch.nn.Module.__init__(uae)
-    uae.c, uae.device, dtype = types.SimpleNamespace(**vars(c)), torch.device('cpu'), getattr(torch, c.dtype)
-    with torch.device('meta'):
+    uae.c, uae.device, dtype = types.SimpleNamespace(**vars(c)), torch.device('cpu' if device == 'meta' else device), getattr(torch, c.dtype)
+    with torch.device(device):
         uae.encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(read(c.encoder))).to(dtype)
         uae.decoder = SD3Transformer2DModel.from_config(read(c.decoder, 'transformer')).to(dtype)
         uae.vae = AutoencoderKL.from_config(read(c.decoder, 'vae')).to(dtype)
