@@ -120,7 +120,8 @@ def prepare(b, stage, words, **changes):
 # --- one step of each stage, as its script does it, without data, optimiser and log: yields the name of each part that is done -----
 def cold_start_step(m):
     c, uae = m.c, m.uae
-    z, u = (draw(shape, m.index, c.seed, 0).to(uae.device) for draw, shape in ((common.normal, uae.latent_shape()), (common.uniform, (c.caption_len,))))
+    z = common.normal(uae.latent_shape(), m.index, c.seed, 'start', 0).to(uae.device)
+    u = common.uniform((c.caption_len,), m.index, c.seed, 'token', 0).to(uae.device)
     with torch.no_grad():
         seen = uae.see(m.x)
         y, mask, _ = uae.sample_captions(seen, 1, c.cold_temperature, u)
@@ -135,9 +136,8 @@ def grpo_encoder_step(m):
     parts = [grpo_encoder.rollout(m.uae, m.tower, m.x[i], m.index[i], 0, c) for i in common.image_slices(len(m.x), c.group, c.micro_batch)]
     seen = tuple(torch.cat(t) for t in zip(*(p[0] for p in parts)))
     y, mask, old_logp, r = (torch.cat(t) for t in list(zip(*parts))[1:])
-    adv = grpo_encoder.group_advantage(r, c.adv_std).flatten()
+    adv, (weight, count) = grpo_encoder.group_advantage(r, c.adv_std).flatten(), grpo_encoder.token_weights(mask, c)
     yield 'rollout'
-    weight, count = grpo_encoder.token_weights(mask, c)
     for s, b, _ in common.group_slices(seen, c.group, c.micro_batch):
         with torch.no_grad():
             ref_logp = m.ref.caption_logp(s, y[b], c.temperature) if c.kl else old_logp[b]
@@ -152,8 +152,7 @@ def grpo_decoder_step(m):
     adv = grpo_decoder.group_advantage(r).flatten()
     yield 'rollout'
     for _, b, _ in common.group_slices((m.x,), m.G, c.micro_batch):
-        known = [t[b] for t in v0]
-        m.uae(grpo_decoder.loss_of, m.ref, cond[b], z[b], z_next[b], old_logp[b], adv[b], 0, 1 / len(adv), c, m.neg, known)[0].backward()
+        m.uae(grpo_decoder.loss_of, m.ref, cond[b], z[b], z_next[b], old_logp[b], adv[b], 0, 1 / len(adv), c, m.neg, [t[b] for t in v0])[0].backward()
     yield 'update'
 
 
@@ -245,7 +244,7 @@ def network_calls(m):
              ('vae', some, net.vae, B // some, False), ('reward tower', one, net.clip, rollouts, False), ('reward tower', rows, net.clip, rollouts, False)]
     if m.stage == 'grpo_encoder':
         return calls + [('captions at once', part, net.scores, updates, True), ('captions at once', part, net.scores, updates * bool(c.kl), False)]
-    n = len(grpo_decoder.window(0, c)[1]) * part
+    n = len(grpo_decoder.window(0, c)[1]) * part                                        # trained steps replayed at once
     return calls + [('decoder', n, net.decoder, updates, True), ('decoder', n * (1 + guided), net.decoder, updates * bool(c.kl), False)]
 
 
