@@ -1,27 +1,24 @@
 """What a step costs: each stage beside the bare cost of its networks, beside a peer's way to the same gradient, and as its sizes grow.
 
     python bench.py                                                         # every stage: split, limit, list of network calls
-    python bench.py --peer=flow_grpo --prompts=4 --group=8                  # grpo_decoder.py beside Flow-GRPO's step
+    python bench.py --peer=flow_grpo                                        # grpo_decoder.py beside Flow-GRPO's step; TRL: tests/peers/trl_grpo.py
     python bench.py --part=growth --json=out/growth.json                    # P, G, T, S times 1, 2, 4, 8
-    python bench.py --random=True --preset=medium --resolution=512          # published sizes, random weights, nothing downloaded
+    python bench.py --random=True --preset=medium                           # published sizes, random weights, nothing downloaded (make bench-gpu)
 
-Stage keys and shared keys are taken too (--prompts=2 --group=8 --guidance=4.5 --preset=paper). What is compared is measured in turn in
-one run; every number is a median. Captions are always exactly caption_len tokens (the end token is forbidden), so that sizes are what they say.
-With one thread on a CPU the clock is the process's own CPU time, else wall time. `limit` is the time of a step, data and optimiser apart, over the summed
-times of the forward and backward passes that its mathematics needs, on inputs of the same shape and dtype.
+Stage keys and shared keys are taken too (--prompts=2 --preset=paper). What is compared is measured in turn; numbers are medians. Captions are exactly
+caption_len tokens (the end token is forbidden). With one CPU thread the clock is the process's own CPU time, else wall time. `limit`: a step
+without data and optimiser over the forward and backward passes that its mathematics needs, bare, on inputs of the same shape and dtype.
 """
 import collections
-import functools
 import importlib
-import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 import types
+from unittest import mock
 
 import torch
 
@@ -31,21 +28,19 @@ import config
 import grpo_decoder
 import grpo_encoder
 import model
+import reward
 from data.images import open_data
-from reward import backbone
 
 # --- script keys ---------------------------------------------------------------------------------------------------
 keys = dict(
     part = 'stages',           # stages | growth | compile | ranks
     stage = '',                # cold_start | grpo_encoder | grpo_decoder; '' = all three (growth, ranks: the last two)
-    peer = '',                 # a comparison of tests/peers in place of a part: flow_grpo | full_logits (TRL has its own script there)
-    pairs = 7,                 # measurements of each side, in turn, after two that do not count
+    peer = '',                 # a comparison of tests/peers in place of a part: flow_grpo | full_logits
+    steps = 7,                 # updates measured of each side, in turn, after two that do not count
     random = False,            # random weights in the published sizes of the preset's models: nothing is loaded or downloaded
-    layers = 0,                # of every network with random weights; 0 = as published
-    heads = 0,                 # attention heads of every network with random weights, which sets its width; 0 = as published
+    layers = 0,                # of every network with random weights, widths as published; 0 = all of them
     json = '',                 # file for everything that was measured
 )
-own_presets = {}
 # -------------------------------------------------------------------------------------------------------------------
 STAGES = dict(cold_start=cold_start, grpo_encoder=grpo_encoder, grpo_decoder=grpo_decoder)
 TRAINED = dict(cold_start=('encoder', 'projector', 'decoder'), grpo_encoder=('encoder',), grpo_decoder=('decoder',))
@@ -62,65 +57,40 @@ def clock():
 
 
 def watch(owner, name, label):
-    """Adds the seconds of every call of owner.name to spent[label]; a call inside such a call counts once."""
-    call, inside = getattr(owner, name), []
+    """Adds the seconds of every call of owner.name to spent[label]."""
+    call = getattr(owner, name)
 
     def watched(*args, **kwargs):
-        if inside:
-            return call(*args, **kwargs)
-        inside.append(1)
         start = clock()
         out = call(*args, **kwargs)
         spent[label] += clock() - start
-        inside.clear()
         return out
     setattr(owner, name, watched)
 
 
 def seconds(call):
-    """Seconds of one call, gradients dropped afterwards by the caller."""
+    """Seconds of one call."""
     start = clock()
     call()
     return clock() - start
 
 
-# --- models with random weights in published sizes -----------------------------------------------------------------------
-def shrunk(arch, layers, heads):
-    """A published architecture with fewer layers and heads (0 = as they are); a head keeps its width."""
-    arch = {k: dict(v) if isinstance(v, dict) else v for k, v in arch.items()}
-    for net in (arch[k] for k in ('text_config', 'vision_config', 'transformer') if k in arch):
-        depth, count = ('depth', 'num_heads') if 'depth' in net else ('num_layers' if 'num_layers' in net else 'num_hidden_layers', 'num_attention_heads')
-        if heads:
-            scale, net[count] = heads / net[count], heads
-            net.update({k: int(net[k] * scale) for k in ('hidden_size', 'intermediate_size', 'caption_projection_dim') if k in net})
-            net.update({k: min(net[k], heads) for k in ('num_key_value_heads',) if k in net})
-        if layers:
-            net[depth] = layers
-            net.update({k: [i for i in net[k] if i < layers] for k in ('fullatt_block_indexes', 'dual_attention_layers') if k in net})
-    if heads and 'vision_config' in arch:
-        arch['vision_config']['out_hidden_size'] = arch['text_config']['hidden_size']
-    return arch
-
-
-def random_uae(c, b, device):
-    """UAE(c) with random weights in the published sizes of c.encoder and c.decoder; the tokenizer is the tiny one."""
-    load, pooled = common.load, model.pooled_of_nothing
-
-    def build(cls, path, subfolder='', **_):
-        if cls.__name__ == 'AutoProcessor':
-            processor = load(cls, config.shared['encoder'])
-            processor.image_processor.patch_size = config.architectures[path]['vision_config']['patch_size']
-            processor.image_processor.size = dict(shortest_edge=1, longest_edge=2 ** 30)
-            return processor
-        arch = shrunk(config.architectures[path], b.layers, b.heads)
-        net = cls.from_config(arch[subfolder]) if subfolder else cls(cls.config_class(**arch))
-        return net if subfolder == 'scheduler' else net.to(getattr(torch, c.dtype))
-    common.load, model.pooled_of_nothing = build, lambda c, width: torch.zeros(1, width)
-    try:
-        with torch.device(device):
-            return model.UAE(c, device, new_projector=True)
-    finally:
-        common.load, model.pooled_of_nothing = load, pooled
+def random_models(c, b, device):
+    """UAE(c) and the reward's tower with random weights in the published sizes of c.encoder, c.decoder and c.clip; the tokenizer is the tiny one."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from transformers import AutoProcessor
+    lists, counts, n = ('fullatt_block_indexes', 'dual_attention_layers'), ('depth', 'num_layers', 'num_hidden_layers'), b.layers or 999
+    cut = lambda k, v: min(v, n) if k in counts else [i for i in v if i < n] if k in lists else {q: cut(q, w) for q, w in v.items()} if isinstance(v, dict) else v
+    with mock.patch.dict(config.architectures, cut('', config.architectures)):
+        uae, net, _ = common.skeleton(c, device)
+    uae.scheduler, uae.processor = FlowMatchEulerDiscreteScheduler(shift=3.0), common.load(AutoProcessor, config.shared['encoder'])
+    uae.tokenizer, pixels = uae.processor.tokenizer, uae.processor.image_processor
+    pixels.patch_size, pixels.size = uae.encoder.config.vision_config.patch_size, dict(shortest_edge=1, longest_edge=2 ** 30)
+    uae.end = uae.tokenizer.convert_tokens_to_ids('<|im_end|>')
+    uae.templates()
+    tower = types.SimpleNamespace(library='open_clip', tower=net, pre=dict(reward.OPENAI, resize=net.image_size[0], crop=net.image_size[0]))
+    tower.features = lambda x: reward.Backbone.features(tower, x)
+    return uae.to(device), tower
 
 
 def prepare(b, stage, words, **changes):
@@ -130,24 +100,19 @@ def prepare(b, stage, words, **changes):
     words = [w for w in words if w.split('=')[0][2:] in own or w.startswith('--preset=')] + [f'--{k}={v}' for k, v in changes.items() if k in own]
     c = config.parse(script.keys, script.own_presets, words, script.__file__)
     run = common.start(c)
-    if b.random:
-        c.clip, c.data = c.clip.split(':')[0] + ':' if not c.clip.startswith('local-dir:') else c.clip, ''
-    m = types.SimpleNamespace(stage=stage, script=script, c=c, uae=random_uae(c, b, run.device) if b.random else model.UAE(c, run.device))
+    m = types.SimpleNamespace(stage=stage, c=c, G=getattr(c, 'group', 1))
+    m.uae, m.tower = random_models(c, b, run.device) if b.random else (model.UAE(c, run.device), reward.backbone(c.reward, c, run.device))
     m.uae.forbidden[m.uae.end] = True
-    m.tower = backbone(c.reward, c, run.device)
     m.params = m.uae.train_only(*TRAINED[stage])
     m.neg = m.uae.negative() if c.guidance != 1.0 and stage == 'grpo_decoder' else None
     m.ref = m.uae.reference(TRAINED[stage][0]) if getattr(c, 'kl', 0) else None
     m.opt = torch.optim.AdamW(m.params, lr=c.lr, weight_decay=0.0)
-    m.G, m.rollout = getattr(c, 'group', 1), lambda: decoder_rollout(m)
-    m.data = (lambda train=open_data(c, run)[0]: train.batch(c.seed, 0, c.prompts)) if c.data else (lambda: dict(
-        x=torch.rand(c.prompts, 3, c.resolution, c.resolution) * 2 - 1, index=torch.arange(c.prompts)))
+    train = None if b.random else open_data(c, run)[0]
+    m.data = lambda: train.batch(c.seed, 0, c.prompts) if train else dict(x=torch.rand(c.prompts, 3, c.resolution, c.resolution) * 2 - 1, index=torch.arange(c.prompts))
     batch = m.data()
     m.x, m.index = batch['x'].to(run.device), batch['index']
-    if m.ref:
-        watch(m.ref, 'velocity', 'dit')
-    for owner, name, label in ((m.uae, 'see', 'captions'), (m.uae, 'sample_captions', 'captions'), (m.uae, 'condition', 'condition'),
-                               (m.uae, 'velocity', 'dit'), (m.uae, 'to_image', 'vae'), (m.tower, 'features', 'reward')):
+    for owner, name, label in ((m.uae, 'see', 'captions'), (m.uae, 'sample_captions', 'captions'), (m.uae, 'condition', 'condition'), (m.uae.vae, 'decode', 'vae'),
+                               (m.tower, 'features', 'reward'), *((net, 'forward', 'dit') for net in {m.uae.decoder, (m.ref or m.uae).decoder})):
         watch(owner, name, label)
     return m
 
@@ -156,9 +121,10 @@ def prepare(b, stage, words, **changes):
 def cold_start_step(m):
     c, uae = m.c, m.uae
     z = common.normal(uae.latent_shape(), m.index, c.seed, 'start', 0).to(uae.device)
+    u = common.uniform((c.caption_len,), m.index, c.seed, 'token', 0).to(uae.device)
     with torch.no_grad():
         seen = uae.see(m.x)
-        y, mask, _ = uae.sample_captions(seen, 1, c.cold_temperature, common.uniform((c.caption_len,), m.index, c.seed, 'token', 0).to(uae.device))
+        y, mask, _ = uae.sample_captions(seen, 1, c.cold_temperature, u)
     yield 'rollout'
     for s, b, _ in common.group_slices(seen, 1, c.micro_batch):
         uae(cold_start.loss_of, m.tower, m.x[b], s, y[b], mask[b], z[b], 1 / c.prompts, c).backward()
@@ -170,27 +136,23 @@ def grpo_encoder_step(m):
     parts = [grpo_encoder.rollout(m.uae, m.tower, m.x[i], m.index[i], 0, c) for i in common.image_slices(len(m.x), c.group, c.micro_batch)]
     seen = tuple(torch.cat(t) for t in zip(*(p[0] for p in parts)))
     y, mask, old_logp, r = (torch.cat(t) for t in list(zip(*parts))[1:])
-    adv = grpo_encoder.group_advantage(r).flatten()
+    adv, (weight, count) = grpo_encoder.group_advantage(r, c.adv_std).flatten(), grpo_encoder.token_weights(mask, c)
     yield 'rollout'
     for s, b, _ in common.group_slices(seen, c.group, c.micro_batch):
         with torch.no_grad():
             ref_logp = m.ref.caption_logp(s, y[b], c.temperature) if c.kl else old_logp[b]
-        m.uae(grpo_encoder.loss_of, s, y[b], mask[b], old_logp[b], ref_logp, adv[b], 1 / mask.sum().item(), c)[0].backward()
+        m.uae(grpo_encoder.loss_of, s, y[b], weight[b], old_logp[b], ref_logp, adv[b], 1 / count, c)[0].backward()
     yield 'update'
 
 
-def decoder_rollout(m):
-    parts = [grpo_decoder.rollout(m.uae, m.tower, m.x[i], m.index[i], 0, m.c, m.neg) for i in common.image_slices(len(m.x), m.G, m.c.micro_batch)]
-    cond, z, z_next, *v0, old_logp, r, _ = (torch.cat(t) for t in zip(*parts))
-    return cond, z, z_next, old_logp, grpo_decoder.group_advantage(r).flatten(), v0
-
-
 def grpo_decoder_step(m):
-    cond, z, z_next, old_logp, adv, v0 = decoder_rollout(m)
+    c = m.c
+    parts = [grpo_decoder.rollout(m.uae, m.tower, m.x[i], m.index[i], 0, c, m.neg) for i in common.image_slices(len(m.x), m.G, c.micro_batch)]
+    cond, z, z_next, *v0, old_logp, r, _ = (torch.cat(t) for t in zip(*parts))
+    adv = grpo_decoder.group_advantage(r).flatten()
     yield 'rollout'
-    for _, b, _ in common.group_slices((m.x,), m.G, m.c.micro_batch):
-        known = [t[b] for t in v0]
-        m.uae(grpo_decoder.loss_of, m.ref, cond[b], z[b], z_next[b], old_logp[b], adv[b], 0, 1 / len(adv), m.c, m.neg, known)[0].backward()
+    for _, b, _ in common.group_slices((m.x,), m.G, c.micro_batch):
+        m.uae(grpo_decoder.loss_of, m.ref, cond[b], z[b], z_next[b], old_logp[b], adv[b], 0, 1 / len(adv), c, m.neg, [t[b] for t in v0])[0].backward()
     yield 'update'
 
 
@@ -201,8 +163,7 @@ def measure(m, step=None):
     """One step of m.stage (or the named one): {part: seconds}, where `total` leaves data and optimiser out. Gradients stay."""
     spent.clear()
     spent['data'] = seconds(m.data)
-    for p in m.params:
-        p.grad = None
+    m.opt.zero_grad(set_to_none=True)
     last = first = clock()
     for part in STEPS[step or m.stage](m):
         now = clock()
@@ -212,249 +173,197 @@ def measure(m, step=None):
 
 
 def medians(rows):
-    return {k: statistics.median(r.get(k, 0.0) for r in rows) for k in rows[-1]}
+    """Dicts of numbers, one a turn -> their medians without the first two turns."""
+    return {k: statistics.median(r.get(k, 0.0) for r in rows[2:]) for k in rows[-1]}
 
 
 # --- the bare networks ---------------------------------------------------------------------------------------------------
 def networks(m):
     """The networks of stage m.stage by name, each called with a number of rows, on inputs of the step's shapes and dtypes."""
-    c, uae, lm, device = m.c, m.uae, m.uae.encoder.model.language_model, m.uae.device
     from transformers import DynamicCache
+    c, uae, lm, device, T = m.c, m.uae, m.uae.encoder.model.language_model, m.uae.device, m.c.caption_len
     pixels = uae.processor.image_processor(images=[torch.zeros(3, c.resolution, c.resolution, dtype=torch.uint8)], return_tensors='pt')
     pixels, grid = pixels['pixel_values'].to(device), pixels['image_grid_thw'].to(device)
-    T, L = c.caption_len, len(uae.before_image) + int(grid.prod()) // uae.encoder.config.vision_config.spatial_merge_size ** 2 + len(uae.after_image)
+    L = len(uae.before_image) + int(grid.prod()) // uae.encoder.config.vision_config.spatial_merge_size ** 2 + len(uae.after_image)
     attend = (torch.arange(c.cond_len, device=device) < len(uae.before_text) + T + len(uae.after_text)).long()
 
-    def run(n, width, **how):
-        return lm(inputs_embeds=uae.embed(torch.zeros(n, width, dtype=torch.long, device=device)), **how).last_hidden_state
+    embedded = lambda n, width: uae.embed(torch.zeros(n, width, dtype=torch.long, device=device))
+    noise = lambda n, shape, dtype, grad=False: torch.randn(n, *shape, device=device, dtype=dtype, requires_grad=grad)
 
     def cached(n, width, start, cache):
-        return run(n, width, position_ids=start + torch.arange(width, device=device).expand(3, n, width), past_key_values=cache, use_cache=True)
+        at = start + torch.arange(width, device=device).expand(3, n, width)
+        return lm(inputs_embeds=embedded(n, width), position_ids=at, past_key_values=cache, use_cache=True).last_hidden_state
 
     def prefill(n, G):
-        cache = DynamicCache(config=uae.encoder.config.text_config)
-        h = cached(max(1, n // G), L, 0, cache)[:, -1:].repeat_interleave(min(n, G), 0)
-        cache.batch_repeat_interleave(min(n, G))
+        cache, G = DynamicCache(config=uae.encoder.config.text_config), min(n, G)
+        h = cached(n // G, L, 0, cache)[:, -1:].repeat_interleave(G, 0)
+        cache.batch_repeat_interleave(G)
         return cache, h
 
     def captions(n, G):
         cache, h = prefill(n, G)
         for t in range(T):
             uae.head(h)
-            h = cached(n, 1, L + t, cache) if t < T - 1 else None
+            h = common.next_state(lm, embedded(n, 1), L + t, cache) if t < T - 1 else None
 
     def scores(n):
         cache, h = prefill(n, m.G)
         return uae.head(torch.cat([h, cached(n, T, L, cache)], 1)[:, :-1])
 
     def decoder(n, leaf=False, chained=False):
-        z = torch.randn(n, *uae.latent_shape(), device=device, dtype=uae.decoder.dtype, requires_grad=chained)
-        cond = torch.randn(n, c.cond_len, uae.decoder.config.joint_attention_dim, device=device, dtype=z.dtype, requires_grad=leaf)
-        return uae.decoder(hidden_states=z, timestep=torch.full((n,), 500.0, device=device), encoder_hidden_states=cond,
-                           pooled_projections=uae.pooled.expand(n, -1).to(z.dtype), return_dict=False)[0]
+        z, dtype = noise(n, uae.latent_shape(), uae.decoder.dtype, chained), uae.decoder.dtype
+        return uae.decoder(z, noise(n, (c.cond_len, uae.projector.down.out_features), dtype, leaf), uae.pooled.expand(n, -1).to(dtype), torch.ones(n, device=device)).sample
 
-    side = m.tower.pre['crop']
+    last = lambda n: lm(inputs_embeds=embedded(n, c.cond_len), attention_mask=attend.expand(n, -1), use_cache=False).last_hidden_state
     return types.SimpleNamespace(
-        vision=lambda n: uae.encoder.model.get_image_features(pixels.repeat(n, 1), grid.repeat(n, 1)), captions=captions, scores=scores, decoder=decoder,
-        text=lambda n: uae.projector(run(n, c.cond_len, attention_mask=attend.expand(n, -1), use_cache=False).to(uae.projector.up.weight.dtype)),
-        vae=lambda n, leaf=False: uae.vae.decode(torch.randn(n, *uae.latent_shape(), device=device, dtype=uae.vae.dtype, requires_grad=leaf)).sample,
-        clip=lambda n, leaf=False: m.tower.tower(torch.randn(n, 3, side, side, device=device, requires_grad=leaf)))
+        captions=captions, scores=scores, decoder=decoder, text=lambda n: uae.projector(last(n).to(uae.projector.up.weight.dtype)),
+        vision=lambda n: uae.encoder.model.get_image_features(pixels.repeat(n, 1), grid.repeat(n, 1)),
+        vae=lambda n, leaf=False: uae.vae.decode(noise(n, uae.latent_shape(), uae.vae.dtype, leaf)).sample,
+        clip=lambda n, leaf=False: m.tower.tower(noise(n, (3, m.tower.pre['crop'], m.tower.pre['crop']), torch.float32, leaf)))
 
 
 def network_calls(m):
-    """What the mathematics of one step needs from the networks: [(text, how often, call)]."""
+    """What the mathematics of one step needs from the networks: [(name, rows, function of rows, how often, with backward)]."""
     c, net, G, S, guided = m.c, networks(m), m.G, m.c.sample_steps, m.c.guidance != 1.0
     if c.condition != 'text' or c.checkpointing or c.reward != 'clip':
-        raise SystemExit('the limit is known for --condition=text --reward=clip --checkpointing=False')
+        raise SystemExit('the bare networks are known for --condition=text --reward=clip --checkpointing=False')
     B = len(m.x) * G
     rows = min(B, max(1, c.micro_batch // G) * G) if c.micro_batch else B               # of a rollout's micro-batch, whole groups
     part = min(B, c.micro_batch or B) if c.micro_batch < G else rows                    # of an update's
-    one, some = rows // G, min(rows, c.micro_batch or rows)
-    plain, grad = (B // rows, False), (B // part, True)
+    some, one, rollouts, updates = min(rows, c.micro_batch or rows), rows // G, B // rows, B // part
     if m.stage == 'cold_start':
-        K, plain_part = c.grad_steps, (B // part, False)
-        calls = [('vision tower', B, net.vision, 1, False), ('captions token by token', B, lambda n: net.captions(n, 1), 1, False), ('caption to condition', part, net.text, *grad),
-                 ('decoder', part * (1 + guided), net.decoder, B // part * (S - K), False), ('decoder', part, lambda n: net.decoder(n, True), *grad),
-                 ('decoder with gradient in z', part, lambda n: net.decoder(n, True, True), B // part * (K - 1), True), ('decoder', part, net.decoder, B // part * K * guided, False),
-                 ('vae', part, lambda n: net.vae(n, True), *grad), ('reward tower', part, net.clip, *plain_part), ('reward tower', part, lambda n: net.clip(n, True), *grad)]
-    else:
-        own = G if m.stage == 'grpo_encoder' else 1                                     # captions of an image
-        calls = [('vision tower', one, net.vision, *plain), ('captions token by token', one * own, lambda n: net.captions(n, own), *plain),
-                 ('caption to condition', one * own, net.text, *plain), ('decoder', rows * (1 + guided), net.decoder, B // rows * S, False),
-                 ('vae', some, net.vae, B // some, False), ('reward tower', one, net.clip, *plain), ('reward tower', rows, net.clip, *plain)]
-        if m.stage == 'grpo_encoder':
-            calls += [('captions at once', part, net.scores, *grad), ('captions at once', part, net.scores, B // part * bool(c.kl), False)]
-        else:
-            n = len(grpo_decoder.window(0, c)[1]) * part
-            calls += [('decoder', n, net.decoder, *grad), ('decoder', n * (1 + guided), net.decoder, B // part * bool(c.kl), False)]
+        K, leaf = c.grad_steps, lambda f: lambda n: f(n, True)
+        return [('vision tower', B, net.vision, 1, False), ('captions token by token', B, lambda n: net.captions(n, 1), 1, False),
+                ('caption to condition', part, net.text, updates, True), ('decoder', part * (1 + guided), net.decoder, updates * (S - K), False),
+                ('decoder', part, leaf(net.decoder), updates, True), ('decoder with gradient in z', part, lambda n: net.decoder(n, True, True), updates * (K - 1), True),
+                ('decoder', part, net.decoder, updates * K * guided, False), ('vae', part, leaf(net.vae), updates, True),
+                ('reward tower', part, net.clip, updates, False), ('reward tower', part, leaf(net.clip), updates, True)]
+    own = G if m.stage == 'grpo_encoder' else 1                                         # captions of an image
+    calls = [('vision tower', one, net.vision, rollouts, False), ('captions token by token', one * own, lambda n: net.captions(n, own), rollouts, False),
+             ('caption to condition', one * own, net.text, rollouts, False), ('decoder', rows * (1 + guided), net.decoder, rollouts * S, False),
+             ('vae', some, net.vae, B // some, False), ('reward tower', one, net.clip, rollouts, False), ('reward tower', rows, net.clip, rollouts, False)]
+    if m.stage == 'grpo_encoder':
+        return calls + [('captions at once', part, net.scores, updates, True), ('captions at once', part, net.scores, updates * bool(c.kl), False)]
+    n = len(grpo_decoder.window(0, c)[1]) * part                                        # trained steps replayed at once
+    return calls + [('decoder', n, net.decoder, updates, True), ('decoder', n * (1 + guided), net.decoder, updates * bool(c.kl), False)]
 
-    def call(f, n, backward):
+
+def limit(m, steps):
+    """The step and its bare networks in turn: medians of the step's parts and of each network call, and the median ratio of the sums."""
+    rows, calls = [], {f'{times} x {name}, {n} rows' + ' and backward' * backward: (times, f, n, backward) for name, n, f, times, backward in network_calls(m) if times}
+
+    def bare(f, n, backward):
         with torch.set_grad_enabled(backward), m.uae.autocast():
             out = f(n)
         if backward:
             out.backward(torch.ones_like(out))
-    return [(f'{times} x {what}, {n} rows' + ' and backward' * backward, times, lambda f=f, n=n, k=backward: call(f, n, k)) for what, n, f, times, backward in calls if times]
 
-
-def limit(m, pairs):
-    """The step and its bare networks in turn: medians of the step's parts and of each network call, and the median ratio of the sums."""
-    calls, rows = network_calls(m), []
-    for _ in range(pairs + 2):
-        row = measure(m)
-        row['optimiser'] = seconds(lambda: common.optimise(m.opt, m.params, 0, m.c))
-        for what, times, call in calls:
-            row[what] = seconds(lambda: [call() for _ in range(times)])
+    for _ in range(steps + 2):
+        row = dict(measure(m), optimiser=seconds(lambda: common.optimise(m.opt, m.params, 0, m.c)))
+        for what, (times, *call) in calls.items():
+            row[what] = seconds(lambda: [bare(*call) for _ in range(times)])
             m.opt.zero_grad(set_to_none=True)
-        row['networks'] = sum(row[what] for what, _, _ in calls)
+        row['networks'] = sum(row[what] for what in calls)
         rows.append(dict(row, limit=row['total'] / row['networks']))
-    return medians(rows[2:]), [what for what, _, _ in calls]
-
-
-# --- what is printed and kept ------------------------------------------------------------------------------------------
-def table(title, columns, rows):
-    """Prints a table; cells are texts or numbers."""
-    cells = [columns, *([f'{v:.4g}' if isinstance(v, float) else str(v) for v in row] for row in rows)]
-    wide = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    print(f'\n{title}')
-    for row in cells:
-        print('  '.join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, wide))))
-
-
-def machine():
-    """What the numbers were measured on."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return dict(device=name, threads=torch.get_num_threads(), clock='process' if torch.get_num_threads() == 1 and not torch.cuda.is_available() else 'wall',
-                torch=torch.__version__)
-
-
-def matmul_peak(m):
-    """Measured FLOP per second of a square matrix product in the run's dtype on its device."""
-    n = 8192 if m.uae.device.type == 'cuda' else 1024
-    a = torch.randn(n, n, device=m.uae.device, dtype=getattr(torch, m.c.dtype))
-    return 2 * n ** 3 / statistics.median([seconds(lambda: a @ a) for _ in range(12)][2:])
-
-
-def flops(m):
-    """FLOP of the update of one step: matrix products, convolutions and attention, forward and backward, recomputation included."""
-    from torch.utils.flop_counter import FlopCounterMode
-    parts = STEPS[m.stage](m)
-    next(parts)
-    with FlopCounterMode(display=False) as counter:
-        for _ in parts:
-            pass
-    return counter.get_total_flops()
-
-
-def peak(call, device):
-    """Most bytes of tensors that `call` holds at once beyond what is held before it."""
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == '[memory]')
-    return max(itertools.accumulate(nbytes for _, nbytes in events))
+    return medians(rows), list(calls)
 
 
 # --- the parts -----------------------------------------------------------------------------------------------------------
+def table(title, rows):
+    """Prints {row: {column: number}}; the first row's columns are everybody's."""
+    columns = list(next(iter(rows.values())))
+    print(f'\n{title:48s}' + ''.join(f'{k:>14}' for k in columns))
+    for name, row in rows.items():
+        print(f'{name:48s}' + ''.join(f'{row[k]:14.4g}' for k in columns))
+
+
+def utilisation(m, update):
+    """The update's FLOP (matrix products, convolutions, attention; with what is recomputed), a square matrix product's FLOP per second, the update's share of it."""
+    from torch.utils.flop_counter import FlopCounterMode
+    parts, n = STEPS[m.stage](m), 8192 if m.uae.device.type == 'cuda' else 1024
+    next(parts)
+    with FlopCounterMode(display=False) as counter:
+        collections.deque(parts, 0)
+    a = torch.randn(n, n, device=m.uae.device, dtype=getattr(torch, m.c.dtype))
+    peak, done = 2 * n ** 3 / statistics.median([seconds(lambda: a @ a) for _ in range(12)][2:]), counter.get_total_flops()
+    return dict(update_flops=done, matmul_peak=peak, update_share_of_peak=done / update / peak)
+
+
 def stages(b, words):
     """Each stage's step: seconds by part, over its bare networks, per second, and the update's share of the measured matmul peak."""
     out = {}
     for stage in [b.stage] if b.stage else STAGES:
         m = prepare(b, stage, words)
-        row, calls = limit(m, b.pairs)
-        peak_flops, B = matmul_peak(m), len(m.x) * m.G
-        out[stage] = row = dict(row, samples=B, samples_per_sec=B / row['total'], update_flops=flops(m), matmul_peak=peak_flops, peak_gb=common.peak_memory())
-        row['update_share_of_peak'] = row['update_flops'] / row['update'] / peak_flops
-        table(f'{stage}: {len(m.x)} images x {m.G}, T {m.c.caption_len}, S {m.c.sample_steps}, guidance {m.c.guidance}, {m.c.dtype}',
-              ['seconds', ''], [(k, row.get(k, 0.0)) for k in ('data', 'rollout', 'update', 'optimiser', 'total', 'captions', 'condition', 'dit', 'vae', 'reward')])
-        table('bare networks', ['times x call x rows', 'seconds'], [(k, row[k]) for k in calls] + [('sum', row['networks'])])
-        print(f'limit {row["limit"]:.3f}   {row["samples_per_sec"]:.3g} samples/s   update {row["update_flops"] / 1e12:.3g} TFLOP, '
-              f'{100 * row["update_share_of_peak"]:.0f} % of {peak_flops / 1e12:.3g} TFLOP/s   peak {row["peak_gb"]:.2f} GB')
-        del m
+        torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()
+        row, calls = limit(m, b.steps)
+        B, unit = len(m.x) * m.G, 'captions' if stage == 'grpo_encoder' else 'images'
+        row.update({f'{unit}_per_sec': B / row['total']}, peak_gb=common.peak_memory(), **utilisation(m, row['update']))
+        table(f'{stage}: {len(m.x)} x {m.G}, T {m.c.caption_len}, S {m.c.sample_steps}, guidance {m.c.guidance}, {m.c.dtype}', {k: dict(seconds=row.get(k, 0.0)) for k in ('data', 'rollout', 'update', 'optimiser', 'total', 'captions', 'condition', 'dit', 'vae', 'reward')})
+        table('bare networks, times x call x rows', {k: dict(seconds=row[k]) for k in [*calls, 'networks']})
+        print(f'limit {row["limit"]:.3f}   {B / row["total"]:.3g} {unit}/s   update {row["update_flops"] / 1e12:.3g} TFLOP, '
+              f'{100 * row["update_share_of_peak"]:.0f} % of {row["matmul_peak"] / 1e12:.3g} TFLOP/s   peak {row["peak_gb"]:.2f} GB')
+        out[stage], m = row, None                # a full-size model goes before the next one comes
     return out
 
 
-def in_turn(sides, pairs):
-    """sides {name: (m, step)}, each measured in turn: {name: medians}, and {name: median over pairs of its total over the first's}."""
-    rows = [{name: measure(*side) for name, side in sides.items()} for _ in range(pairs + 2)][2:]
-    first = next(iter(sides))
-    ratio = {part: {name: statistics.median(r[name].get(part, 0.0) / r[first][part] for r in rows) for name in sides} for part in ('rollout', 'update', 'total')}
-    return {name: medians([r[name] for r in rows]) for name in sides}, ratio
-
-
-def gradients_differ(m, *steps):
-    """Relative Euclidean distance of the gradients that two ways of a step leave behind."""
-    grads = []
-    for step in steps:
-        measure(m, step)
-        grads.append(torch.cat([p.grad.flatten().double() for p in m.params if p.grad is not None]))
-    return ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
+def in_turn(sides, steps):
+    """sides {name: (m, step)}, each measured in turn -> {name: medians}."""
+    rows = [{name: measure(*side) for name, side in sides.items()} for _ in range(steps + 2)]
+    return {name: medians([row[name] for row in rows]) for name in sides}
 
 
 def growth(b, words):
     """Seconds of a sample as P and G grow, of the captioner's token as T grows, of the decoder's step as S grows."""
-    out = {}
-    for stage, key, sizes, part in (('grpo_encoder', 'prompts', (2, 4, 8, 16), 'total'), ('grpo_encoder', 'group', (2, 4, 8, 16), 'total'),
-                                    ('grpo_encoder', 'caption_len', (8, 16, 32, 64), 'captions'), ('grpo_decoder', 'prompts', (2, 4, 8, 16), 'total'),
-                                    ('grpo_decoder', 'group', (2, 4, 8, 16), 'total'), ('grpo_decoder', 'sample_steps', (4, 8, 16, 32), 'dit')):
+    out, sizes = {}, dict(prompts=(2, 4, 8, 16), group=(2, 4, 8, 16), caption_len=(8, 16, 32, 64), sample_steps=(4, 8, 16, 32))
+    for stage, key, *parts in (('grpo_encoder', 'prompts', 'total'), ('grpo_encoder', 'group', 'total'), ('grpo_encoder', 'caption_len', 'captions', 'update'),
+                               ('grpo_decoder', 'prompts', 'total'), ('grpo_decoder', 'group', 'total'), ('grpo_decoder', 'sample_steps', 'rollout dit')):
         if b.stage in ('', stage):
-            ms = {n: prepare(b, stage, words, **{**dict(prompts=2, group=4, cond_len=72), key: n}) for n in sizes}
-            turns = [{n: measure(m) for n, m in ms.items()} for _ in range(b.pairs + 2)][2:]
-            out[f'{stage} {key}'] = {n: statistics.median(t[n]['rollout dit' if part == 'dit' else part] + t[n]['update'] * (part == 'captions') for t in turns)
-                                     / (len(m.x) * m.G * (1 if part == 'total' else n)) for n, m in ms.items()}
-    table('growth, seconds of one sample (of its token, its denoising step)', ['stage and key', 'x 1', 'x 2', 'x 4', 'x 8', 'x 8 over x 1'],
-          [(k, *row.values(), list(row.values())[-1] / list(row.values())[0]) for k, row in out.items()])
+            ms = {n: prepare(b, stage, words, **{**dict(prompts=2, group=4, cond_len=72), key: n}) for n in sizes[key]}
+            turns = [{n: sum(map(measure(m).get, parts)) for n, m in ms.items()} for _ in range(b.steps + 2)]
+            per = {n: t / (len(ms[n].x) * ms[n].G * (1 if parts == ['total'] else n)) for n, t in medians(turns).items()}
+            out[f'{stage} {key}'] = {f'x {n // sizes[key][0]}': t for n, t in per.items()} | {'x 8 over x 1': per[sizes[key][3]] / per[sizes[key][0]]}
+    table('growth, seconds of a sample (token, step)', out)
     return out
 
 
 def compiled(b, words):
-    """grpo_decoder.py's step with and without diffusers' regional compilation of the transformer blocks."""
+    """grpo_decoder.py's step with and without --compile=True, regional compilation of the transformer blocks."""
     off, on = (prepare(b, 'grpo_decoder', words) for _ in range(2))
-    on.uae.decoder.compile_repeated_blocks(dynamic=True)
-    warm = seconds(lambda: measure(on))
-    out, ratio = in_turn(dict(off=(off, None), on=(on, None)), b.pairs)
-    out.update(first_step=warm, ratio={part: ratio[part]['on'] for part in ratio})
-    table(f'compile: first step {warm:.0f} s', ['seconds', 'rollout', 'update', 'total'],
-          [(n, *(out[n][k] for k in ('rollout', 'update', 'total'))) for n in ('off', 'on')] + [('on / off', *out['ratio'].values())])
-    return out
+    grpo_decoder.compile_blocks(on.uae, on.ref)
+    warm, parts = seconds(lambda: measure(on)), ('rollout', 'update', 'total')
+    out = in_turn(dict(off=(off, None), on=(on, None)), b.steps)
+    out = {n: {k: row[k] for k in parts} for n, row in out.items()} | {'on / off': {k: out['on'][k] / out['off'][k] for k in parts}}
+    table(f'compile, first step {warm:.0f} s', out)
+    return dict(out, first_step=warm)
 
 
 def ranks(b, words):
     """The scripts themselves on one rank and on two, one thread each, same global batch: median seconds of an update (wall)."""
     out = {}
     for stage in [b.stage] if b.stage else ('grpo_encoder', 'grpo_decoder'):
+        sec = {}
         for n in (1, 2):
             folder = f'out/bench/{stage}-{n}-{os.getpid()}'
-            subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', STAGES[stage].__file__, f'--out_dir={folder}', f'--steps={b.pairs + 2}',
+            subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', STAGES[stage].__file__, f'--out_dir={folder}', f'--steps={b.steps + 2}',
                             '--eval_every=0', '--eval_images=2', *words], check=True, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS='1'))
             with open(f'{folder}/log.jsonl') as f:
-                out[f'{stage} {n}'] = statistics.median([json.loads(line)['sec'] for line in f][2:])
-        out[f'{stage} speed-up'] = out[f'{stage} 1'] / out[f'{stage} 2']
-    table('ranks, seconds of an update', ['', ''], out.items())
+                sec[f'{n} ranks'] = medians([json.loads(line) for line in f])['sec']
+        out[stage] = dict(sec, **{'speed-up': sec['1 ranks'] / sec['2 ranks']})
+    table('seconds of an update', out)
     return out
 
 
-PARTS = dict(stages=stages, growth=growth, compile=compiled, ranks=ranks)
-PEERS = ('flow_grpo', 'full_logits')
+PARTS, PEERS = dict(stages=stages, growth=growth, compile=compiled, ranks=ranks), ('flow_grpo', 'full_logits')
 
 
 def main(argv):
-    own = [w for w in argv if w.split('=')[0][2:] in keys or w in ('--help', '-h')]
-    words = [w for w in argv if w not in own]
-    b = config.parse(keys, own_presets, own, __file__)
+    b = config.parse({**{k: v for script in STAGES.values() for k, v in script.keys.items()}, **keys}, {}, argv, __file__)
     if b.part not in PARTS or b.stage not in ('', *STAGES) or b.peer not in ('', *PEERS):
         raise SystemExit(f'--part is one of {" ".join(PARTS)}; --stage one of {" ".join(STAGES)}; --peer one of {" ".join(PEERS)}')
-    known = {*config.shared, 'preset', *(k for s in STAGES.values() for k in s.keys)}
-    unknown = [w for w in words if w.split('=')[0][2:] not in known]
-    if unknown:
-        raise SystemExit(f'{unknown[0]!r} is no key of bench.py, of the stages or shared (--help)')
-    part = PARTS[b.part] if not b.peer else functools.partial(importlib.import_module(f'tests.peers.{b.peer}').compare, sys.modules[__name__])
-    out = dict(machine=machine(), argv=argv, part=b.peer or b.part, result=part(b, words))
+    part = importlib.import_module(f'tests.peers.{b.peer}').compare if b.peer else PARTS[b.part]
+    result = part(b, [w for w in argv if w.split('=')[0][2:] not in keys])
     if b.json:
+        out = dict(device=torch.cuda.is_available() and torch.cuda.get_device_name(), threads=torch.get_num_threads(), torch=torch.__version__, argv=argv, result=result)
         common.write_atomic(b.json, lambda path: common.write_lines(path, [json.dumps(out, indent=1, allow_nan=False)]))
 
 

@@ -16,6 +16,7 @@ import types
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -432,6 +433,27 @@ def load_release(folder, dtype):
     return encoder, decoder, projector
 
 
+# --- decoding --------------------------------------------------------------------------------------------------------
+def next_state(lm, x, position, cache):
+    """One more token of every row through a Qwen2.5 language model, without what its own forward does besides (masks, wrappers, the keys copied to
+    each head, seven kernels a norm): 1.3 times as fast where kernels are small. x (B, 1, d) embedded tokens, `position` theirs; grows `cache`. -> (B, 1, d)."""
+    def norm(m, x):
+        return F.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)
+
+    angle = position * lm.rotary_emb.inv_freq.float()
+    cos, sin = (a.to(x.dtype) for a in (torch.cat([angle, angle]).cos(), torch.cat([-angle, angle]).sin()))
+    for i, layer in enumerate(lm.layers):
+        a, h = layer.self_attn, norm(layer.input_layernorm, x)
+        q, k, v = (p(h).view(len(x), -1, 1, a.head_dim) for p in (a.q_proj, a.k_proj, a.v_proj))
+        qk = torch.cat([q, k], 1)
+        qk = torch.addcmul(qk * cos, qk.roll(a.head_dim // 2, -1), sin)                   # rotary embedding: halves swapped, the first negated
+        q, (k, v) = qk[:, :q.shape[1]], cache.update(qk[:, q.shape[1]:], v, i)
+        o = F.scaled_dot_product_attention(q.reshape(len(x), k.shape[1], -1, a.head_dim), k, v)       # heads that share a key, as rows of one query
+        x = x + a.o_proj(o.reshape(len(x), 1, -1))
+        x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
+    return norm(lm.norm, x)
+
+
 # --- optimisation ----------------------------------------------------------------------------------------------------
 def lr_at(step, c):
     """Learning rate of an update: linear warm-up over c.warmup updates, then a cosine that reaches 0 at update
@@ -562,8 +584,8 @@ def quiet():
 ALLOWANCE = 2.0                 # GB: CUDA context, kernels' workspace, logits in chunks, what a rollout holds
 
 
-def skeleton(c):
-    """A UAE, the reward's CLIP tower and the judge without weights (meta device); configs from local folders or config.architectures."""
+def skeleton(c, device='meta'):
+    """A UAE, the reward's CLIP tower and the judge without weights, or on another device with random ones; configs from local folders or config.architectures."""
     import config
     import model
     import open_clip
@@ -581,8 +603,8 @@ def skeleton(c):
 
     uae = model.UAE.__new__(model.UAE)
     torch.nn.Module.__init__(uae)
-    uae.c, uae.device, dtype = types.SimpleNamespace(**vars(c)), torch.device('cpu'), getattr(torch, c.dtype)
-    with torch.device('meta'):
+    uae.c, uae.device, dtype = types.SimpleNamespace(**vars(c)), torch.device('cpu' if device == 'meta' else device), getattr(torch, c.dtype)
+    with torch.device(device):
         uae.encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(read(c.encoder))).to(dtype)
         uae.decoder = SD3Transformer2DModel.from_config(read(c.decoder, 'transformer')).to(dtype)
         uae.vae = AutoencoderKL.from_config(read(c.decoder, 'vae')).to(dtype)

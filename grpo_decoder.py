@@ -50,6 +50,7 @@ keys = dict(
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
     offload = False,           # encoder and VAE wait on the CPU while the decoder is updated
     shuffle_reward = False,    # control: rewards permuted over the batch
+    compile = False,           # the transformer blocks, compiled in the first update; needs a compiler, when it pays: README
 )
 own_presets = dict(
     medium=dict(steps=500, prompts=8, group=8, lr=3e-4, sde_window=3, train_steps=3, sde='cps', noise_level=0.8, clip_range=(1e-5, 1e-5)),
@@ -131,6 +132,13 @@ def loss_of(uae, ref, cond, z, z_next, old_logp, adv, step, share, c, neg=None, 
     return loss * len(logp) * share, stats
 
 
+def compile_blocks(*uaes):
+    """Regional compilation in place: every transformer block of the decoders by itself, one compilation for blocks of a kind and all batch sizes."""
+    for uae in filter(None, uaes):
+        for block in uae.decoder.transformer_blocks:
+            block.compile(dynamic=True)
+
+
 def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     if min(c.sde_window, c.sample_steps - 1) < 1:
@@ -144,6 +152,8 @@ def main(argv):
     uae = UAE(c, run.device)
     params = uae.train_only('decoder')
     ref = common.stage_start(uae, ['decoder'], c, run, first) if c.kl else None
+    if c.compile:
+        compile_blocks(uae, ref)
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
     opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)

@@ -267,15 +267,13 @@ class UAE(nn.Module):
                 else:                            # inverse CDF: the first token whose cumulated probability exceeds u
                     cdf = (logits / temperature).softmax(-1).double().cumsum(-1)
                     tok = torch.searchsorted(cdf, u[:, t:t + 1].double() * cdf[:, -1:], right=True)[:, 0]
-                logp[:, t] = pick_logp(logits, tok, temperature or 1.0, self.forbidden) * alive
+                logp[:, t] = pick_logp(logits, tok, temperature or 1.0) * alive
                 y[:, t] = torch.where(alive, tok, self.end)
                 mask[:, t] = alive.float()
                 alive = alive & (tok != self.end)
                 if t == T - 1 or not alive.any():
                     break
-                p = torch.full((3, B, 1), pos + t, device=self.device)
-                h = self.encoder.model.language_model(inputs_embeds=self.embed(y[:, t:t + 1]), position_ids=p,
-                                                      past_key_values=cache, use_cache=True).last_hidden_state
+                h = common.next_state(self.encoder.model.language_model, self.embed(y[:, t:t + 1]), pos + t, cache)
         return y, mask, logp
 
     def caption_states(self, seen, y):

@@ -26,6 +26,7 @@ from PIL import Image
 import bench
 import common
 import grpo_encoder
+from tests.peers.full_logits import peak
 
 
 def reward_of(ids):
@@ -79,7 +80,7 @@ def trainer_of(model, m, steps, callbacks=()):
                        callbacks=list(callbacks)), data
 
 
-def speed(m, model, pairs):
+def speed(m, model, steps):
     """Seconds of a step of each, in turn: TRL's own loop, our step after each of its steps."""
     from transformers import TrainerCallback
     trl, ours = [], []
@@ -92,7 +93,7 @@ def speed(m, model, pairs):
             trl.append(bench.clock() - self.start)
             ours.append(bench.seconds(lambda: ours_step(m)))
 
-    trainer_of(model, m, pairs + 2, [Turn()])[0].train()
+    trainer_of(model, m, steps + 2, [Turn()])[0].train()
     return trl[2:], ours[2:]
 
 
@@ -119,7 +120,7 @@ def gradients(m, model):
 
 
 def main(argv):
-    own = dict(w[2:].split('=') for w in argv if w.split('=')[0] in ('--vocab', '--json', '--pairs'))
+    own = dict(w[2:].split('=') for w in argv if w.split('=')[0] in ('--vocab', '--json', '--steps'))
     words = [w for w in argv if w[2:].split('=')[0] not in own]
     m = bench.prepare(types.SimpleNamespace(random=False), 'grpo_encoder', words)
     m.uae.encoder = widened(m.uae.encoder, int(own.get('vocab', 0)))
@@ -130,16 +131,16 @@ def main(argv):
     m.uae.forbidden[m.uae.tokenizer.all_special_ids] = True
     start = copy.deepcopy(m.uae.encoder)
     B, out = len(m.x) * m.G, dict(argv=argv, threads=torch.get_num_threads())
-    trl, ours = speed(m, copy.deepcopy(start), int(own.get('pairs', 7)))
+    trl, ours = speed(m, copy.deepcopy(start), int(own.get('steps', 7)))
     out.update(trl_captions_per_sec=B / statistics.median(trl), ours_captions_per_sec=B / statistics.median(ours),
                ratio=statistics.median(t / o for t, o in zip(trl, ours)))
     m.uae.encoder.load_state_dict(start.state_dict())
-    out.update(trl_peak_bytes=bench.peak(trainer_of(copy.deepcopy(start), m, 1)[0].train, m.x.device))
+    out.update(trl_peak_bytes=peak(trainer_of(copy.deepcopy(start), m, 1)[0].train, m.x.device))
     m.opt = torch.optim.AdamW(m.params, lr=m.c.lr, weight_decay=0.0)
-    out.update(ours_peak_bytes=bench.peak(lambda: ours_step(m), m.x.device))
+    out.update(ours_peak_bytes=peak(lambda: ours_step(m), m.x.device))
     m.uae.encoder.load_state_dict(start.state_dict())
     out.update(gradients_differ_by=gradients(m, copy.deepcopy(start)))
-    bench.table(f'TRL: {len(m.x)} images x {m.G} captions of {m.c.caption_len} tokens, V = {len(m.uae.forbidden)}', ['', ''], [(k, v) for k, v in out.items() if k != 'argv'])
+    bench.table(f'TRL: {len(m.x)} images x {m.G} captions of {m.c.caption_len} tokens, V = {len(m.uae.forbidden)}', {k: {'': v} for k, v in out.items() if k != 'argv'})
     if 'json' in own:
         common.write_atomic(own['json'], lambda path: common.write_lines(path, [json.dumps(out, indent=1)]))
 
