@@ -35,7 +35,9 @@ def start(c):
         device = f'cuda:{local}'
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+        store, *_ = next(dist.rendezvous('env://'))
+        life = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')       # torchrun's store outlives a restart, and addresses of the dead stand in it
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', store=dist.PrefixStore(life, store), rank=rank, world_size=world)
     quiet()
     random.seed(c.seed), np.random.seed(c.seed), torch.manual_seed(c.seed)
     return types.SimpleNamespace(rank=rank, world=world, device=device, master=rank == 0)
@@ -227,10 +229,11 @@ def write_lines(path, lines):
 
 
 def write_atomic(path, write):
-    """write(temporary path), then rename: the file is whole or not there."""
+    """write(temporary path), then rename: the file is whole or not there, and two ranks that write the same one do not meet."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    write(path + '.tmp')
-    os.replace(path + '.tmp', path)
+    tmp = f'{path}.{os.getpid()}.tmp'
+    write(tmp)
+    os.replace(tmp, path)
 
 
 def save(c, run, step, uae, optimizer, keep=2):

@@ -16,6 +16,7 @@ Nothing rewards length: a caption gets longer only where saying more draws the i
     start noise not stated               one start noise per group            the reward compares captions, not noise
     ratio clip not stated                0.2                                  GRPO's own; it binds only if updates > 1
     KL 1e-6 (v5)                         kl 0 and a cosine learning rate      tiny: the falling rate keeps it from collapsing (LOG.md); paper has the KL
+    truncated captions not stated        rewarded as they stand               a caption cut at caption_len draws what it says; the field `truncated` counts them
     old log-prob not stated              recorded while sampling              the field `logp_diff` of every line is a real check, not a tautology
 """
 import sys

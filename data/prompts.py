@@ -25,6 +25,28 @@ CLASSES = ('person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic 
 DPG_COLUMNS = ('item_id', 'text', 'proposition_id', 'dependency', 'tuple', 'question_natural_language')
 
 
+def read_items(c):
+    """Checks the keys and reads the prompts; everything that is wrong in one line."""
+    if c.bench not in ('shapes', 'geneval', 'dpg', 'geneval++'):
+        raise SystemExit(f'--bench: expected shapes, geneval, geneval++ or dpg, got {c.bench!r}')
+    if c.condition != 'text':
+        raise SystemExit(f'--condition={c.condition}: a prompt has no image to look at, expected text')
+    if c.samples < 1 or c.bench == 'dpg' and c.samples not in (1, 4) or c.batch < 1 or c.judge_tries < 1:
+        raise SystemExit(f'--samples={c.samples} --batch={c.batch} --judge_tries={c.judge_tries}: expected 1 or more, and 1 or 4 samples for dpg')
+    if c.bench == 'shapes' and c.resolution != world.RESOLUTION:
+        raise SystemExit(f'--resolution={c.resolution}: the embedded world has {world.RESOLUTION}')
+    if c.judge_url and not c.judge_url.startswith(('http://', 'https://')):
+        raise SystemExit(f'--judge_url={c.judge_url}: expected http:// or https://')
+    if c.bench != 'shapes' and not c.prompts and (c.generate or c.bench != 'geneval'):
+        raise SystemExit(f'--bench={c.bench} needs --prompts=FILE')
+    if c.bench == 'shapes' and not c.prompts:
+        return [dict(id=f'{n:05d}', number=n, prompt=m['prompt'], meta=m) for n, m in enumerate(shapes_prompts())]
+    items = read_dpg(c) if c.bench == 'dpg' else read_metadata(c)
+    if not items:
+        raise SystemExit(f'no prompts in {c.prompts or c.images or "--images"!r}')
+    return items
+
+
 def read_lines(path):
     try:
         with open(path, encoding='utf-8') as f:

@@ -66,7 +66,7 @@ def real(name, *words):
             z0 = torch.randn(B, noisy[1] - noisy[0], *z.shape[1:], generator=g)
             args = module.loss_of, None, uae.condition(y, mask, seen), z0, z0, torch.zeros(z0.shape[:2]), adv, 0, 1.0, c
         else:
-            args = module.both_losses, (z, y, mask, adv / 2, z), (seen, y, mask)
+            args = module.both_losses, (z, y, mask, adv / 2, z), (seen, y, mask), 1.0
     found, out = kept(lambda: uae(*args))
     own = {t.untyped_storage()._cdata for m in (uae, tower) for t in m.state_dict(keep_vars=True).values()}
     return sum(s.nbytes() for k, s in found.items() if k not in own)

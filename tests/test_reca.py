@@ -147,7 +147,7 @@ def test_loss_falls_on_one_batch_and_the_text_stays(u, args):
             opt.step()
             terms.append((f_v.item(), f_y.item()))
         assert terms[0][1] == 0, 'at first the model is its own start'
-        assert terms[-1][0] < 0.8 * terms[0][0]
+        assert terms[-1][0] < (0.95 if weight else 0.8) * terms[0][0]
         assert same(start.decoder.state_dict(), u.decoder.state_dict()) and same(start.projector.state_dict(), u.projector.state_dict())
         drift.append(terms[-1][1])
     assert drift[1] < 0.5 * drift[0]
