@@ -152,6 +152,14 @@ def test_the_graders_pass_the_restored_code(results):
     assert code == 0 and ' passed' in output, output
 
 
+@pytest.mark.parametrize('name', EXERCISES)
+def test_each_wrong_answer_is_made_from_the_code_as_it_stands(name):
+    blank = blank_of()
+    original = {where: blank.split(where)[1] for where in EXERCISES[name]['where'].split()}
+    bodies = [original, *blank.variants(name, original)]
+    assert not any(a == b for i, a in enumerate(bodies) for b in bodies[:i])
+
+
 def test_ten_exercises_each_with_its_hand_out():
     with open(f'{ROOT}/exercises/README.md', encoding='utf-8') as f:
         text = f.read()
@@ -226,6 +234,8 @@ def test_ten_ablations_of_at_most_ten_lines():
     for name, fork in FORKS.items():
         diff = fork['text'].split('```diff\n')[1]
         assert 1 <= sum(line[0] in '+-' and line[:4] not in ('+++ ', '--- ') for line in diff.splitlines()) <= 10, name
+        done = subprocess.run(['git', 'apply', '--check', '-'], cwd=ROOT, input=fork['text'], text=True, stderr=subprocess.PIPE)
+        assert done.returncode == 0, f'{name}: {done.stderr}'
 
 
 def test_curves_of_named_fields(tmp_path):
