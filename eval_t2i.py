@@ -26,7 +26,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import sys
 import types
 
@@ -37,10 +36,9 @@ from tqdm import tqdm
 
 import common
 import config
-from data.prompts import RELATIONS, TAGS, drop_first_row, read_items, read_lines
+from data.prompts import RELATIONS, TAGS, drop_first_row, files, read_items, to_score
+from data.judges import Unusable, detect, judge_scorer, local_vlm, open_colours, open_detector, picture, remembered, says_yes, shapes_objects
 from data.shapes import scenes as world
-from data.judges import (JUDGE, Unusable, ask_judge, checklist, detect, local_vlm, open_colours, open_detector, picture, remembered, says_yes,
-                    shapes_objects, verdict)
 from model import UAE
 
 # --- script keys ---------------------------------------------------------------------------------------------------
@@ -176,13 +174,6 @@ def mean(values):
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------------
-def files(c, item):
-    """The image files of an item in the benchmark's own layout."""
-    if c.bench in ('geneval', 'shapes'):
-        return [f'{c.images}/{item["id"]}/samples/{k:05d}.png' for k in range(c.samples)]
-    return [f'{c.images}/{item["id"]}.{"png" if c.bench == "dpg" else "jpg"}']
-
-
 def claim(c, items):
     """Refuses a folder whose images another model or other settings drew; IMAGES.json beside it says which. Rank 0."""
     path, weights = c.images.rstrip('/') + '.json', hashlib.blake2b(digest_size=8)
@@ -289,35 +280,9 @@ def dpg_scorer(c, run):
     return one
 
 
-def judge_scorer(c, run):
-    system = '\n'.join(read_lines(c.judge_prompt)) if c.judge_prompt else JUDGE
-    ask = remembered(f'{c.folder}/judge', run, lambda image, text: ask_judge(c, system, image, text), (c.judge_url, c.judge_model, system))
-
-    def one(item, path):
-        correct, reason = 0, 'no image'                      # a missing image is wrong, as officially
-        if os.path.exists(path):
-            image = picture(path)
-            try:
-                correct, reason = verdict(ask(image, f'Instruction:\n{item["prompt"]}\n\nExpectation checklist:\n{checklist(item["meta"])}'))
-            except Unusable as e:
-                correct, reason = None, f'no answer: {e}'
-        return dict(filename=path, tag=item['meta']['tag'], prompt=item['prompt'], correct=correct, reason=reason)
-    return one
-
-
 # --- the benchmarks -----------------------------------------------------------------------------------------------------
 BENCHES = {'shapes': (shapes_scorer, geneval_summary), 'geneval': (geneval_scorer, geneval_summary), 'dpg': (dpg_scorer, dpg_summary),
            'geneval++': (judge_scorer, judge_summary)}
-
-
-def to_score(c, item):
-    """The files to score: GenEval's scorer takes every image of digits in an item's folder."""
-    if c.bench not in ('geneval', 'shapes'):
-        return files(c, item)
-    folder = f'{c.images}/{item["id"]}/samples'
-    there = sorted(n for n in (os.listdir(folder) if os.path.isdir(folder) else ()) if re.fullmatch(r'\d+\.png', n))
-    lost = [os.path.basename(f) for f in files(c, item) if os.path.basename(f) not in there]
-    return [f'{folder}/{n}' for n in there + lost[:max(0, c.samples - len(there))]]
 
 
 def score(c, run, items):

@@ -17,20 +17,17 @@ is refused; the official script leaves them out of the mean. Our encoder sees a 
 """
 import glob
 import json
-import math
 import os
 import pathlib
 import sys
 import textwrap
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import common
 import config
-from data.images import FORMATS, open_data
+from data.images import image_files, keep, open_data, picture
 from model import UAE
 from reward import backbone, backbones, clip_reward, over_seeds, pair, unified_score
 
@@ -173,15 +170,6 @@ def plot_runs(folders, fields, path):
 
 
 # --- the paper's Unified-Bench ---------------------------------------------------------------------------------------
-def image_files(folder):
-    """[(file name, path)] of the images at any depth below a folder, with the official script's suffixes and in its order."""
-    paths = sorted(p for p in glob.glob(f'{glob.escape(folder)}/**', recursive=True)
-                   if p.lower().endswith(('.jpg', '.jpeg', '.png', '.bmp', '.tiff', '.webp')))
-    if not paths:
-        raise SystemExit(f'{folder}: {"no images in it" if os.path.isdir(folder) else "no such folder"}')
-    return [(os.path.basename(p), p) for p in paths]
-
-
 def read_captions(path, references):
     """A .jsonl of {"image", "caption"} -> {reference: caption}, by the image's file name. Raises SystemExit with file and line."""
     items, texts, place = [], {}, path
@@ -196,28 +184,6 @@ def read_captions(path, references):
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise SystemExit(f'{place}: expected lines {{"image": "...", "caption": "..."}} ({type(e).__name__}: {e})')
     return {r: texts[place] for r, place in pair(items, references, 'caption').items()}
-
-
-def picture(path, area=0):
-    """-> x (1, 3, H, W) in [-1, 1] as the official script reads it, RGB by PIL alone, at its own size or scaled to about `area` pixels."""
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            im = file.convert('RGB')
-        if max(im.size) > 100 * min(im.size):
-            raise ValueError(f'{im.width} x {im.height} is too long and thin')
-    except Exception as e:                       # on damaged bytes the decoders raise nearly anything
-        raise SystemExit(f'{path}: not a usable image ({str(e).split(" <")[0] or type(e).__name__})')
-    scale = math.sqrt(area / (im.width * im.height)) if area else 1
-    im = im.resize([max(1, round(side * scale)) for side in im.size], Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(im)).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def keep(x, path):
-    """x (3, R, R) in [-1, 1] -> an image file in the format of its name; whole or not there."""
-    im = Image.fromarray(((x + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-    kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
-    how = dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True)).get(kind, {})
-    common.write_atomic(path, lambda tmp: im.save(tmp, kind, **how))
 
 
 def write_json(path, value):

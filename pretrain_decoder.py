@@ -17,7 +17,6 @@ A caption that does not fit cond_len is cut, counted (log field `truncated`) and
 With --ema the weights that are evaluated, saved and read by later stages are the averaged ones; those in training lie in state.pt, for --resume.
 """
 import contextlib
-import math
 import os
 import sys
 

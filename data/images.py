@@ -4,10 +4,11 @@
 images a step sees is a pure function of (seed, step, n): ranks and resume cannot change it, and there is no iterator
 state to save. Nothing is ever unpacked: a tar member is read in place, so whatever its name says it lands nowhere.
 """
+import copy
 import glob
 import io
 import json
-import copy
+import math
 import os
 import tarfile
 import warnings
@@ -17,6 +18,8 @@ from itertools import islice
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+import common
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tiff', '.tif', '.gif')
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF')  # all that Pillow may try: its EPS reader would start ghostscript
@@ -303,3 +306,35 @@ def open_data(c, run, training=True):
     if train and run.world > len(train):
         raise DataError(f'more ranks ({run.world}) than images ({len(train)}) in {c.data}')
     return train, dict(held.first(c.eval_images), scenes=None, skipped=len(held.skipped))
+
+
+# --- image files one by one: evaluation and benchmarks ------------------------------------------------------------------
+def image_files(folder):
+    """[(file name, path)] of the images at any depth below a folder, with the official script's suffixes and in its order."""
+    paths = sorted(p for p in glob.glob(f'{glob.escape(folder)}/**', recursive=True)
+                   if p.lower().endswith(('.jpg', '.jpeg', '.png', '.bmp', '.tiff', '.webp')))
+    if not paths:
+        raise SystemExit(f'{folder}: {"no images in it" if os.path.isdir(folder) else "no such folder"}')
+    return [(os.path.basename(p), p) for p in paths]
+
+
+def picture(path, area=0):
+    """-> x (1, 3, H, W) in [-1, 1] as the official script reads it, RGB by PIL alone, at its own size or scaled to about `area` pixels."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            im = file.convert('RGB')
+        if max(im.size) > 100 * min(im.size):
+            raise ValueError(f'{im.width} x {im.height} is too long and thin')
+    except Exception as e:                       # on damaged bytes the decoders raise nearly anything
+        raise SystemExit(f'{path}: not a usable image ({str(e).split(" <")[0] or type(e).__name__})')
+    scale = math.sqrt(area / (im.width * im.height)) if area else 1
+    im = im.resize([max(1, round(side * scale)) for side in im.size], Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(im)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def keep(x, path):
+    """x (3, R, R) in [-1, 1] -> an image file in the format of its name; whole or not there."""
+    im = Image.fromarray(((x + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+    kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
+    how = dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True)).get(kind, {})
+    common.write_atomic(path, lambda tmp: im.save(tmp, kind, **how))

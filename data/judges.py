@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import common
-from data.prompts import CLASSES, COLOURS
+from data.prompts import CLASSES, COLOURS, read_lines
 from data.shapes import scenes as world
 
 
@@ -249,3 +249,19 @@ def remembered(stem, run, ask, who):
                 f.write(json.dumps([key, known[key]]) + '\n')
         return known[key]
     return answer
+
+
+def judge_scorer(c, run):
+    system = '\n'.join(read_lines(c.judge_prompt)) if c.judge_prompt else JUDGE
+    ask = remembered(f'{c.folder}/judge', run, lambda image, text: ask_judge(c, system, image, text), (c.judge_url, c.judge_model, system))
+
+    def one(item, path):
+        correct, reason = 0, 'no image'                      # a missing image is wrong, as officially
+        if os.path.exists(path):
+            image = picture(path)
+            try:
+                correct, reason = verdict(ask(image, f'Instruction:\n{item["prompt"]}\n\nExpectation checklist:\n{checklist(item["meta"])}'))
+            except Unusable as e:
+                correct, reason = None, f'no answer: {e}'
+        return dict(filename=path, tag=item['meta']['tag'], prompt=item['prompt'], correct=correct, reason=reason)
+    return one

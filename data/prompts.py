@@ -173,3 +173,21 @@ def shapes_prompts(per_tag=32, seed=0):
             m = one(tag)
             found.setdefault(m['prompt'], m)
     return list(found.values())
+
+
+# --- where the images of an item are -------------------------------------------------------------------------------------
+def files(c, item):
+    """The image files of an item in the benchmark's own layout."""
+    if c.bench in ('geneval', 'shapes'):
+        return [f'{c.images}/{item["id"]}/samples/{k:05d}.png' for k in range(c.samples)]
+    return [f'{c.images}/{item["id"]}.{"png" if c.bench == "dpg" else "jpg"}']
+
+
+def to_score(c, item):
+    """The files to score: GenEval's scorer takes every image of digits in an item's folder."""
+    if c.bench not in ('geneval', 'shapes'):
+        return files(c, item)
+    folder = f'{c.images}/{item["id"]}/samples'
+    there = sorted(n for n in (os.listdir(folder) if os.path.isdir(folder) else ()) if re.fullmatch(r'\d+\.png', n))
+    lost = [os.path.basename(f) for f in files(c, item) if os.path.basename(f) not in there]
+    return [f'{folder}/{n}' for n in there + lost[:max(0, c.samples - len(there))]]
