@@ -10,10 +10,10 @@ language model that re-encodes the caption. What does not: the choice of words (
 the vision tower (frozen), VAE and CLIP (frozen, but the gradient passes through them).
 
     paper                             here                                why
-    steps and depth of the sampler    6 ODE steps, gradient through 2     a shorter chain needs less memory
+    steps and depth of the sampler    tiny: 6 ODE steps, gradient through 2 a shorter chain needs less memory
     captions not stated               greedy (`cold_temperature` 0)       a terse sampled caption does not determine the image: the decoder
                                                                           would be taught the average picture
-    learning rate not stated          2e-5 (tiny), 1e-6 (paper)           small steps, for the same reason
+    learning rate not stated          2e-5 (tiny), 1e-6 (paper)           a large step teaches the average picture
 """
 import sys
 
@@ -65,7 +65,7 @@ def main(argv):
     if c.plan:
         return common.plan(c, 'encoder', 'projector', 'decoder')
     run = common.start(c)
-    common.per_rank('prompts', c.prompts, run.world)
+    common.per_rank('prompts', c.prompts, run.world)                    # which must divide
     first = common.open_out_dir(c, run)
     train, held = open_data(c, run)
     uae = UAE(c, run.device)
@@ -91,7 +91,7 @@ def main(argv):
             with common.no_sync(ddp, not last):
                 loss = ddp(loss_of, tower, x[b], s, y[b], mask[b], z[b], run.world / c.prompts, c)
                 loss.backward()
-            stats.add(loss=loss.detach())
+            stats.add(loss=loss.detach())                               # losses add up: each has its share in it
         taken = common.optimise(opt, params, step, c)
 
         stats = stats.reduce(run)

@@ -648,11 +648,11 @@ def kept_by_autograd(uae, tower, trained):
             return out
         n = B * min(getattr(c, 'train_steps', 1), c.sample_steps - 1)             # denoising steps are replayed in one forward
         z, s, cond = torch.zeros(n, *u.latent_shape()), torch.zeros(n), torch.zeros(n, c.cond_len * (1 + (c.condition == 'text+image')), u.projector.down.out_features)
-        if 'projector' in trained:
-            with torch.set_grad_enabled('encoder' in trained):
-                h = lm(inputs_embeds=torch.zeros(*cond.shape[:2], d), use_cache=False).last_hidden_state
-            cond = u.projector(h.to(u.projector.up.weight.dtype))
-        for _ in range(getattr(c, 'grad_steps', 1)):
+        for i in range(getattr(c, 'grad_steps', 1 + bool(getattr(c, 'lambda_t2i', 0)))):
+            if 'projector' in trained and not (i and hasattr(c, 'grad_steps')):
+                with torch.set_grad_enabled('encoder' in trained):
+                    h = lm(inputs_embeds=torch.zeros(*cond.shape[:2], d), use_cache=False).last_hidden_state
+                cond = u.projector(h.to(u.projector.up.weight.dtype))
             z = z - u.velocity(z, s, cond)
         if hasattr(c, 'grad_steps'):
             z = tower(torch.nn.functional.interpolate(u.to_image(z), tower.image_size, mode='bicubic', antialias=True))

@@ -7,14 +7,14 @@ The encoder captions x once; the diffusion transformer p_theta draws that captio
 policy (an SDE with the ODE's marginals), and learns from which of the G drawings looks most like x:
     c = g(h_T(y))     z_{s'} ~ N(mean_theta(z_s, c), std^2)     R_i = cos(f_I(x), f_I(x_hat_i))     A_i = (R_i - mean R) / std R
     ratio_s = p_theta(z_{s'} | z_s, c) / p_theta_old(z_{s'} | z_s, c)
-    J       = mean over steps of  min(ratio A, clip(ratio) A) - kl |mean_theta - mean_ref|^2 / (2 std^2)
+    J       = mean over steps of  min(ratio A, clip(ratio) A) - kl mean (mean_theta - mean_ref)^2 / (2 std^2)
 
     paper                          here                                      why
     "Flow-GRPO style"              log-density is the mean over dimensions   Flow-GRPO's code: the ratio stays near 1, hence the clip of 1e-4
-    KL of Flow-GRPO drops |dt|     the exact Gaussian KL, per dimension      names should not lie
-    all steps trained              `train_steps` of the noisy ones           the same gradient in expectation for a third of the time
+    KL of Flow-GRPO drops |dt|     the Gaussians' own KL, per dimension      exact; `kl` weighs 1/|dt| more than Flow-GRPO's beta, .02 there is .002 here at S = 10
+    all steps trained              `train_steps` of a window of noisy ones   time; without bias for the window, whose place is drawn from the first half
     last step                      never trained                             its standard deviation goes to 0 and the density to infinity
-    c = {c_text, c_img}            condition=text (text+image is the paper)  the text alone is a true bottleneck
+    c = {c_text, c_img}            condition=text in every preset           the text alone is a true bottleneck; --condition=text+image is the paper's
     caption temperature            0 (greedy)                                the captioner's best caption; a key
 """
 import sys
@@ -40,7 +40,7 @@ keys = dict(
     sde_window = 7,            # how many steps are noisy, the others are ODE steps; at most sample_steps - 1
     train_steps = 3,           # of those, drawn anew each update; all replayed in one forward pass
     same_noise = False,        # one start noise for the whole group
-    clip_range = (1e-4, 1e-4), # ratio in [1 - a, 1 + b]
+    clip_range = (1e-4, 1e-4), # ratio in [1 - a, 1 + b]; narrow, as a log-density is a mean over dimensions
     kl = 0.0,                  # weight of the Gaussian KL against the stage's initial decoder
     updates = 1,               # optimiser steps per rollout
     lr = 2e-4,
@@ -54,7 +54,7 @@ keys = dict(
 )
 own_presets = dict(
     medium=dict(steps=500, prompts=8, group=8, lr=3e-4, sde_window=3, train_steps=3, sde='cps', noise_level=0.8, clip_range=(1e-5, 1e-5)),
-    paper=dict(steps=500, prompts=48, group=24, lr=3e-4, kl=0.02, sde_window=9, train_steps=9))
+    paper=dict(steps=500, prompts=48, group=24, lr=3e-4, kl=0.002, sde_window=9, train_steps=9))
 # -------------------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +187,7 @@ def main(argv):
                         loss.backward()
                     stats.add(len(b_adv[b]), loss=loss.detach(), **stat)
                 stats = stats.reduce(run)
-                diff = stats['logp_diff'] if k == 0 else diff                   # after an update the two differ by right
+                diff = stats['logp_diff'] if k == 0 else diff                   # after an update they rightly differ
                 taken = common.optimise(opt, params, step, c)
         log(step, **common.reward_fields(all_r), **dict(stats, logp_diff=diff), **taken,
             caption_len=common.total(words.sum(), run) / c.prompts,

@@ -1,7 +1,7 @@
 """Stage 2, generation for understanding: GRPO on the captions, the decoder frozen inside the reward.
 
     python grpo_encoder.py                                                  # tiny, from the shipped base
-    torchrun --nproc_per_node=2 grpo_encoder.py --init_from=out/cold_start
+    torchrun --nproc_per_node=2 grpo_encoder.py --init_from=out/cold_start  # tiny, two ranks
     torchrun --nproc_per_node=8 grpo_encoder.py --preset=paper --data=/data/photos --init_from=out/cold_start
 
 For each image x the vision-language model pi_phi writes G captions; each is re-encoded, drawn and compared with x:
@@ -9,14 +9,14 @@ For each image x the vision-language model pi_phi writes G captions; each is re-
     A_i = (R_i - mean R) / std R     ratio_t = pi_phi(y_t | x, y_<t) / pi_phi_old(y_t | x, y_<t)
     J   = mean over tokens of  min(ratio A, clip(ratio) A) - kl k3(phi, ref)
 
-Nothing rewards length: a caption gets longer only where saying more draws the image better.
+Nothing rewards length. The language model alone is trained (projector, decoder, vision tower are frozen); no gradient passes through the drawing.
 
     paper                                here                                 why
-    mean over a caption, then captions   mean over all tokens of the step     the same sum on every rank and micro-batch, no bias to short captions
+    mean over a caption, then captions   mean over all tokens of the step     no bias to short captions; key `loss_mean`
     start noise not stated               one start noise per group            the reward compares captions, not noise
     ratio clip not stated                0.2                                  GRPO's own; it binds only if updates > 1
     KL 1e-6 (v5)                         kl 0 and a cosine learning rate      tiny: the falling rate keeps it from collapsing (LOG.md); paper has the KL
-    truncated captions not stated        rewarded as they stand               a caption cut at caption_len draws what it says; the field `truncated` counts them
+    truncated captions not stated        rewarded as they stand               a caption cut at caption_len draws what it says; the field `truncated` is their share
     old log-prob not stated              recorded while sampling              the field `logp_diff` of every line is a real check, not a tautology
 """
 import sys
@@ -40,9 +40,9 @@ keys = dict(
     clip_range = (0.2, 0.2),   # ratio in [1 - a, 1 + b]; (0.2, 0.28) is clip-higher
     adv_std = True,            # divide by the group's std; False is Dr. GRPO's: groups that hardly differ weigh less
     loss_mean = 'token',       # 'token': over all tokens of the step; 'caption': over each caption, then captions (GRPO, the paper);
-                               # 'constant': the sum over captions * caption_len (Dr. GRPO): no length normalisation at all
+                               # 'constant': the sum / (captions * caption_len) (Dr. GRPO): no length normalisation at all
     kl = 0.0,                  # weight of the k3 estimate against the stage's initial captioner
-    updates = 1,               # optimiser steps per rollout; 1 = on policy, the ratio is 1 and its gradient is not 0
+    updates = 1,               # optimiser steps per rollout; 1 = on policy: ratio 1 (`logp_diff` < 1e-5 in float32), its gradient not 0
     lr = 1e-4,                 # the language model is policy and text encoder at once: a larger step outruns the decoder (LOG.md)
     grad_clip = 1.0,           # largest gradient norm
     patience = 5,              # updates in a row with a non-finite gradient that end the run
@@ -99,7 +99,8 @@ def kl_k3(logp, ref_logp):
 def rollout(uae, tower, x, index, step, c):
     """G captions per image, drawn and rewarded. x (P, 3, R, R), index (P,) position in the global batch.
 
-    Returns seen, y, mask, old_logp (B, T), r (P, G); all randomness is a function of (seed, step, image, member).
+    Returns seen, y, mask (1 where a token was sampled, the end token among them), old_logp (B, T), r (P, G); all randomness
+    is a function of (seed, step, position in the global batch, member).
     """
     G, who = c.group, (index[:, None] * c.group + torch.arange(c.group)).flatten()
     seen = uae.see(x)
@@ -116,9 +117,9 @@ def loss_of(uae, seen, y, weight, old_logp, ref_logp, adv, share, c):
     logp = uae.caption_logp(seen, y, c.temperature)
     loss, stats = policy_loss(logp, old_logp, adv, weight, c.clip_range)
     if c.kl:
-        k3 = (kl_k3(logp, ref_logp) * weight).sum() / weight.sum()
+        k3 = (kl_k3(*torch.where(weight > 0, torch.stack([logp, ref_logp]), 0.0)) * weight).sum() / weight.sum()
         loss, stats = loss + c.kl * k3, dict(stats, kl=k3.detach())
-    stats['logp_diff'] = ((logp - old_logp) * (weight > 0)).detach().abs().max()
+    stats['logp_diff'] = torch.where(weight > 0, logp - old_logp, 0.0).detach().abs().max()
     return loss * weight.sum() * share, stats
 
 
@@ -173,7 +174,7 @@ def main(argv):
                         loss.backward()
                     stats.add(weight[b].sum(), loss=loss.detach(), **stat)
                 stats = stats.reduce(run)
-                diff = stats['logp_diff'] if k == 0 else diff                   # after an update the two differ by right
+                diff = stats['logp_diff'] if k == 0 else diff                   # after an update they rightly differ
                 taken = common.optimise(opt, params, step, c)
         words = (y != uae.end) * mask                                                                   # without end tokens
         entropy = -common.total((old_logp * mask).sum(), run) / common.total(mask.sum(), run)                                  # of the policy, nats a token, estimated

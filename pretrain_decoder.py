@@ -5,13 +5,13 @@
     torchrun --nproc_per_node=8 pretrain_decoder.py --preset=paper --data=/data/longcap
 
 The decoder learns to draw from the encoder's projected hidden states before any reward is used:
-    z_s = (1 - s) z_0 + s eps,   L = mean | v_theta(z_s, s, c) - (eps - z_0) |^2,   c = g(h_T(caption))
+    z_s = (1 - s) z_0 + s eps,   L = mean | v_theta(z_s, s, c) - (eps - z_0) |^2,   c = g(h_T(caption));   tiny: + cross-entropy of a caption, every third update
 
     paper                                 here                                      why
     encoder frozen                        train_encoder: paper False, tiny True     a 3-layer language model keeps little of earlier words in its last states
-    logit-normal s                        sigmoid(sigma_mean + sigma_std N(0,1))    in tiny latents colour is decided at high noise (data/shapes)
+    logit-normal s of mean 0, std 1       tiny: mean 1, std 1.2 (`sigma_mean`)      in tiny latents colour is decided at high noise (data/shapes)
     condition dropout not stated          10 % to the negative prompt               classifier-free guidance needs the unconditional branch
-    EMA not stated                        off; `ema`, .999 to .9999 at full size    short runs end on a falling learning rate, which averages too
+    EMA not stated                        off; `ema`, .999 to .9999 is usual       short runs end on a falling learning rate, which averages too
 
 A caption that does not fit cond_len is cut, counted (log field `truncated`) and announced. An image without a caption is left out and counted (`skipped`).
 With --ema the weights that are evaluated, saved and read by later stages are the averaged ones; those in training lie in state.pt, for --resume.
@@ -69,8 +69,6 @@ def captioned(images, source):
     gone = len(images) - len(keep)
     if not keep:
         raise SystemExit(f'{source}: none of the {gone} images has a caption, stage 0 needs them (data/README.md)')
-    if gone:
-        print(f'warning: {gone} of the {len(images)} images of {source} have no caption and are left out', flush=True)
     images.get, images.sources, images.names = get, [images.sources[i] for i in keep], [images.names[i] for i in keep]
     return gone
 
@@ -86,11 +84,14 @@ def open_captioned(c, run, key):
         from data.shapes import scenes as world
         images = open_images(os.path.join(os.path.dirname(world.__file__), 'images', 'scenes.jsonl'), c.resolution, 'file', key)
         images.split_off(sum(name.startswith('held_out/') for name in images.names))          # they are its last lines
-    return images, captioned(images, c.data), held
+    whole, gone = len(images), captioned(images, c.data)
+    if gone and run.master:
+        print(f'warning: {gone} of the {whole} images of {c.data} have no caption and are left out', flush=True)
+    return images, gone, held
 
 
 def flow_loss(uae, z0, y, mask, s, eps, seen=None, drop=None):
-    """Flow matching, mean over everything: z0, eps (B, C, H, W), s (B,), captions y, mask (B, T); drop (B,) bool: drawn from nothing."""
+    """Flow matching, mean over everything: z0, eps (B, C, H, W), s (B,), captions y, mask (B, T); drop (B,) bool: the negative prompt instead of the condition."""
     s_ = s.view(-1, 1, 1, 1)
     cond = uae.condition(y, mask, seen)
     if drop is not None:

@@ -6,12 +6,12 @@
     python grpo_encoder.py --init_from=out/reca                       # what follows reads a checkpoint like any other
 
     h_v = last-layer states at the image's positions of (template, image)      c_v = g(h_v)      c_y = g(h_T(y)), y = greedy caption of x
-    z_s = (1 - s) z_0 + s eps      F(c, u) = mean | v_theta(z_s, s, c) - u |^2      L = F(c_v, eps - z_0) + lambda_t2i F(c_y, eps - z_0)
+    z_s = (1 - s) z_0 + s eps      F(c, u) = mean | v_theta(z_s, s, c) - u |^2      L = F(c_v, eps - z_0) + lambda_t2i F(c_y, u)
 
-No caption is needed: the image is its own, dense prompt. Encoder frozen (the towers are separate, so lambda_i2t = 0), projector and decoder
-trained. The template stands BEFORE the image: in a causal language model words after it change nothing at the image's positions. Afterwards
-the condition is text again, which `lambda_t2i` keeps alive with captions by the frozen encoder itself. Measured at tiny size, one seed, 96 updates of 32: F(c_v) falls from .77
-to .63, which is what the base pays for no condition at all (its full captions: .15), t2i of true captions .901 to .898 (lambda_t2i 0, lr 1e-4: .69).
+The first term needs no caption: the image is its own, dense prompt. Encoder frozen (understanding and generation share no weights, so lambda_i2t = 0),
+projector and decoder trained. The template stands BEFORE the image: in a causal language model words after it change nothing at the image's positions.
+Afterwards the condition is text again, which the second term keeps alive with greedy captions by the frozen encoder itself; u is eps - z_0 or the initial
+model's velocity (`t2i_target`). In the embedded world RecA gains nothing and costs nothing; LOG.md has the runs and the likely reason.
 
     paper                                here                              why
     lambda_t2i = 0                       1, tiny 5                         its models draw from a sequence that holds the text; this decoder forgets how to read a caption
@@ -109,7 +109,7 @@ def text_velocity(uae, z, s, caption, drop):
 def loss_of(uae, start, z0, s, eps, drop, h, caption, share, c):
     """The whole loss of a micro-batch, and both its terms; `share` = world / images of the step.
 
-    z0, eps (P, C, H, W), s (P,), drop (P,) bool, h (P, L, d) states, caption: the arguments of uae.condition, or None; start: the
+    z0, eps (P, C, H, W), s (P,), drop (P,) bool, h (P, L, d) states, caption (y, mask, seen) or None; start: the
     model whose velocity is the captions' target, or None. Dropped conditions train the decoder alone.
     """
     s_ = s.view(-1, 1, 1, 1)
@@ -150,6 +150,8 @@ def main(argv):
         raise SystemExit("--templates is empty: give some with '|' between them, or --template=False")
     if not 0 <= c.see_resolution <= c.resolution:
         raise SystemExit(f'--see_resolution={c.see_resolution}: between 1 and resolution={c.resolution}, or 0 for the full one')
+    if c.plan:
+        return common.plan(c, 'projector', 'decoder')
     run = common.start(c)
     P = common.per_rank('batch', c.batch, run.world)
     first = common.open_out_dir(c, run)
@@ -175,7 +177,7 @@ def main(argv):
             with common.no_sync(ddp, i.stop < P):
                 loss, f_v, f_y = ddp(loss_of, start, *args, caption, run.world / c.batch, c)
                 loss.backward()
-            stats.add(loss=loss.detach(), flow_image=f_v, flow_text=f_y)
+            stats.add(len(batch['index'][i]), loss=loss.detach(), flow_image=f_v, flow_text=f_y)
             words += [(caption[0] != uae.end) * caption[1]] if caption else []
         taken = common.optimise(opt, params, step, c)
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 FILES = ('model.py', 'reward.py', 'pretrain_decoder.py', 'cold_start.py', 'grpo_encoder.py', 'grpo_decoder.py', 'reca.py')
 # what no symbol of the paper stands for: the loop, batches, tokens <-> strings, precision, devices, disk
-PLUMBING = {'main', 'prepare', 'captioned', 'open_captioned', 'backbone', 'backbones', 'pair', 'UAE.__init__', 'UAE.templates', 'UAE.unreachable', 'UAE.forward', 'UAE.parked', 'UAE.autocast',
+PLUMBING = {'main', 'prepare', 'captioned', 'open_captioned', 'compile_blocks', 'backbone', 'backbones', 'pair', 'UAE.__init__', 'UAE.templates', 'UAE.unreachable', 'UAE.forward', 'UAE.parked', 'UAE.autocast',
             'UAE.texts', 'UAE.tokens', 'UAE.pad', 'UAE.latent_shape', 'UAE.save'}
 # of the paper's method section, in the letters of the code
 SYMBOLS = ('y ~ pi_phi(', 'log pi_phi(y_t', 'pi_phi_old', 'pi_ref', 'h_T', 'c = g(h_T)', 'c = {c_text, c_img}', 'x_hat ~ p_theta(', 'f_I', 'R_i = cos(f_I(x), f_I(x_hat_i))',

@@ -13,7 +13,7 @@ import config
 from running import refusal, script
 
 TRAINS = dict(cold_start=('encoder', 'projector', 'decoder'), grpo_encoder=('encoder',), grpo_decoder=('decoder',),
-              pretrain_decoder=('projector', 'decoder', 'encoder'))
+              pretrain_decoder=('projector', 'decoder', 'encoder'), reca=('projector', 'decoder'))
 PLANS = {}
 
 
@@ -65,6 +65,8 @@ def real(name, *words):
             noisy, _ = module.window(0, c)
             z0 = torch.randn(B, noisy[1] - noisy[0], *z.shape[1:], generator=g)
             args = module.loss_of, None, uae.condition(y, mask, seen), z0, z0, torch.zeros(z0.shape[:2]), adv, 0, 1.0, c
+        elif name == 'reca':
+            args = module.loss_of, None, z, adv / 2, z, torch.zeros(B, dtype=torch.bool), seen[0], (y, mask, seen), 1.0, c
         else:
             args = module.both_losses, (z, y, mask, adv / 2, z), (seen, y, mask), 1.0
     found, out = kept(lambda: uae(*args))
@@ -76,7 +78,7 @@ def real(name, *words):
 @pytest.mark.parametrize('name', TRAINS)
 def test_activations_are_what_the_stage_keeps(name, checkpointing):
     """The count on tensors without storage against the stage's own loss on real ones, caption prompt and all."""
-    words = ('--micro_batch=4', f'--checkpointing={checkpointing}') + (('--batch=4',) if name == 'pretrain_decoder' else ())
+    words = ('--micro_batch=4', f'--checkpointing={checkpointing}') + (('--batch=4',) if name in ('pretrain_decoder', 'reca') else ())
     said, found = plan(name, *words)['kept'][checkpointing], real(name, *words)
     assert found > 1e5 and abs(said / found - 1) < 0.15, (said, found)
 
@@ -135,7 +137,7 @@ def test_plan_of_a_script(name, tmp_path, capsys, monkeypatch, offline):
     monkeypatch.setattr(common, 'start', lambda c: pytest.fail('--plan starts a run'))
     script(name, '--plan', f'--out_dir={tmp_path}/out')
     text = capsys.readouterr().out
-    for part in ('encoder', 'projector', 'decoder', 'vae') + ('reward', 'judge') * (name != 'pretrain_decoder'):
+    for part in ('encoder', 'projector', 'decoder', 'vae') + ('reward', 'judge') * (name not in ('pretrain_decoder', 'reca')):
         assert (float(re.search(rf'^{part} .* ([\d.]+) M', text, re.M)[1]) > 0) == (part in TRAINS[name]), part
     assert 'fits 24 GB' in text and not os.path.exists(f'{tmp_path}/out')
 
