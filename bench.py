@@ -106,7 +106,7 @@ def prepare(b, stage, words, **changes):
     m.params = m.uae.train_only(*TRAINED[stage])
     m.neg = m.uae.negative() if c.guidance != 1.0 and stage == 'grpo_decoder' else None
     m.ref = m.uae.reference(TRAINED[stage][0]) if getattr(c, 'kl', 0) else None
-    m.opt = torch.optim.AdamW(m.params, lr=c.lr, weight_decay=0.0)
+    m.opt = torch.optim.AdamW(m.params, lr=c.lr, weight_decay=0.0, fused=True)
     train = None if b.random else open_data(c, run)[0]
     m.data = lambda: train.batch(c.seed, 0, c.prompts) if train else dict(x=torch.rand(c.prompts, 3, c.resolution, c.resolution) * 2 - 1, index=torch.arange(c.prompts))
     batch = m.data()
@@ -263,8 +263,7 @@ def limit(m, steps):
         for what, (times, *call) in calls.items():
             row[what] = seconds(lambda: [bare(*call) for _ in range(times)])
             m.opt.zero_grad(set_to_none=True)
-        row['networks'] = sum(row[what] for what in calls)
-        rows.append(dict(row, limit=row['total'] / row['networks']))
+        rows.append(dict(row, networks=(bottom := sum(row[what] for what in calls)), limit=row['total'] / bottom))
     return medians(rows), list(calls)
 
 
