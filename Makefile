@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: setup demo test base bench rounds
+.PHONY: setup demo test base bench bench-gpu rounds
 setup: .venv/.done
 
 .venv/.done: requirements.txt
@@ -20,6 +20,13 @@ base: setup
 
 bench: demo
 	$(PY) eval_t2i.py --init_from=base,out/demo/cold_start,out/demo/grpo_encoder,out/demo/grpo_decoder
+
+# published sizes, random weights, no recomputation, sized for a card of 80 GB (others: ARGS="--micro_batch=1"): SD3.5-medium, then -large, with Qwen2.5-VL-3B
+FULL = bench.py --random=True --steps=5 --checkpointing=False --guidance=1.0 --json=out/bench
+bench-gpu: setup
+	@for preset in medium paper; do for run in "cold_start --prompts=4 --micro_batch=1" "grpo_encoder --prompts=8 --group=4 --micro_batch=8" \
+	    "grpo_decoder --prompts=4 --group=8 --micro_batch=4 --sde_window=3 --train_steps=1"; do set -- $$run; stage=$$1; shift; \
+	    $(PY) $(FULL)/$$preset-$$stage.json --preset=$$preset --stage=$$stage $$* $(ARGS) || exit 1; done; done
 
 # stages 2 and 3 in turn, R rounds, an evaluation after each: make rounds R=2 FROM=out/cold_start ARGS="--preset=paper --data=/data/photos"
 R ?= 2

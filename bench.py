@@ -106,7 +106,7 @@ def prepare(b, stage, words, **changes):
     m.params = m.uae.train_only(*TRAINED[stage])
     m.neg = m.uae.negative() if c.guidance != 1.0 and stage == 'grpo_decoder' else None
     m.ref = m.uae.reference(TRAINED[stage][0]) if getattr(c, 'kl', 0) else None
-    m.opt = torch.optim.AdamW(m.params, lr=c.lr, weight_decay=0.0)
+    m.opt = torch.optim.AdamW(m.params, lr=c.lr, weight_decay=0.0, fused=True)
     train = None if b.random else open_data(c, run)[0]
     m.data = lambda: train.batch(c.seed, 0, c.prompts) if train else dict(x=torch.rand(c.prompts, 3, c.resolution, c.resolution) * 2 - 1, index=torch.arange(c.prompts))
     batch = m.data()
@@ -119,8 +119,7 @@ def prepare(b, stage, words, **changes):
 
 # --- one step of each stage, as its script does it, without data, optimiser and log: yields the name of each part that is done -----
 def cold_start_step(m):
-    c, uae = m.c, m.uae
-    z = common.normal(uae.latent_shape(), m.index, c.seed, 'start', 0).to(uae.device)
+    c, uae, z = m.c, m.uae, common.normal(m.uae.latent_shape(), m.index, m.c.seed, 'start', 0).to(m.uae.device)
     u = common.uniform((c.caption_len,), m.index, c.seed, 'token', 0).to(uae.device)
     with torch.no_grad():
         seen = uae.see(m.x)
@@ -263,8 +262,7 @@ def limit(m, steps):
         for what, (times, *call) in calls.items():
             row[what] = seconds(lambda: [bare(*call) for _ in range(times)])
             m.opt.zero_grad(set_to_none=True)
-        row['networks'] = sum(row[what] for what in calls)
-        rows.append(dict(row, limit=row['total'] / row['networks']))
+        rows.append(dict(row, networks=(bottom := sum(row[what] for what in calls)), limit=row['total'] / bottom))
     return medians(rows), list(calls)
 
 
@@ -298,7 +296,8 @@ def stages(b, words):
         row, calls = limit(m, b.steps)
         B, unit = len(m.x) * m.G, 'captions' if stage == 'grpo_encoder' else 'images'
         row.update({f'{unit}_per_sec': B / row['total']}, peak_gb=common.peak_memory(), **utilisation(m, row['update']))
-        table(f'{stage}: {len(m.x)} x {m.G}, T {m.c.caption_len}, S {m.c.sample_steps}, guidance {m.c.guidance}, {m.c.dtype}', {k: dict(seconds=row.get(k, 0.0)) for k in ('data', 'rollout', 'update', 'optimiser', 'total', 'captions', 'condition', 'dit', 'vae', 'reward')})
+        parts = ('data', 'rollout', 'update', 'optimiser', 'total', 'captions', 'condition', 'dit', 'vae', 'reward')
+        table(f'{stage}: {len(m.x)} x {m.G}, T {m.c.caption_len}, S {m.c.sample_steps}, guidance {m.c.guidance}, {m.c.dtype}', {k: dict(seconds=row.get(k, 0.0)) for k in parts})
         table('bare networks, times x call x rows', {k: dict(seconds=row[k]) for k in [*calls, 'networks']})
         print(f'limit {row["limit"]:.3f}   {B / row["total"]:.3g} {unit}/s   update {row["update_flops"] / 1e12:.3g} TFLOP, '
               f'{100 * row["update_share_of_peak"]:.0f} % of {row["matmul_peak"] / 1e12:.3g} TFLOP/s   peak {row["peak_gb"]:.2f} GB')
@@ -344,8 +343,8 @@ def ranks(b, words):
         sec = {}
         for n in (1, 2):
             folder = f'out/bench/{stage}-{n}-{os.getpid()}'
-            subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', STAGES[stage].__file__, f'--out_dir={folder}', f'--steps={b.steps + 2}',
-                            '--eval_every=0', '--eval_images=2', *words], check=True, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS='1'))
+            run = f'-m torch.distributed.run --nproc_per_node={n} {STAGES[stage].__file__} --out_dir={folder} --steps={b.steps + 2} --eval_every=0 --eval_images=2'
+            subprocess.run([sys.executable, *run.split(), *words], check=True, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS='1'))
             with open(f'{folder}/log.jsonl') as f:
                 sec[f'{n} ranks'] = medians([json.loads(line) for line in f])['sec']
         out[stage] = dict(sec, **{'speed-up': sec['1 ranks'] / sec['2 ranks']})

@@ -156,7 +156,7 @@ def main(argv):
         compile_blocks(uae, ref)
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
-    opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)
+    opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0, fused=True)
     common.restore(c, opt)
     neg = uae.negative() if c.guidance != 1.0 else None                       # the encoder is frozen: once
     log, evaluate = common.Log(c, run), Evaluator(uae, held, c, run)

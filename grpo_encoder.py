@@ -138,7 +138,7 @@ def main(argv):
     ref = common.stage_start(uae, ['encoder'], c, run, first) if c.kl else None
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
-    opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0)
+    opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0, fused=True)
     common.restore(c, opt)
     log, evaluate = common.Log(c, run), Evaluator(uae, held, c, run)
 

@@ -126,7 +126,7 @@ def main(argv):
     m.uae.encoder = widened(m.uae.encoder, int(own.get('vocab', 0)))
     m.uae.requires_grad_(False)
     m.params = m.uae.train_only('encoder')
-    m.opt = torch.optim.AdamW(m.params, lr=m.c.lr, weight_decay=0.0)
+    m.opt = torch.optim.AdamW(m.params, lr=m.c.lr, weight_decay=0.0, fused=True)
     m.uae.forbidden = torch.zeros(m.uae.head.weight.shape[0], dtype=torch.bool)
     m.uae.forbidden[m.uae.tokenizer.all_special_ids] = True
     start = copy.deepcopy(m.uae.encoder)
@@ -136,7 +136,7 @@ def main(argv):
                ratio=statistics.median(t / o for t, o in zip(trl, ours)))
     m.uae.encoder.load_state_dict(start.state_dict())
     out.update(trl_peak_bytes=peak(trainer_of(copy.deepcopy(start), m, 1)[0].train, m.x.device))
-    m.opt = torch.optim.AdamW(m.params, lr=m.c.lr, weight_decay=0.0)
+    m.opt = torch.optim.AdamW(m.params, lr=m.c.lr, weight_decay=0.0, fused=True)
     out.update(ours_peak_bytes=peak(lambda: ours_step(m), m.x.device))
     m.uae.encoder.load_state_dict(start.state_dict())
     out.update(gradients_differ_by=gradients(m, copy.deepcopy(start)))
