@@ -1,8 +1,8 @@
 """Stage 2's captioner beside TRL's GRPOTrainer: captions per second, gradients on the same completions, peak memory.
 
 TRL lives in an environment of its own, never in requirements.txt (from the repository's root):
-    python3 -m venv /tmp/trlenv && /tmp/trlenv/bin/pip install -r requirements.txt trl==1.16.0
-    taskset -c 1 env OMP_NUM_THREADS=1 /tmp/trlenv/bin/python tests/peers/trl_grpo.py --prompts=8 --group=8 --caption_len=24
+    python3 -m venv out/trlenv && out/trlenv/bin/pip install -r requirements.txt trl==1.16.0
+    taskset -c 1 env OMP_NUM_THREADS=1 out/trlenv/bin/python tests/peers/trl_grpo.py --prompts=8 --group=8 --caption_len=24
     ...                                                                              --prompts=2 --group=8 --caption_len=32
     ...                                                                              --prompts=8 --group=8 --caption_len=24 --vocab=151936
 
