@@ -16,7 +16,6 @@ import types
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -44,10 +43,12 @@ def start(c):
     return types.SimpleNamespace(rank=rank, world=world, device=device, master=rank == 0)
 
 
-def per_rank(name, count, world):
-    """`count` is for all ranks together; each rank's share, or one line that says why it does not divide."""
-    if count % world:
+def per_rank(name, count, world, group=2):
+    """`count` is for all ranks together; each rank's share, or one line that says why there is none, or no baseline in a group."""
+    if count % world or count < 1:
         raise SystemExit(f'{name}={count} does not divide over {world} ranks')
+    if group < 2:
+        raise SystemExit(f'group={group}: the others of its group are what a sample is compared with, at least 2 are needed')
     return count // world
 
 
@@ -438,7 +439,7 @@ def next_state(lm, x, position, cache):
     """One more token of every row through a Qwen2.5 language model, without what its own forward does besides (masks, wrappers, the keys copied to
     each head, seven kernels a norm): 1.3 times as fast where kernels are small. x (B, 1, d) embedded tokens, `position` theirs; grows `cache`. -> (B, 1, d)."""
     def norm(m, x):
-        return F.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)
+        return torch.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)
 
     angle = position * lm.rotary_emb.inv_freq.float()
     cos, sin = (a.to(x.dtype) for a in (torch.cat([angle, angle]).cos(), torch.cat([-angle, angle]).sin()))
@@ -448,7 +449,7 @@ def next_state(lm, x, position, cache):
         qk = torch.cat([q, k], 1)
         qk = torch.addcmul(qk * cos, qk.roll(a.head_dim // 2, -1), sin)                   # rotary embedding: halves swapped, the first negated
         q, (k, v) = qk[:, :q.shape[1]], cache.update(qk[:, q.shape[1]:], v, i)
-        o = F.scaled_dot_product_attention(q.reshape(len(x), k.shape[1], -1, a.head_dim), k, v)       # heads that share a key, as rows of one query
+        o = torch.nn.functional.scaled_dot_product_attention(q.reshape(len(x), k.shape[1], -1, a.head_dim), k, v)       # heads that share a key, as rows of one query
         x = x + a.o_proj(o.reshape(len(x), 1, -1))
         x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
     return norm(lm.norm, x)

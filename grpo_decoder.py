@@ -146,7 +146,7 @@ def main(argv):
     if c.plan:
         return common.plan(c, 'decoder')
     run = common.start(c)
-    P = common.per_rank('prompts', c.prompts, run.world)
+    P = common.per_rank('prompts', c.prompts, run.world, c.group)
     first = common.open_out_dir(c, run)
     train, held = open_data(c, run)
     uae = UAE(c, run.device)

@@ -156,7 +156,8 @@ def test_models_that_are_not_there(tmp_path, monkeypatch):
 # --- values ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, flag', [
     ('grpo_decoder', '--sde=ode'), ('grpo_decoder', '--condition=words'), ('grpo_encoder', '--dtype=float8'), ('grpo_encoder', '--reward=clap'),
-    ('grpo_decoder', '--device=abacus'), ('cold_start', '--grad_steps=0'), ('grpo_decoder', '--sde_window=0'), ('grpo_decoder', '--sample_steps=1'), ('cold_start', '--stepz=3')])
+    ('grpo_decoder', '--device=abacus'), ('cold_start', '--grad_steps=0'), ('grpo_decoder', '--sde_window=0'), ('grpo_decoder', '--sample_steps=1'), ('cold_start', '--stepz=3'),
+    ('grpo_encoder', '--group=1'), ('grpo_decoder', '--group=1'), ('grpo_encoder', '--prompts=0')])
 def test_values_that_mean_nothing(tmp_path, name, flag):
     key, value = flag[2:].split('=')
     message = refusal(lambda: tiny(name, tmp_path / 'out', flag))
