@@ -363,7 +363,7 @@ def main(argv):
     result = part(b, [w for w in argv if w.split('=')[0][2:] not in keys])
     if b.json:
         out = dict(device=torch.cuda.is_available() and torch.cuda.get_device_name(), threads=torch.get_num_threads(), torch=torch.__version__, argv=argv, result=result)
-        common.write_atomic(b.json, lambda path: common.write_lines(path, [json.dumps(out, indent=1, allow_nan=False)]))
+        common.write_json(b.json, out, allow_nan=False)
 
 
 if __name__ == '__main__':

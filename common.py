@@ -238,6 +238,11 @@ def write_atomic(path, write):
     os.replace(tmp, path)
 
 
+def write_json(path, value, indent=1, **how):
+    """A JSON file, whole or not there; how: further words of json.dumps."""
+    write_atomic(path, lambda tmp: write_lines(tmp, [json.dumps(value, indent=indent, **how)]))
+
+
 def save(c, run, step, uae, optimizer, keep=2):
     """Checkpoint out_dir/step_NNNNNN: the models (uae.save), meta.json, state.pt with optimizer and step.
 
@@ -611,8 +616,8 @@ def skeleton(c, device='meta'):
         uae.vae = AutoencoderKL.from_config(read(c.decoder, 'vae')).to(dtype)
         uae.projector = model.Projector(uae.encoder.config.text_config.hidden_size, uae.decoder.config.joint_attention_dim)
         if c.lora_rank:
-            model.add_lora(uae.encoder, c.lora_rank, model.ENCODER_LORA, '')
-            model.add_lora(uae.decoder, c.lora_rank, model.DECODER_LORA, '')
+            add_lora(uae.encoder, c.lora_rank, model.ENCODER_LORA, '')
+            add_lora(uae.decoder, c.lora_rank, model.DECODER_LORA, '')
         clip = c.clip.removeprefix('local-dir:')
         clip = read(clip, file='open_clip_config.json')['model_cfg'] if clip != c.clip else open_clip.get_model_config(c.clip.split(':')[0])
         tower, judge = open_clip.CLIP(**clip).visual, AutoModel.from_config(AutoConfig.for_model(**read(c.judge)))

@@ -192,7 +192,7 @@ def claim(c, items):
     if differ:
         why = f'made with other {", ".join(differ)}' if theirs else f'that this script did not draw (no {path})'
         raise SystemExit(f'{c.images} holds images {why}: remove it, choose another --out_dir or --images, or --generate=False')
-    common.write_atomic(path, lambda tmp: json.dump(mine, open(tmp, 'w'), indent=1))
+    common.write_json(path, mine)
 
 
 @torch.no_grad()
@@ -306,7 +306,7 @@ def score(c, run, items):
         raise SystemExit(f'{len(bad)} of {len(bad) + len(records)} images cannot be scored, so there is no score; first: {sorted(bad)[0]}; '
                          f'the others are in {c.folder}/results.jsonl')
     summary = summarise(records)
-    common.write_atomic(f'{c.folder}/summary.json', lambda tmp: json.dump(summary, open(tmp, 'w'), indent=1))
+    common.write_json(f'{c.folder}/summary.json', summary)
     print(c.name, ' '.join(f'{k} {v:.4g}' for k, v in summary.items() if isinstance(v, (int, float))))
     return summary
 

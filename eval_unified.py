@@ -186,10 +186,6 @@ def read_captions(path, references):
     return {r: texts[place] for r, place in pair(items, references, 'caption').items()}
 
 
-def write_json(path, value):
-    common.write_atomic(path, lambda tmp: pathlib.Path(tmp).write_text(json.dumps(value, indent=2)))
-
-
 def claim(c, run):
     """Notes in out_dir/run.json what its images depend on; refuses an out_dir whose images were made otherwise."""
     base, path = os.path.abspath(common.find_checkpoint(c)), pathlib.Path(c.out_dir, 'run.json')
@@ -202,7 +198,7 @@ def claim(c, run):
             raise SystemExit(f'{c.out_dir} holds images made with {k}={old!r}, this run has {mine.get(k)!r}: give --out_dir=ELSEWHERE')
     common.total(0, run)                         # nobody writes before everybody has read
     if run.master:
-        write_json(str(path), mine)
+        common.write_json(str(path), mine, indent=2)
 
 
 def rebuild(c, run, references):
@@ -224,7 +220,7 @@ def rebuild(c, run, references):
                 x_hat = draw(uae, y, mask, [i], uae.see(x) if c.condition != 'text' else None, seed)
                 if cut:
                     print(f'warning: the caption of {name} has more than caption_len - 1 = {c.caption_len - 1} tokens and was cut')
-            write_json(f'{texts}/{name}.json', text)
+            common.write_json(f'{texts}/{name}.json', text, indent=2)
             keep(x_hat[0], f'{folder}/{name}')
         common.total(0, run)                     # all have drawn
         made.append((folder, {name: json.loads(pathlib.Path(texts, f'{name}.json').read_text()) for name in names}))
@@ -251,9 +247,9 @@ def unified(c, run):
             for name, tower in towers.items():
                 scores[name][os.path.basename(path)] = clip_reward(x, x_hat, tower).item()
         results.append(unified_score(scores))
-        write_json(f'{c.out_dir}/unified' + f'_{k}' * bool(k) + '.json', results[k])
+        common.write_json(f'{c.out_dir}/unified' + f'_{k}' * bool(k) + '.json', results[k], indent=2)
     mean, error = over_seeds(results)
-    write_json(f'{c.out_dir}/report.json', dict(summary=mean, standard_error=error, seeds=len(results), images=len(references), captions=captions))
+    common.write_json(f'{c.out_dir}/report.json', dict(summary=mean, standard_error=error, seeds=len(results), images=len(references), captions=captions), indent=2)
     print('\n'.join(f'{name:22s} {v:.4f}' + (f' +- {error[name]:.4f}' if error else '') for name, v in mean.items()))
     shown = list(references)[:12]
     contact_sheet([[picture(place[r])[0] for r in shown] for place in (references, pairs)],
@@ -281,8 +277,7 @@ def main(argv):
     if run.master:
         os.makedirs(c.out_dir, exist_ok=True)
         print('\n'.join(f'{k:22s} {v:.4f}' for k, v in summary.items()))
-        with open(f'{c.out_dir}/report.json', 'w') as f:
-            json.dump(dict(summary=summary, captions={r['name']: r['caption'] for r in found}), f, indent=1)
+        common.write_json(f'{c.out_dir}/report.json', dict(summary=summary, captions={r['name']: r['caption'] for r in found}))
         rows = list(range(min(12, len(found))))
         x = held['x'][rows]
         contact_sheet([x, reconstruct(evaluate.uae, x.to(run.device), rows, c.eval_temperature)[2]], [found[i]['caption'] for i in rows],

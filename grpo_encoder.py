@@ -160,11 +160,11 @@ def main(argv):
         if c.shuffle_reward:
             order = torch.randperm(all_r.numel(), generator=common.generator(c.seed, 'shuffle', step))
             all_r = all_r.flatten()[order.to(all_r.device)].view_as(all_r)
-        b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P], c.adv_std).flatten()                       # (P, G) -> (B,)
+        b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P], c.adv_std).flatten()              # (P, G) -> (B,)
 
         # update
         weight, count = token_weights(mask, c)
-        share = run.world / common.total(count, run)                                                    # of one unit of weight in the step's loss
+        share = run.world / common.total(count, run)                                            # of one unit of weight in the step's loss
         with uae.parked(*['decoder', 'vae'] * c.offload):
             for k in range(c.updates):
                 stats = common.Stats()
@@ -177,7 +177,7 @@ def main(argv):
                 diff = stats['logp_diff'] if k == 0 else diff                   # after an update they rightly differ
                 taken = common.optimise(opt, params, step, c)
         words = (y != uae.end) * mask                                                                   # without end tokens
-        entropy = -common.total((old_logp * mask).sum(), run) / common.total(mask.sum(), run)                                  # of the policy, nats a token, estimated
+        entropy = -common.total((old_logp * mask).sum(), run) / common.total(mask.sum(), run)   # of the policy, nats a token, estimated
         log(step, **common.reward_fields(all_r), **dict(stats, logp_diff=diff), **taken, entropy=entropy,
             caption_len=common.total(words.sum(), run) / all_r.numel(), truncated=common.total(words[:, -1].sum(), run) / all_r.numel(),
             skipped=int(common.total(len(train.skipped), run)) + held['skipped'])

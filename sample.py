@@ -23,14 +23,13 @@ import sys
 import zlib
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import common
 import config
 import eval_unified
-from data.images import ImageError, open_images
+from data.images import ImageError, keep, open_images
 from model import UAE
 
 # --- script keys ---------------------------------------------------------------------------------------------------
@@ -45,12 +44,6 @@ keys = dict(
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def save_png(x, path):
-    """x (3, H, W) in [-1, 1] -> PNG file, folders made."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    Image.fromarray(((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
-
-
 def from_prompt(uae, c):
     """Draws c.prompt into out_dir/prompt.png."""
     y, mask, cut = uae.tokens([c.prompt])
@@ -58,7 +51,7 @@ def from_prompt(uae, c):
         print(f'warning: the prompt has more than caption_len - 1 = {c.caption_len - 1} tokens and was cut')
     noise = [c.seed]
     x_hat = eval_unified.draw(uae, y, mask, noise)
-    save_png(x_hat[0], f'{c.out_dir}/prompt.png')
+    keep(x_hat[0].clamp(-1, 1), f'{c.out_dir}/prompt.png')
     print(f'{c.out_dir}/prompt.png')
 
 
@@ -100,7 +93,7 @@ def from_images(uae, c, run):
             texts, _, x_hat = eval_unified.reconstruct(uae, x, rows, c.eval_temperature, c.draw)
             for k, (i, _) in enumerate(found if c.draw else ()):            # before its line: a line says that all is done
                 stem = os.path.splitext(images.names[i])[0]
-                save_png(torch.cat([x[k], x_hat[k]], 2), os.path.join(c.out_dir, (stem if stems[stem] == 1 else images.names[i]) + '.png'))
+                keep(torch.cat([x[k], x_hat[k]], 2).clamp(-1, 1), os.path.join(c.out_dir, (stem if stems[stem] == 1 else images.names[i]) + '.png'))
         lines = common.gather_objects([(i, json.dumps(dict(image=files[i], caption=text)) + '\n') for (i, _), text in zip(found, texts)], run)
         if run.master:
             with open(path, 'a') as f:

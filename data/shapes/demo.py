@@ -67,7 +67,7 @@ def score(name, init_from, c, held):
         rows = list(range(8))
         images = eval_unified.reconstruct(uae, held['x'][rows].to(run.device), rows)[2]
         result.update(images=[[round(v, 3) for v in im.flatten().tolist()] for im in images.cpu()], seconds=time.time() - start)
-        common.write_atomic(path, lambda p: json.dump(result, open(p, 'w')))
+        common.write_json(path, result, indent=None)
     with open(path) as f:
         return json.load(f)
 
@@ -179,7 +179,7 @@ def main(argv):
         controls=dict(base_cool=base['base_cool'], **{k: results[k]['summary'] for k in results if k == 'shuffled_reward'}),
         history=hist, seconds={k: round(v, 1) for k, v in seconds.items()}, seed=c.seed,
         versions={p: importlib.metadata.version(p) for p in ('torch', 'transformers', 'diffusers', 'open_clip_torch', 'numpy')} | dict(python=sys.version.split()[0]))
-    common.write_atomic(f'{c.out_dir}/report.json', lambda p: json.dump(report, open(p, 'w'), indent=1))
+    common.write_json(f'{c.out_dir}/report.json', report)
     text = f'{table(report)}\n\nseed {c.seed}, {sum(seconds.values()):.0f} seconds, {len(held["x"])} held-out scenes\n'
     common.write_atomic(f'{c.out_dir}/report.md', lambda p: open(p, 'w').write(text))
     curves(hist, f'{c.out_dir}/curves.png')
