@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 import common
 import config
-from data.prompts import RELATIONS, TAGS, drop_first_row, files, read_items, to_score
-from data.judges import Unusable, detect, judge_scorer, local_vlm, open_colours, open_detector, picture, remembered, says_yes, shapes_objects
+from bench.prompts import RELATIONS, TAGS, drop_first_row, files, read_items, to_score
+from bench.judges import Unusable, detect, judge_scorer, local_vlm, open_colours, open_detector, picture, remembered, says_yes, shapes_objects
 from data.shapes import scenes as world
 from model import UAE
 

@@ -14,8 +14,8 @@ from PIL import Image
 import common
 import config
 import eval_t2i
-from data import judges
-from data import prompts
+from bench import judges
+from bench import prompts
 from data.shapes import scenes as world
 from eval_t2i import dpg_score, geneval_correct, relative_position
 from running import lines, refusal

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import common
-from data.prompts import CLASSES, COLOURS, read_lines
+from bench.prompts import CLASSES, COLOURS, read_lines
 from data.shapes import scenes as world
 
 
