@@ -1,7 +1,8 @@
-"""Prompts of the text-to-image benchmarks: GenEval, GenEval++ and DPG-Bench files -> items, and a GenEval of the embedded world.
+"""Prompts of the text-to-image benchmarks: the files of GenEval, GenEval++, DPG-Bench -> items.
 
-An item is a dict: id (its folder or file name), number (its place, the address of its noise), prompt, and meta (GenEval's
-tag, include, exclude) or questions (DPG-Bench). A line that cannot be used ends the run in one line with file and number.
+An item is a dict: id (its folder or file name), number (its place, the address of its noise),
+prompt, and meta (GenEval's tag, include, exclude) or questions (DPG-Bench). The embedded world has
+a GenEval of its own. A line that cannot be used ends the run in one line with file and number.
 """
 import csv
 import glob
@@ -16,38 +17,68 @@ from data.shapes import scenes as world
 
 TAGS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')
 RELATIONS = ('left of', 'right of', 'above', 'below')
-COLOURS = ('red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown', 'black', 'white')
-CLASSES = ('person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,'
-           'cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,'
-           'skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,'
-           'donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,'
-           'toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush').split(',')         # COCO's order, GenEval's names
-DPG_COLUMNS = ('item_id', 'text', 'proposition_id', 'dependency', 'tuple', 'question_natural_language')
+COLOURS = (
+    'red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown', 'black', 'white')
+# COCO's order, GenEval's names
+CLASSES = (
+    'person', 'bicycle', 'car', 'motorcycle', 'airplane', 'bus', 'train', 'truck', 'boat',
+    'traffic light', 'fire hydrant', 'stop sign', 'parking meter', 'bench', 'bird', 'cat', 'dog',
+    'horse', 'sheep', 'cow', 'elephant', 'bear', 'zebra', 'giraffe', 'backpack', 'umbrella',
+    'handbag', 'tie', 'suitcase', 'frisbee', 'skis', 'snowboard', 'sports ball', 'kite',
+    'baseball bat', 'baseball glove', 'skateboard', 'surfboard', 'tennis racket', 'bottle',
+    'wine glass', 'cup', 'fork', 'knife', 'spoon', 'bowl', 'banana', 'apple', 'sandwich', 'orange',
+    'broccoli', 'carrot', 'hot dog', 'pizza', 'donut', 'cake', 'chair', 'couch', 'potted plant',
+    'bed', 'dining table', 'toilet', 'tv', 'laptop', 'computer mouse', 'tv remote',
+    'computer keyboard', 'cell phone', 'microwave', 'oven', 'toaster', 'sink', 'refrigerator',
+    'book', 'clock', 'vase', 'scissors', 'teddy bear', 'hair drier', 'toothbrush')
+DPG_COLUMNS = (
+    'item_id', 'text', 'proposition_id', 'dependency', 'tuple', 'question_natural_language')
 
 
-def read_items(c):
-    """Checks the keys and reads the prompts; everything that is wrong in one line."""
+def check_keys(c):
+    """Refuses keys that have no meaning, or none together, in one line."""
     if c.bench not in ('shapes', 'geneval', 'dpg', 'geneval++'):
         raise SystemExit(f'--bench: expected shapes, geneval, geneval++ or dpg, got {c.bench!r}')
     if c.condition != 'text':
-        raise SystemExit(f'--condition={c.condition}: a prompt has no image to look at, expected text')
-    if c.samples < 1 or c.bench == 'dpg' and c.samples not in (1, 4) or c.batch < 1 or c.judge_tries < 1:
-        raise SystemExit(f'--samples={c.samples} --batch={c.batch} --judge_tries={c.judge_tries}: expected 1 or more, and 1 or 4 samples for dpg')
+        raise SystemExit(
+            f'--condition={c.condition}: a prompt has no image to look at, expected text')
+    if c.bench == 'dpg':
+        samples_fit = c.samples in (1, 4)
+    else:
+        samples_fit = c.samples >= 1
+    if not samples_fit or c.batch < 1 or c.judge_tries < 1:
+        raise SystemExit(
+            f'--samples={c.samples} --batch={c.batch} --judge_tries={c.judge_tries}: '
+            'expected 1 or more, and 1 or 4 samples for dpg')
     if c.bench == 'shapes' and c.resolution != world.RESOLUTION:
-        raise SystemExit(f'--resolution={c.resolution}: the embedded world has {world.RESOLUTION}')
+        raise SystemExit(
+            f'--resolution={c.resolution}: the embedded world has {world.RESOLUTION}')
     if c.judge_url and not c.judge_url.startswith(('http://', 'https://')):
         raise SystemExit(f'--judge_url={c.judge_url}: expected http:// or https://')
-    if c.bench != 'shapes' and not c.prompts and (c.generate or c.bench != 'geneval'):
+    # GenEval's folders hold their prompts, so whoever only scores them needs no file
+    has_prompts = c.bench == 'shapes' or c.bench == 'geneval' and not c.generate
+    if not c.prompts and not has_prompts:
         raise SystemExit(f'--bench={c.bench} needs --prompts=FILE')
-    if c.bench == 'shapes' and not c.prompts:
-        return [dict(id=f'{n:05d}', number=n, prompt=m['prompt'], meta=m) for n, m in enumerate(shapes_prompts())]
-    items = read_dpg(c) if c.bench == 'dpg' else read_metadata(c)
+
+
+def read_items(c):
+    """The items of a run; a key or a prompt that is wrong ends it in one line."""
+    check_keys(c)
+    if c.bench == 'dpg':
+        items = read_dpg(c.prompts)
+    elif c.bench == 'shapes' and not c.prompts:
+        metas = shapes_prompts()
+        items = [metadata_item(n, f'{n:05d}', meta) for n, meta in enumerate(metas)]
+    else:
+        items = read_metadata(c)
     if not items:
-        raise SystemExit(f'no prompts in {c.prompts or c.images or "--images"!r}')
+        source = c.prompts or c.images or '--images'
+        raise SystemExit(f'no prompts in {source!r}')
     return items
 
 
 def read_lines(path):
+    """The lines of a text file, those at its end that are empty left out."""
     try:
         with open(path, encoding='utf-8') as f:
             return f.read().rstrip('\n').split('\n')
@@ -55,139 +86,276 @@ def read_lines(path):
         raise SystemExit(f'--prompts={path}: cannot be read: {e}')
 
 
-def metadata(text, where, classes=(), colours=()):
-    """One line of GenEval metadata, checked: {tag, prompt, include, exclude}; classes, colours: the words that the scorer knows, () = any."""
+# --- GenEval and GenEval++: lines of metadata --------------------------------------------------
+def read_metadata(c):
+    """Items of a metadata file, or without one of a folder in GenEval's layout."""
+    classes, colours = (), ()
+    if c.bench == 'geneval':
+        classes, colours = CLASSES, COLOURS
+    elif c.bench == 'shapes':
+        classes, colours = world.SHAPES, tuple(world.COLOURS)
+    if c.prompts:
+        found = metadata_of_file(c.prompts, c.bench)
+    else:
+        found = metadata_of_folders(c.images)
+    items = []
+    for number, name, where, text in found:
+        meta = parse_metadata(text, where, classes, colours)
+        items.append(metadata_item(number, name, meta))
+    return items
+
+
+def metadata_item(number, name, meta):
+    return dict(id=name, number=number, prompt=meta['prompt'], meta=meta)
+
+
+def metadata_of_file(path, bench):
+    """-> [(number, id, where it stands, text)] of the lines of a file."""
+    found = []
+    for number, text in enumerate(read_lines(path)):
+        if bench == 'geneval++':
+            name = f'{number + 1}'           # its images are 1.jpg, 2.jpg, ...
+        else:
+            name = f'{number:05d}'
+        found.append((number, name, f'{path}:{number + 1}', text))
+    return found
+
+
+def metadata_of_folders(images):
+    """-> [(number, id, where it stands, text)] of the folders of digits that somebody else drew."""
+    if not images:
+        return []
+    paths = {}
+    for path in sorted(glob.glob(f'{glob.escape(images)}/*/metadata.jsonl')):
+        name = folder_name(path)
+        if not name.isdigit():
+            continue
+        number = int(name)
+        if number in paths:
+            raise SystemExit(
+                f'{path}: the number {number} is there twice, also as {paths[number]}')
+        paths[number] = path
+    found = []
+    for number, path in sorted(paths.items()):
+        text = '\n'.join(read_lines(path))
+        found.append((number, folder_name(path), path, text))
+    return found
+
+
+def folder_name(path):
+    return os.path.basename(os.path.dirname(path))
+
+
+def parse_metadata(text, where, classes=(), colours=()):
+    """One line of GenEval metadata, checked: {tag, prompt, include, exclude}.
+
+    classes, colours: the words that the scorer knows, () = any.
+    """
     try:
         meta = json.loads(text)
     except ValueError:
         raise SystemExit(f'{where}: not JSON: {text[:60]!r}')
-    if not isinstance(meta, dict) or not all(isinstance(meta.get(k), str) for k in ('tag', 'prompt')) or not isinstance(meta.get('include'), list):
-        raise SystemExit(f'{where}: expected a JSON object with "tag", "prompt" and the list "include"')
+    if not has_metadata_fields(meta):
+        raise SystemExit(
+            f'{where}: expected a JSON object with "tag", "prompt" and the list "include"')
     for part in ('include', 'exclude'):
-        for i, req in enumerate(meta.get(part) or ()):
-            if wrong := clause_fault(req, i, classes, colours):
-                raise SystemExit(f'{where}: {part}[{i}]: {wrong}')
+        for index, clause in enumerate(meta.get(part) or ()):
+            fault = clause_fault(clause, index, classes, colours)
+            if fault:
+                raise SystemExit(f'{where}: {part}[{index}]: {fault}')
     return meta
 
 
-def clause_fault(req, i, classes, colours):
-    """What is wrong with the i-th clause of a metadata line; '' if nothing."""
-    if not isinstance(req, dict) or not isinstance(req.get('class'), str) or type(req.get('count')) is not int or req['count'] < 1:
+def has_metadata_fields(meta):
+    if not isinstance(meta, dict):
+        return False
+    texts = isinstance(meta.get('tag'), str) and isinstance(meta.get('prompt'), str)
+    return texts and isinstance(meta.get('include'), list)
+
+
+def clause_fault(clause, index, classes, colours):
+    """What is wrong with the clause at `index` of a metadata line's part; '' if nothing."""
+    named = isinstance(clause, dict) and isinstance(clause.get('class'), str)
+    if not named or type(clause.get('count')) is not int or clause['count'] < 1:
         return 'expected an object with "class" and a "count" of 1 or more'
-    if classes and req['class'] not in classes:
-        return f'unknown class {req["class"]!r}'
-    if colours and req.get('color', colours[0]) not in colours:
-        return f'unknown color {req["color"]!r}; there are: {" ".join(colours)}'
-    p = req.get('position', ['above', 0])
-    if not isinstance(p, list) or len(p) != 2 or p[0] not in RELATIONS or type(p[1]) is not int or 'position' in req and not 0 <= p[1] < i:
-        return f'"position" is [one of {", ".join(RELATIONS)}; index of an earlier object], got {p}'
+    if classes and clause['class'] not in classes:
+        return f'unknown class {clause["class"]!r}'
+    if colours and 'color' in clause and clause['color'] not in colours:
+        return f'unknown color {clause["color"]!r}; there are: {" ".join(colours)}'
+    if 'position' in clause and not is_position(clause['position'], index):
+        relations = ', '.join(RELATIONS)
+        return (f'"position" is [one of {relations}; index of an earlier object], '
+                f'got {clause["position"]}')
     return ''
 
 
-def read_metadata(c):
-    """Items of a metadata file, or without one of a folder in GenEval's layout: [dict(id, number, prompt, meta)]."""
-    words = dict(geneval=(CLASSES, COLOURS), shapes=(world.SHAPES, tuple(world.COLOURS))).get(c.bench, ())
-    if not c.prompts:
-        folders = {}
-        for path in sorted(glob.glob(f'{glob.escape(c.images)}/*/metadata.jsonl')) if c.images else []:
-            name = os.path.basename(os.path.dirname(path))
-            if name.isdigit() and folders.setdefault(int(name), path) != path:
-                raise SystemExit(f'{path}: the number {int(name)} is there twice, also as {folders[int(name)]}')
-        texts = [(n, os.path.basename(os.path.dirname(p)), p, '\n'.join(read_lines(p))) for n, p in sorted(folders.items())]
-    else:
-        texts = [(n, f'{n:05d}' if c.bench != 'geneval++' else f'{n + 1}', f'{c.prompts}:{n + 1}', t) for n, t in enumerate(read_lines(c.prompts))]
-    metas = [(n, name, metadata(t, where, *words)) for n, name, where, t in texts]
-    return [dict(id=name, number=n, prompt=m['prompt'], meta=m) for n, name, m in metas]
+def is_position(position, index):
+    """Whether it is [relation, index of a clause before this one]."""
+    if not isinstance(position, list) or len(position) != 2:
+        return False
+    relation, target = position
+    return relation in RELATIONS and type(target) is int and 0 <= target < index
 
 
-def read_dpg(c):
-    """Items of dpg_bench.csv: [dict(id, number, prompt, questions)], or of a folder of ID.txt, which has prompts alone."""
-    if os.path.isdir(c.prompts):
-        paths = sorted(glob.glob(f'{glob.escape(c.prompts)}/*.txt'))
-        return [dict(id=os.path.basename(p)[:-4], number=n, prompt=' '.join(read_lines(p)).strip(), questions=None) for n, p in enumerate(paths)]
-    rows = csv.DictReader(io.StringIO('\n'.join(read_lines(c.prompts)).removeprefix('\ufeff')))
+# --- DPG-Bench: a CSV of questions -------------------------------------------------------------
+def read_dpg(path):
+    """Items of dpg_bench.csv, or of a folder of ID.txt, which has prompts but no questions."""
+    if os.path.isdir(path):
+        return read_dpg_folder(path)
+    text = '\n'.join(read_lines(path)).removeprefix('\ufeff')
+    rows = csv.DictReader(io.StringIO(text))
     if not set(DPG_COLUMNS) <= set(rows.fieldnames or ()):
-        raise SystemExit(f'{c.prompts}:1: expected the columns {", ".join(DPG_COLUMNS)}')
+        raise SystemExit(f'{path}:1: expected the columns {", ".join(DPG_COLUMNS)}')
     items = {}
-    last = None
+    previous = None
     for row in rows:
-        where = f'{c.prompts}:{rows.line_num}'
-        try:
-            key, category = row['item_id'], row['tuple'].split('(')[0].strip()
-            q = dict(proposition_id=int(row['proposition_id']), dependency=[int(d) for d in row['dependency'].split(',')],
-                     question=row['question_natural_language'].strip(), category=category, where=where)
-        except (ValueError, AttributeError):
-            raise SystemExit(f'{where}: malformed row: proposition_id and dependency are whole numbers, no column is empty')
-        if not re.fullmatch(r'[\w-]+', key):
-            raise SystemExit(f'{where}: item_id {key!r} cannot be a file name')
-        item = items.setdefault(key, dict(id=key, number=len(items), prompt=row['text'].strip(), questions=[]))
-        if key != last and item['questions'] or q['proposition_id'] in [o['proposition_id'] for o in item['questions']]:
-            raise SystemExit(f'{where}: duplicate: {key} {"has this proposition_id" if key == last else "has rows"} above, at {item["questions"][0]["where"]}')
-        item['questions'].append(q)
-        last = key
+        where = f'{path}:{rows.line_num}'
+        name, question = parse_row(row, where)
+        if name not in items:
+            prompt = row['text'].strip()
+            items[name] = dict(id=name, number=len(items), prompt=prompt, questions=[])
+        questions = items[name]['questions']
+        again = ''
+        if questions and name != previous:
+            again = 'has rows'
+        elif question['proposition_id'] in [q['proposition_id'] for q in questions]:
+            again = 'has this proposition_id'
+        if again:
+            first = questions[0]['where']
+            raise SystemExit(f'{where}: duplicate: {name} {again} above, at {first}')
+        questions.append(question)
+        previous = name
     for item in items.values():
-        known = {0, *(q['proposition_id'] for q in item['questions'])}
-        for q in item['questions']:
-            if not known.issuperset(q['dependency']):
-                raise SystemExit(f'{q["where"]}: {item["id"]} depends on a proposition_id it does not have: {q["dependency"]}')
+        check_dependencies(item)
     return list(items.values())
 
 
-def drop_first_row(items):
-    """The official script loses the first question; where others depend on it, it fails on the whole image and leaves it out."""
-    lost, *rest = items[0]['questions']
-    keep = rest and not any(lost['proposition_id'] in q['dependency'] for q in rest)
-    return [dict(items[0], questions=rest)] * bool(keep) + items[1:]
+def read_dpg_folder(folder):
+    items = []
+    for number, path in enumerate(sorted(glob.glob(f'{glob.escape(folder)}/*.txt'))):
+        name = os.path.basename(path).removesuffix('.txt')
+        prompt = ' '.join(read_lines(path)).strip()
+        items.append(dict(id=name, number=number, prompt=prompt, questions=None))
+    return items
 
 
+def parse_row(row, where):
+    """A row of the CSV -> its item's id, its question."""
+    try:
+        name = row['item_id']
+        parents = row['dependency'].split(',')
+        question = dict(
+            proposition_id=int(row['proposition_id']),
+            dependency=[int(parent) for parent in parents],
+            question=row['question_natural_language'].strip(),
+            category=row['tuple'].split('(')[0].strip(),
+            where=where)
+    except (ValueError, AttributeError):
+        raise SystemExit(
+            f'{where}: malformed row: proposition_id and dependency are whole numbers, '
+            'no column is empty')
+    if not re.fullmatch(r'[\w-]+', name):
+        raise SystemExit(f'{where}: item_id {name!r} cannot be a file name')
+    return name, question
+
+
+def check_dependencies(item):
+    known = {0}                              # 0 = depends on nothing
+    known.update(question['proposition_id'] for question in item['questions'])
+    for question in item['questions']:
+        parents = question['dependency']
+        if not known.issuperset(parents):
+            raise SystemExit(
+                f'{question["where"]}: {item["id"]} depends on a proposition_id '
+                f'it does not have: {parents}')
+
+
+# --- the embedded world ------------------------------------------------------------------------
 def shapes_prompts(per_tag=32, seed=0):
-    """A GenEval of the embedded world: per_tag distinct metadata lines {tag, include[, exclude], prompt} of each tag, always the same.
+    """A GenEval of the embedded world: per_tag distinct metadata lines of each tag.
 
-    Prompts are full captions of scenes with just the objects that count; only what GenEval would ask of them is scored.
+    Lines {tag, include[, exclude], prompt}, always the same. Prompts are full captions of scenes
+    with just the objects that count; only what GenEval would ask of them is scored.
     """
     rng = np.random.default_rng(seed)
-
-    def one(tag):
-        (a, b), (p, q) = (rng.choice(list(words), 2, replace=False).tolist() for words in (world.SHAPES, world.COLOURS))
-        exclude = []
-        n = dict(single_object=1, colors=1, counting=int(rng.integers(2, 5))).get(tag, 2)
-        cells = sorted(rng.choice(4, n, replace=False).tolist())
-        include = [dict({'class': a}, count=1), dict({'class': b}, count=1)][:n]
-        if tag == 'counting':
-            include, exclude = [dict({'class': a}, count=n)], [dict({'class': a}, count=n + 1)]
-        elif tag in ('colors', 'color_attr'):
-            include = [dict(req, color=colour) for req, colour in zip(include, (p, q))]
-        elif tag == 'position':
-            relation = int(rng.integers(4))
-            cells = [((0, 1), (2, 3)), ((0, 2), (1, 3))][relation // 2][rng.integers(2)]         # side by side, or one above the other
-            target, placed = include[::-1] if relation % 2 == 0 else include
-            include = [target, dict(placed, position=[RELATIONS[relation], 0])]
-        shapes, colours = ([a] * n if tag == 'counting' else [a, b]), [p, q, *rng.choice(list(world.COLOURS), 2)]
-        objects = tuple(world.Object(str(rng.choice(list(world.SIZES))), str(c), s, world.CELLS[i]) for c, s, i in zip(colours, shapes, cells))
-        prompt = world.caption(world.Scene(objects, str(rng.choice(list(world.BACKGROUNDS)))))
-        return dict(tag=tag, include=include, **(dict(exclude=exclude) if exclude else {}), prompt=prompt)
-
-    found = {}
-    for tag in TAGS:
-        while sum(m['tag'] == tag for m in found.values()) < per_tag:
-            m = one(tag)
-            found.setdefault(m['prompt'], m)
+    found = {}                               # by prompt, so that all are distinct
+    for number, tag in enumerate(TAGS, 1):
+        while len(found) < number * per_tag:
+            meta = shapes_metadata(tag, rng)
+            found.setdefault(meta['prompt'], meta)
     return list(found.values())
 
 
-# --- where the images of an item are -------------------------------------------------------------------------------------
-def files(c, item):
+def shapes_metadata(tag, rng):
+    """One metadata line of this tag, which asks for what the tag is about."""
+    first, second = rng.choice(list(world.SHAPES), 2, replace=False).tolist()
+    colours = rng.choice(list(world.COLOURS), 2, replace=False).tolist()
+    count = int(rng.integers(2, 5))          # drawn for every tag: the prompts depend on it
+    if tag in ('single_object', 'colors'):
+        count = 1
+    elif tag != 'counting':
+        count = 2
+    cells = sorted(rng.choice(4, count, replace=False).tolist())
+    shapes = [first, second]
+    include = [{'class': first, 'count': 1}, {'class': second, 'count': 1}][:count]
+    exclude = []
+    if tag == 'counting':
+        shapes = [first] * count
+        include = [{'class': first, 'count': count}]
+        exclude = [{'class': first, 'count': count + 1}]
+    elif tag in ('colors', 'color_attr'):
+        for clause, colour in zip(include, colours):
+            clause['color'] = colour
+    elif tag == 'position':
+        relation = int(rng.integers(4))
+        if relation < 2:
+            pairs = (0, 1), (2, 3)           # side by side
+        else:
+            pairs = (0, 2), (1, 3)           # one above the other
+        cells = pairs[rng.integers(2)]
+        placed, target = include
+        if relation % 2 == 1:                # right of, below: the second is the one that is placed
+            target, placed = include
+        placed['position'] = [RELATIONS[relation], 0]
+        include = [target, placed]
+    colours += rng.choice(list(world.COLOURS), 2).tolist()
+    objects = []
+    for colour, shape, cell in zip(colours, shapes, cells):
+        size = str(rng.choice(list(world.SIZES)))
+        objects.append(world.Object(size, colour, shape, world.CELLS[cell]))
+    background = str(rng.choice(list(world.BACKGROUNDS)))
+    prompt = world.caption(world.Scene(tuple(objects), background))
+    meta = dict(tag=tag, include=include)
+    if exclude:
+        meta['exclude'] = exclude
+    meta['prompt'] = prompt
+    return meta
+
+
+# --- where the images of an item are -----------------------------------------------------------
+def item_files(c, item):
     """The image files of an item in the benchmark's own layout."""
     if c.bench in ('geneval', 'shapes'):
-        return [f'{c.images}/{item["id"]}/samples/{k:05d}.png' for k in range(c.samples)]
-    return [f'{c.images}/{item["id"]}.{"png" if c.bench == "dpg" else "jpg"}']
+        folder = f'{c.images}/{item["id"]}/samples'
+        return [f'{folder}/{sample:05d}.png' for sample in range(c.samples)]
+    if c.bench == 'dpg':
+        return [f'{c.images}/{item["id"]}.png']
+    return [f'{c.images}/{item["id"]}.jpg']
 
 
-def to_score(c, item):
-    """The files to score: GenEval's scorer takes every image of digits in an item's folder."""
+def files_to_score(c, item):
+    """The files to score: GenEval's scorer takes every image of digits in an item's folder.
+
+    Where there are fewer than c.samples, files that are missing fill the list up.
+    """
+    expected = item_files(c, item)
     if c.bench not in ('geneval', 'shapes'):
-        return files(c, item)
-    folder = f'{c.images}/{item["id"]}/samples'
-    there = sorted(n for n in (os.listdir(folder) if os.path.isdir(folder) else ()) if re.fullmatch(r'\d+\.png', n))
-    lost = [os.path.basename(f) for f in files(c, item) if os.path.basename(f) not in there]
-    return [f'{folder}/{n}' for n in there + lost[:max(0, c.samples - len(there))]]
+        return expected
+    folder = os.path.dirname(expected[0])
+    names = []
+    if os.path.isdir(folder):
+        names = [name for name in sorted(os.listdir(folder)) if re.fullmatch(r'\d+\.png', name)]
+    there = [f'{folder}/{name}' for name in names]
+    missing = [path for path in expected if path not in there]
+    lacking = max(0, c.samples - len(there))
+    return there + missing[:lacking]

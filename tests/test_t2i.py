@@ -14,7 +14,7 @@ from PIL import Image
 import common
 import config
 import eval_t2i
-from bench import judges
+from bench import detector, dpg as dpg_rules, geneval, judges, summary
 from bench import prompts
 from data.shapes import scenes as world
 from eval_t2i import dpg_score, geneval_correct, relative_position
@@ -75,12 +75,12 @@ RED = wants(('dog', 1, dict(color='red')))
     (dict(dog=things(1, 50, 'blue'), cat=things(1)), wants(('dog', 1, dict(color='red')), ('cat', 1, dict(position=['left of', 0]))), False)])
 def test_geneval_correct(objects, metadata, correct):
     assert geneval_correct(objects, metadata) is correct
-    assert bool(eval_t2i.geneval_verdict(objects, metadata)[1]) is not correct, 'a wrong image has a reason'
+    assert bool(geneval.geneval_verdict(objects, metadata)[1]) is not correct, 'a wrong image has a reason'
 
 
 def test_geneval_overall_is_the_mean_of_the_tags():
     rows = [('counting', 'a', 1), ('counting', 'a', 0), ('counting', 'b', 0), ('counting', 'b', 0), ('colors', 'c', 1)]
-    s = eval_t2i.geneval_summary([dict(tag=t, metadata=m, correct=bool(v)) for t, m, v in rows])
+    s = summary.geneval_summary([dict(tag=t, metadata=m, correct=bool(v)) for t, m, v in rows])
     assert s['columns'] == dict(counting=0.25, colors=1.0, overall=0.625)
     assert (s['images'], s['prompts'], s['correct_images'], s['correct_prompts']) == (5, 3, 0.4, 2 / 3)
     assert s['overall_stderr'] == pytest.approx(0.25 / 2), 'counting: shares .5 and 0 of two prompts, so .25; colors has one prompt'
@@ -155,14 +155,14 @@ def test_malformed_rows_are_named_with_file_and_line(tmp_path, rows, line, word)
 def test_rows_of_the_csv(tmp_path):
     path = write_csv(tmp_path / 'p.csv', ROW.format(1, 0, 'whole', '"a, b"'.replace('"', '')).replace('a, b', 'a'), ROW.format(3, '"1, 2"', 'part', 'b'), ROW.format(2, 0, 'whole', 'c'),
                      ROW.format(1, 0, 'whole', 'd').replace('a1', 'b1'))
-    items = prompts.read_dpg(keys_of(f'--prompts={path}'))
+    items = prompts.read_dpg(str(path))
     assert [(i['id'], i['number'], i['prompt']) for i in items] == [('a1', 0, 'two dogs'), ('b1', 1, 'two dogs')]
     assert [(q['proposition_id'], q['dependency'], q['category'], q['question']) for q in items[0]['questions']] == [
         (1, [0], 'entity - whole', 'Is there a?'), (3, [1, 2], 'entity - part', 'Is there b?'), (2, [0], 'entity - whole', 'Is there c?')]
-    assert [i['id'] for i in prompts.drop_first_row(items)] == ['b1'], 'the official script loses an image whose first question others depend on'
+    assert [i['id'] for i in dpg_rules.drop_first_row(items)] == ['b1'], 'the official script loses an image whose first question others depend on'
     free = [dict(items[0], questions=items[0]['questions'][:1] + items[0]['questions'][2:])]
-    assert [q['proposition_id'] for q in prompts.drop_first_row(free)[0]['questions']] == [2], '... and else the question alone'
-    assert prompts.drop_first_row(items[1:]) == []
+    assert [q['proposition_id'] for q in dpg_rules.drop_first_row(free)[0]['questions']] == [2], '... and else the question alone'
+    assert dpg_rules.drop_first_row(items[1:]) == []
 
 
 @pytest.mark.parametrize('words, word', [
@@ -190,7 +190,7 @@ def test_the_oracle_gives_drawings_of_the_prompts_full_marks(uae):
     assert [m['tag'] for m in SHAPES] == [t for t in prompts.TAGS for _ in range(32)] and len({m['prompt'] for m in SHAPES}) == len(SHAPES)
     for m in SHAPES:
         assert geneval_correct(seen(scene_of(m['prompt']), m), m), m
-        assert prompts.metadata(json.dumps(m), 'x:1', world.SHAPES, tuple(world.COLOURS)) == m
+        assert prompts.parse_metadata(json.dumps(m), 'x:1', world.SHAPES, tuple(world.COLOURS)) == m
     y, mask, cut = uae.tokens([m['prompt'] for m in SHAPES])
     assert not cut and not (y == uae.tokenizer.unk_token_id).any(), 'all prompts are in the words that the tiny models know, and fit'
     assert {m['include'][1]['position'][0] for m in SHAPES if m['tag'] == 'position'} == set(prompts.RELATIONS)
@@ -251,7 +251,7 @@ def test_folders_resume_and_world_size(few, tmp_path, capsys, monkeypatch):
     assert table[0] == '| shapes | single_object | two_object | counting | overall |' and table[2].startswith('| base | ')
     same = [dict(id='a', number=0, prompt=SHAPES[0]['prompt']), dict(id='b', number=1, prompt=SHAPES[0]['prompt'])]
     uae = eval_t2i.UAE(keys_of(*few), 'cpu')
-    a, b, c = eval_t2i.draw(uae, [(same[0], 0), (same[1], 0), (same[0], 1)])
+    a, b, c = eval_t2i.draw_prompts(uae, [(same[0], 0), (same[1], 0), (same[0], 1)])
     assert min((a - b).abs().max(), (a - c).abs().max(), (b - c).abs().max()) > 0.1, 'every item and every sample has its own noise'
     # what is there stays, what is missing comes back the same
     (out / 'images' / '00001' / 'samples' / '00001.png').unlink()
@@ -310,27 +310,27 @@ def test_instances_from_hand_made_logits():
     """A 64x64 image (so every resize is the identity): a sure query, one between two classes, an empty mask, a half-sure mask."""
     p = torch.tensor([[0.9, 0.05, 0.05], [0.5, 0.4, 0.1], [0.95, 0.01, 0.04], [0.8, 0.1, 0.1]])
     masks = torch.stack([blob(64, 64, 4, 8, 10, 30), blob(64, 64, 32, 64, 0, 1), torch.full((64, 64), -8.0), blob(64, 64, 0, 2, 0, 2, inside=np.log(3))])
-    scores, labels, boxes, m = judges.instances(p.log(), masks, (64, 64), (64, 64), (64, 64), most=6)
+    scores, labels, boxes, m = detector.instances(p.log(), masks, (64, 64), (64, 64), (64, 64), most=6)
     sure = 1 / (1 + np.exp(-8))
     expected = [(0.9 * sure, 0, [10, 4, 30, 8]), (0.8 * 0.75, 0, [0, 0, 2, 2]), (0.5 * sure, 0, [0, 32, 1, 64]), (0.4 * sure, 1, [0, 32, 1, 64]), (0.1 * 0.75, 1, [0, 0, 2, 2]), (0, 0, [0, 0, 0, 0])]
     assert [(pytest.approx(s, abs=1e-5), l, b) for s, l, b in expected] == list(zip(scores.tolist(), labels.tolist(), boxes.tolist()))
     assert m.dtype == torch.bool and m[0].sum() == 80 and m[5].sum() == 0
-    assert len(judges.instances(p.log(), masks, (64, 64), (64, 64), (64, 64), most=3)[0]) == 3
+    assert len(detector.instances(p.log(), masks, (64, 64), (64, 64), (64, 64), most=3)[0]) == 3
 
 
 def test_masks_go_back_to_the_image_without_the_padding():
     """A 50x100 image is shown as 667x1333 in 672x1344; the left half of its mask must come back as the left half."""
     image = Image.new('RGB', (100, 50), (124, 116, 104))
-    x, inside = judges.to_detector(image)
+    x, inside = detector.to_detector(image)
     assert x.shape == (1, 3, 672, 1344) and inside == (667, 1333)
     assert x[0, :, :667, :1333].abs().max() < 0.01 and x[0, :, 667:].abs().max() == 0 == x[0, :, :, 1333:].abs().max(), 'normalised, then zeros'
     low = torch.full((1, 168, 336), -8.0)
     low[:, :, :round(336 * 1333 / 1344 / 2)] = 8.0
-    _, _, boxes, masks = judges.instances(torch.tensor([[5.0, 0.0]]), low, (672, 1344), inside, (50, 100))
+    _, _, boxes, masks = detector.instances(torch.tensor([[5.0, 0.0]]), low, (672, 1344), inside, (50, 100))
     assert masks.shape == (1, 50, 100) and boxes.tolist() == [[0, 0, 50, 50]]
-    _, _, boxes, _ = judges.instances(torch.tensor([[5.0, 0.0]]), blob(64, 64, 0, 16, 0, 64)[None], (64, 64), (32, 64), (32, 64))
+    _, _, boxes, _ = detector.instances(torch.tensor([[5.0, 0.0]]), blob(64, 64, 0, 16, 0, 64)[None], (64, 64), (32, 64), (32, 64))
     assert boxes.tolist() == [[0, 0, 64, 16]], 'the lower half was padding'
-    assert judges.to_detector(Image.new('RGB', (512, 512)))[0].shape == (1, 3, 800, 800)
+    assert detector.to_detector(Image.new('RGB', (512, 512)))[0].shape == (1, 3, 800, 800)
 
 
 @pytest.mark.parametrize('tag, kept', [('counting', [0.95]), ('colors', [0.95, 0.9, 0.31])])
@@ -343,8 +343,8 @@ def test_thresholds_and_the_limit_of_a_class(monkeypatch, tag, kept):
 
     def found(scores, label):
         n = len(scores)
-        monkeypatch.setattr(judges, 'instances', lambda *a: (torch.tensor(scores), torch.full((n,), label), torch.zeros(n, 4), torch.zeros(n, 8, 8, dtype=torch.bool)))
-        return {name: [s for _, s, _ in them] for name, them in judges.detect(Model(), Image.new('RGB', (32, 32)), tag).items()}
+        monkeypatch.setattr(detector, 'instances', lambda *a: (torch.tensor(scores), torch.full((n,), label), torch.zeros(n, 4), torch.zeros(n, 8, 8, dtype=torch.bool)))
+        return {name: [s for _, s, _ in them] for name, them in detector.detect(Model(), Image.new('RGB', (32, 32)), tag).items()}
 
     assert found([0.95, 0.9, 0.31, 0.3, 0.1], 16) == dict(dog=pytest.approx(kept))
     assert len(found([0.99] * 20, 79)['toothbrush']) == 16
@@ -372,14 +372,14 @@ def no_matcher(monkeypatch):
 
 def test_geneval_with_a_tiny_detector(tmp_path, no_matcher, monkeypatch, capsys):
     detector = tiny_detector(tmp_path / 'detector')
-    model = judges.open_detector(keys_of(f'--detector={detector}'), 'cpu')
+    model = detector.open_detector(keys_of(f'--detector={detector}'), 'cpu')
     image = Image.fromarray(world.draw(scene_of(SHAPES[0]['prompt']))).resize((64, 48))
-    monkeypatch.setattr(judges, 'to_detector', lambda image, real=judges.to_detector: (torch.nn.functional.interpolate(real(image)[0], (96, 128)), (96, 128)))
+    monkeypatch.setattr(detector, 'to_detector', lambda image, real=detector.to_detector: (torch.nn.functional.interpolate(real(image)[0], (96, 128)), (96, 128)))
     with torch.no_grad():
-        out = model(pixel_values=judges.to_detector(image)[0])
-    scores, labels, boxes, masks = judges.instances(out.class_queries_logits[0], out.masks_queries_logits[0], (96, 128), (96, 128), (48, 64))
+        out = model(pixel_values=detector.to_detector(image)[0])
+    scores, labels, boxes, masks = detector.instances(out.class_queries_logits[0], out.masks_queries_logits[0], (96, 128), (96, 128), (48, 64))
     assert len(scores) == 100 and masks.shape == (100, 48, 64) and labels.max() < 80 and (scores.diff() <= 0).all()
-    assert '80 classes' in refusal(judges.open_detector, keys_of(f'--detector={tiny_detector(tmp_path / "other", last="teapot")}'), 'cpu')
+    assert '80 classes' in refusal(detector.open_detector, keys_of(f'--detector={tiny_detector(tmp_path / "other", last="teapot")}'), 'cpu')
     # the whole bench over somebody's folder, colours by a stand-in
     metas = [GOOD, dict(tag='colors', include=[{'class': 'dog', 'count': 1, 'color': 'red'}], prompt='a red dog')]
     for n, m in enumerate(metas):
@@ -388,13 +388,13 @@ def test_geneval_with_a_tiny_detector(tmp_path, no_matcher, monkeypatch, capsys)
             json.dump(m, f, indent=1)
         image.save(f'{tmp_path}/theirs/{n:04d}/samples/0000.png')
     asked = []
-    monkeypatch.setattr(eval_t2i, 'open_colours', lambda c, device: lambda image, found, name: [asked.append(name) or 'red' for _ in found])
+    monkeypatch.setattr(geneval, 'open_colours', lambda c, device: lambda image, found, name: [asked.append(name) or 'red' for _ in found])
     words = ['--bench=geneval', '--generate=False', f'--images={tmp_path}/theirs', '--samples=1', f'--detector={detector}', f'--out_dir={tmp_path}/out', '--device=cpu']
     eval_t2i.main(words)
     out = capsys.readouterr().out
     assert 'other weights than the official' in out and '| theirs | 0.000 | 0.000 | 0.000 |' in out, 'random weights see nothing'
     mask = np.ones((48, 64), bool)
-    monkeypatch.setattr(eval_t2i, 'detect', lambda model, image, tag: dict(dog=[((0.0, 0.0, 9.0, 9.0), 0.95, mask)] * 2))
+    monkeypatch.setattr(geneval, 'detect', lambda model, image, tag: dict(dog=[((0.0, 0.0, 9.0, 9.0), 0.95, mask)] * 2))
     eval_t2i.main(words)
     assert asked == ['dog'], 'colours are named where they are asked for, of the best `count`'
     assert [r['correct'] for r in lines(f'{tmp_path}/out/geneval/theirs/results.jsonl')] == [True, True]
@@ -433,14 +433,14 @@ def test_colours_are_named_from_the_object_alone():
     masks = [np.zeros((20, 20), bool) for _ in range(2)]
     masks[0][0:8, 0:4], masks[1][10:18, 10:18] = True, True
     found = [((0., 0., 8., 8.), 0.9, masks[0]), ((10., 10., 18., 18.), 0.8, masks[1])]
-    namer = judges.colour_namer(Stand(), transform, tokenizer, 'cpu')
+    namer = detector.colour_namer(Stand(), transform, tokenizer, 'cpu')
     assert namer(Image.fromarray(pixels), found, 'dog') == ['red', 'blue']
     assert torch.allclose(crops[0][0, :, 0, 3], torch.full((3,), 0.6)) and crops[0][0, 0, 0, 0] == 1, 'around the object it is grey 153'
     assert (crops[0][1, 2] == 1).all(), 'and nothing beyond its box'
     assert texts[:3] == ['a photo of a red dog', 'a photo of a red-colored dog', 'a photo of a red object'] and len(texts) == 30
     namer(Image.fromarray(pixels), found, 'dog')
     assert len(texts) == 30, 'texts once per class'
-    assert 'quickgelu' in refusal(judges.open_colours, keys_of('--colour_clip=ViT-L-14:openai'), 'cpu')
+    assert 'quickgelu' in refusal(detector.open_colours, keys_of('--colour_clip=ViT-L-14:openai'), 'cpu')
 
 
 # --- DPG-Bench, the whole script -------------------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def test_dpg_whole(dpg, tmp_path, monkeypatch, capsys):
         if 'paint' in question:
             return 'Yes.'
         return 'yes' if image.getpixel((3, 3)) == dict(red=(255, 0, 0), white=(255, 255, 255))['red' if 'red' in question else 'white'] else 'I cannot say'
-    monkeypatch.setattr(eval_t2i, 'local_vlm', lambda c, device: vqa)
+    monkeypatch.setattr(dpg_rules, 'local_vlm', lambda c, device: vqa)
     eval_t2i.main(dpg)
     assert asked[:8:2] == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)], 'top left, top right, bottom left, bottom right'
     a, b = lines(f'{tmp_path}/out/dpg/grids/results.jsonl')
@@ -530,9 +530,9 @@ def test_verdict(reply, found):
 def test_judge_summary_counts_what_failed_apart():
     rows = [('a', 1, ''), ('a', None, 'no answer'), ('a', 0, 'no image'), ('b', 1, '')]
     records = [dict(tag=t, correct=v, reason=r) for t, v, r in rows]
-    s = eval_t2i.judge_summary(records)
+    s = summary.judge_summary(records)
     assert s['columns'] == dict(a=0.5, b=1.0, overall=0.75) and (s['failed'], s['missing'], s['images']) == (1, 1, 4)
-    assert eval_t2i.judge_summary([*records, dict(tag='c', correct=None, reason='')])['columns'] == dict(a=0.5, b=1.0, c=None, overall=None), 'no overall without every tag'
+    assert summary.judge_summary([*records, dict(tag='c', correct=None, reason='')])['columns'] == dict(a=0.5, b=1.0, c=None, overall=None), 'no overall without every tag'
 
 
 class Server(http.server.BaseHTTPRequestHandler):
