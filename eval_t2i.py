@@ -193,7 +193,9 @@ def draw_chunks(c, run, chunks):
     uae = UAE(c, run.device)
     for chunk in tqdm(chunks, desc=f'draw {c.name}', disable=not run.master):
         jobs = [(item, sample) for item in chunk for sample in range(c.samples)]
-        parts = [draw_prompts(uae, jobs[i:i + c.batch]) for i in range(0, len(jobs), c.batch)]
+        parts = []
+        for start in range(0, len(jobs), c.batch):
+            parts.append(draw_prompts(uae, jobs[start:start + c.batch]))
         x = torch.cat(parts)
         for item, own in zip(chunk, x.split(c.samples)):
             save_images(c, item, own)

@@ -28,8 +28,10 @@ def open_detector(c, device):
     from transformers import Mask2FormerForUniversalSegmentation
     model = common.load(Mask2FormerForUniversalSegmentation, c.detector).eval().to(device)
     names = model.config.id2label
-    # transformers spells some of the names between them differently
-    if len(names) != len(CLASSES) or (names[0], names[79]) != (CLASSES[0], CLASSES[79]):
+    fits = len(names) == len(CLASSES)
+    if fits:                                 # some of the names between are spelt otherwise
+        fits = names[0] == CLASSES[0] and names[79] == CLASSES[79]
+    if not fits:
         raise SystemExit(
             f'--detector={c.detector}: expected the 80 classes of COCO instances, '
             f'got {len(names)}, from {names[0]!r}')
@@ -87,8 +89,11 @@ def box_of(mask):
     """(H, W) bool -> (x0, y0, x1, y1) around what is True, zeros where nothing is."""
     if not mask.any():
         return torch.zeros(4)
-    ys, xs = mask.any(1).nonzero(), mask.any(0).nonzero()
-    return torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+    ys = mask.any(1).nonzero()
+    xs = mask.any(0).nonzero()
+    top, bottom = ys.min(), ys.max() + 1
+    left, right = xs.min(), xs.max() + 1
+    return torch.tensor([left, top, right, bottom]).float()
 
 
 @torch.no_grad()

@@ -169,17 +169,17 @@ def checklist(meta):
     """GenEval++'s official wording of what an image must show."""
     lines = ['This image should contain:']
     for clause in meta['include']:
-        words = []
+        phrase = []
         if 'color' in clause:
-            words.append(f'{clause["color"]}-colored')
+            phrase.append(f'{clause["color"]}-colored')
         if clause.get('size'):
-            words.append(clause['size'])
-        words.append(counted(clause, clause.get('count', 1)))
+            phrase.append(clause['size'])
+        phrase.append(counted(clause, clause.get('count', 1)))
         if 'region' in clause:
             where = f'located in the {clause["region"]} part of the image'
         else:
             where = 'present in the image'
-        lines.append(f'- {" ".join(words)} {where}.')
+        lines.append(f'- {" ".join(phrase)} {where}.')
     for clause in meta.get('exclude', []):
         most = counted(clause, clause['count'] - 1)
         lines.append(f'- No more than {most} should appear.')

@@ -195,7 +195,7 @@ DPG_ROWS = (
 
 @pytest.fixture
 def grids(tmp_path):
-    """Words of a run over two items and their 2x2 grids: red, green, blue, white."""
+    """Flags of a run over two items and their 2x2 grids: red, green, blue, white."""
     path = write_csv(tmp_path / 'p.csv', *DPG_ROWS)
     grid = Image.new('RGB', (64, 64))
     for colour, corner in CORNERS.items():

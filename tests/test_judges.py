@@ -161,7 +161,7 @@ RED_DOG = dict(
 
 @pytest.fixture
 def theirs(tmp_path):
-    """Two folders that somebody else drew, and the words of a run over them but its detector's."""
+    """Two folders that somebody else drew, and the flags of a run over them but its detector's."""
     for n, m in enumerate([GOOD, RED_DOG]):
         folder = f'{tmp_path}/theirs/{n:04d}'
         os.makedirs(f'{folder}/samples')

@@ -249,7 +249,7 @@ FEW = SHAPES[::40][:3]
 
 @pytest.fixture
 def few(tmp_path):
-    """Three prompts of the embedded world in a file, and the words of a quick run over them."""
+    """Three prompts of the embedded world in a file, and the flags of a quick run over them."""
     path = tmp_path / 'p.jsonl'
     path.write_text(''.join(json.dumps(m) + '\n' for m in FEW))
     return [f'--prompts={path}', f'--out_dir={tmp_path}/out', '--samples=2', '--batch=4',
