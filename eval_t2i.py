@@ -53,7 +53,6 @@ from model import UAE
 
 # --- script keys -------------------------------------------------------------------------------
 keys = dict(
-    steps = 0,                 # updates: none here; the word exists in every script
     bench = 'shapes',          # shapes | geneval | geneval++ | dpg
     prompts = '',              # evaluation_metadata.jsonl, Geneval++.jsonl, dpg_bench.csv or a
                                # folder of ID.txt; '' = ours (shapes)
