@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
-from model import Projector, UAE
+from model import Projector, UAE, frozen_copy
 from tools.release import load_release
 
 # every linear layer of the language model, never the vision tower, lm_head or projector; in the
@@ -28,6 +28,7 @@ ENCODER_LORA = r'.*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj'
 DECODER_LORA = r'.*\.attn\.(add_[qkv]_proj|to_add_out|to_[qkv]|to_out\.0)'
 ADAPTERS = dict(encoder='encoder/adapter_model.safetensors',
                 decoder='decoder/pytorch_lora_weights.safetensors')
+TEXT_ENCODER = 'text_encoder/model.safetensors'
 
 
 # --- finding one ---------------------------------------------------------------------------------
@@ -80,8 +81,9 @@ def find_base(c, need_projector):
     if os.path.exists(f'{folder}/projector.safetensors'):
         return folder
     if need_projector:
-        raise SystemExit(f'no trained projector next to {c.encoder!r}: give --init_from=CHECKPOINT, '
-                         'made by pretrain_decoder.py (stage 0) or cold_start.py (stage 1)')
+        raise SystemExit(f'no trained projector next to {c.encoder!r}: give '
+                         '--init_from=CHECKPOINT, made by pretrain_decoder.py (stage 0) or '
+                         'cold_start.py (stage 1)')
     return ''
 
 
@@ -142,6 +144,8 @@ def open_uae(c, device='cpu', new_projector=False):
     pooled = pooled_of_nothing(c, decoder.config.pooled_projection_dim)
     uae = UAE(c, encoder, projector, decoder, vae, scheduler, processor, pooled, device)
     uae.release = release                       # its checkpoints' adapters stand on that release
+    if c.text_encoder != 'live':
+        load_text_encoder(uae, f'{start}/{TEXT_ENCODER}')
     return uae.to(device)
 
 
@@ -233,6 +237,37 @@ def stage_start(uae, parts, c):
             loaded = dict(zip(('encoder', 'decoder', 'projector'), towers))[part]
             tower.load_state_dict(loaded.state_dict())
     return uae
+
+
+# --- text_encoder=start: the language model as stage 2 found it re-encodes the captions ----------
+def freeze_text_encoder(uae):
+    """Gives a UAE, of which stage 2 will train the encoder, a text encoder that stands still.
+
+    With LoRA it shares the base with the captioner, and has adapters of its own. A text encoder
+    that came with the checkpoint stays.
+    """
+    if uae.text_encoder is None:
+        uae.text_encoder = frozen_copy(uae.language_model)
+
+
+def load_text_encoder(uae, path):
+    """The text encoder of a checkpoint, if it has one."""
+    if not os.path.exists(path):
+        return
+    weights = load_file(path)
+    for name, p in uae.language_model.named_parameters():
+        p.requires_grad_(name in weights)       # what it has of its own; the rest is shared
+    uae.text_encoder = frozen_copy(uae.language_model)
+    uae.language_model.requires_grad_(False)
+    uae.text_encoder.load_state_dict(weights, strict=False)
+
+
+def save_text_encoder(uae, folder):
+    """Writes what the text encoder does not share with the captioner."""
+    os.makedirs(f'{folder}/text_encoder', exist_ok=True)
+    shared = {id(p) for p in uae.language_model.parameters()}
+    own = {name: p.data for name, p in uae.text_encoder.named_parameters() if id(p) not in shared}
+    save_file(own, f'{folder}/{TEXT_ENCODER}')
 
 
 # --- LoRA ----------------------------------------------------------------------------------------
@@ -356,6 +391,8 @@ def save_models(uae, folder):
     else:
         uae.encoder.save_pretrained(f'{folder}/encoder')
         uae.decoder.save_pretrained(f'{folder}/decoder/transformer')
+    if uae.text_encoder:
+        save_text_encoder(uae, folder)
 
 
 def restore(c, optimiser):

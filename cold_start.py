@@ -105,6 +105,9 @@ def main(argv):
     checkpoint.watch_sigterm()
     train, held = open_data(c, run)
     uae = checkpoint.open_uae(c, run.device)
+    if uae.text_encoder:
+        raise SystemExit(f'{c.init_from} has a text encoder of its own (--text_encoder=start), '
+                         'which stage 1 would not train: start from an earlier checkpoint')
     params = uae.train_only('encoder', 'projector', 'decoder')
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)

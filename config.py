@@ -30,6 +30,8 @@ shared = dict(
     caption_prompt = 'describe the image',  # user turn: this text, then the image
     negative_prompt = 'random image',       # unconditional branch of classifier-free guidance
     condition = 'text',        # text | answer | image | text+image: see model.UAE.condition
+    text_encoder = '',         # what re-encodes captions: live, the captioner itself | start, the
+                               # language model as stage 2 found it; '' = as the checkpoint has it
     cond_len = 28,             # every condition is padded to this many tokens: SD3 has no text mask
     caption_len = 24,          # T, most tokens of a sampled caption, its end token included
     guidance = 1.0,            # classifier-free guidance scale; 1 = off and costs nothing
@@ -69,7 +71,8 @@ presets['paper'] = dict(
     micro_batch=2)
 choices = dict(
     condition=('text', 'answer', 'image', 'text+image'), dtype=('float32', 'bfloat16'),
-    sde=('flow', 'cps', 'cps_exact'), old_logp=('', 'recorded', 'replay'),
+    text_encoder=('', 'live', 'start'), sde=('flow', 'cps', 'cps_exact'),
+    old_logp=('', 'recorded', 'replay'),
     loss_mean=('token', 'caption', 'constant'))
 # the least and the most that a number may be, of every script's keys
 bounds = dict(

@@ -40,6 +40,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoint
 import common
 import config
 from bench.dpg import dpg_scorer, drop_first_row
@@ -49,7 +50,6 @@ from bench.geneval import geneval_scorer, shapes_scorer
 from bench.judges import Unusable, judge_scorer
 from bench.prompts import files_to_score, item_files, read_items
 from bench.summary import dpg_summary, geneval_summary, judge_summary
-from model import UAE
 
 # --- script keys -------------------------------------------------------------------------------
 keys = dict(
@@ -94,8 +94,8 @@ DRAWN_WITH = (
 def origin(c, items):
     """What images of a run come from: keys, and digests of the prompts and of the weights."""
     weights = hashlib.blake2b(digest_size=8)
-    checkpoint = glob.escape(common.find_checkpoint(c))
-    for path in sorted(glob.glob(f'{checkpoint}/**/*.safetensors', recursive=True)):
+    folder = glob.escape(checkpoint.find_checkpoint(c))
+    for path in sorted(glob.glob(f'{folder}/**/*.safetensors', recursive=True)):
         with open(path, 'rb') as f:
             weights.update(hashlib.file_digest(f, 'blake2b').digest())
     named = [(item['id'], item['prompt']) for item in items]
@@ -189,7 +189,7 @@ def generate(c, run, items):
 
 def draw_chunks(c, run, chunks):
     """Draws and saves lists of items; how many of their prompts were too long."""
-    uae = UAE(c, run.device)
+    uae = checkpoint.open_uae(c, run.device)
     for chunk in tqdm(chunks, desc=f'draw {c.name}', disable=not run.master):
         jobs = [(item, sample) for item in chunk for sample in range(c.samples)]
         parts = []

@@ -16,7 +16,7 @@ of the G drawings looks most like x:
     paper                       here                         why
     "Flow-GRPO style"           log-density is the mean      Flow-GRPO's code: the ratio stays near
                                 over dimensions              1, hence the clip of 1e-4
-    std of A not stated         the sample's, G - 1          GRPO's; Flow-GRPO takes the population's
+    std of A not stated         the sample's, G - 1          GRPO's; Flow-GRPO's is the population's
     KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; .02 there is .002 here at S = 10
     all steps trained           `train_steps` of a window    time; the window's place is drawn from
                                 of noisy ones                the first half of the steps

@@ -261,6 +261,8 @@ def main(argv):
     train, held = open_data(c, run)
     uae = checkpoint.open_uae(c, run.device)
     params = uae.train_only('encoder')
+    if c.text_encoder == 'start':
+        checkpoint.freeze_text_encoder(uae)
     reference = None
     if c.kl:
         reference = checkpoint.stage_start(uae, ['encoder'], c)

@@ -57,8 +57,8 @@ class UAE(nn.Module):
 
     c: the configuration (config.py). The parts come built: `checkpoint.open_uae` loads them,
     `tools.plan.skeleton` makes them with random weights. pooled (1, n): the decoder's constant
-    pooled embedding. text_encoder: the language model that re-encodes captions, where it is not
-    the captioner itself.
+    pooled embedding. text_encoder: the frozen language model that re-encodes captions, None where
+    the captioner does it itself.
     """
 
     def __init__(self, c, encoder, projector, decoder, vae, scheduler, processor, pooled,
@@ -176,13 +176,16 @@ class UAE(nn.Module):
     @contextmanager
     def parked(self, *names):
         """Context in which the parts named ('encoder', 'decoder', 'vae') wait on the CPU."""
-        for name in names:
-            getattr(self, name).to('cpu')
+        parts = [getattr(self, name) for name in names]
+        if 'encoder' in names and self.text_encoder:
+            parts.append(self.text_encoder)
+        for part in parts:
+            part.to('cpu')
         try:
             yield
         finally:
-            for name in names:
-                getattr(self, name).to(self.device)
+            for part in parts:
+                part.to(self.device)
 
     def autocast(self):
         """Matrix work in c.dtype over float32 master weights; nothing to do in float32."""
