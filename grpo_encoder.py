@@ -27,7 +27,7 @@ from tqdm import tqdm
 import common
 import config
 from data.images import open_data
-from eval_unified import Evaluator
+from evaluate import Evaluator
 from model import UAE
 from reward import backbone, clip_reward
 

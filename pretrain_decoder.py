@@ -26,7 +26,7 @@ from tqdm import tqdm
 import common
 import config
 from data.images import ImageError, open_data, open_images
-from eval_unified import Evaluator
+from evaluate import Evaluator
 from model import UAE
 
 # --- script keys ---------------------------------------------------------------------------------------------------

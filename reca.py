@@ -29,7 +29,7 @@ from tqdm import tqdm
 import common
 import config
 from data.images import open_data
-from eval_unified import Evaluator
+from evaluate import Evaluator
 from model import UAE
 
 PHOTO_TEMPLATES = ('Describe the picture.|Say what is shown here, thing by thing.|Give a complete account of this image.|Which objects are there, how many, and where?|'
