@@ -56,7 +56,7 @@ def close(a, b, tol=1e-5):
     assert a.shape == b.shape and (a - b).abs().max() < tol * max(1, b.abs().max()), ((a - b).abs().max(), b.abs().max())
 
 
-# --- the adapters of a checkpoint ------------------------------------------------------------------------------------
+# --- the adapters of a checkpoint ----------------------------------------------------------------
 @pytest.fixture(scope='module')
 def adapters(tmp_path_factory):
     """A run's checkpoint with LoRA of rank 4, its adapters then shaken and saved again: (folder, the model in memory)."""
@@ -95,7 +95,7 @@ def test_encoder_lora_in_plain_peft(adapters, x):
     assert (before - logits(uae.encoder, uae.processor, x[0])).abs().max() > 0.05
 
 
-# --- the authors' release ----------------------------------------------------------------------------------------------
+# --- the authors' release ------------------------------------------------------------------------
 def split(tensors, folder, stem, n):
     """n shards and their index, as save_pretrained leaves them."""
     os.makedirs(folder, exist_ok=True)
@@ -244,7 +244,7 @@ def test_release_with_parts_gone(release, tmp_path):
     assert 'use_dora' in refusal(load, f'--init_from=uae:{tmp_path}/r')
 
 
-# --- sample.py --export ------------------------------------------------------------------------------------------------
+# --- sample.py --export --------------------------------------------------------------------------
 def export_and_compare(folder, uae, x, *words):
     """Exports with these words; the plain classes, without a word on precision, give what the model in memory gives."""
     from diffusers import SD3Transformer2DModel

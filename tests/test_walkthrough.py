@@ -55,7 +55,7 @@ def ran():
     return dict(names, printed=printed.getvalue(), figures=figures)
 
 
-# --- the file ------------------------------------------------------------------------------------------------------
+# --- the file ------------------------------------------------------------------------------------
 def test_short_and_stored_as_executed():
     assert len(CELLS) < 40
     assert [cell['execution_count'] for cell in CODE] == list(range(1, len(CODE) + 1)), AGAIN
@@ -85,7 +85,7 @@ def test_the_papers_symbols_are_quoted():
         assert symbol in text, symbol
 
 
-# --- the run -------------------------------------------------------------------------------------------------------
+# --- the run -------------------------------------------------------------------------------------
 def test_the_stored_pictures_and_words_are_those_of_this_code(ran):
     stored = [colours(io.BytesIO(base64.b64decode(out['data']['image/png']))) for out in OUTPUTS if out['output_type'] == 'display_data']
     assert len(stored) == len(ran['figures']) >= 10, AGAIN
