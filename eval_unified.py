@@ -29,7 +29,6 @@ from model import UAE
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    steps = 0,                 # updates: none here; the word exists in every script
     plot = '',                 # run folders A,B: draw their curves; A,B:reward,entropy = only these
     bench = '',                # unified = the paper's Unified-Bench on the references in DATA/Image
     # names in reward.BACKBONES; name=FOLDER takes the weights from there

@@ -32,7 +32,6 @@ from tools.export import export
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    steps = 0,                 # updates: none here; the word exists in every script
     image = '',                # an image file, a folder, or a manifest
     prompt = '',               # a text to draw
     export = '',               # a new folder for the checkpoint in plain form
