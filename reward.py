@@ -145,8 +145,8 @@ class Backbone(nn.Module):
             try:
                 path = utils.cached_file(source, 'preprocessor_config.json')
             except OSError as e:
-                reason = str(e).splitlines()[0][:160]
-                raise SystemExit(f'{source}: no preprocessor_config.json, {reason}')
+                reason = ' '.join(str(e).split())[:160]
+                raise SystemExit(f'{source}: no preprocessor_config.json: {reason}')
             self.pre = own_preprocessing(path)
 
     def features(self, x):
