@@ -11,13 +11,17 @@ from safetensors.torch import load_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
+UNTRAINED = ('eval_unified', 'eval_t2i', 'sample')         # scripts that make no updates
 
 
 def words(name, out_dir, *extra, steps=2, images=2):
     """The command line of a tiny run. A temperature of 3, so that the captions of a group differ whatever the shipped base is."""
     own = dict(cold_start=[f'--prompts={images}'], grpo_encoder=[f'--prompts={images}', '--group=2', '--temperature=3'],
                grpo_decoder=[f'--prompts={images}', '--group=2'], pretrain_decoder=[f'--batch={images}']).get(name, [])
-    return [f'--steps={steps}', '--eval_images=4', '--eval_every=0', '--device=cpu', f'--out_dir={out_dir}', *own, *extra]
+    flags = ['--eval_images=4', '--eval_every=0', '--device=cpu', f'--out_dir={out_dir}']
+    if name not in UNTRAINED:
+        flags.append(f'--steps={steps}')
+    return [*flags, *own, *extra]
 
 
 def script(name, *argv):
