@@ -140,10 +140,12 @@ def open_uae(c, device='cpu', new_projector=False):
     dtype = getattr(torch, c.dtype)
     vae = common.load(AutoencoderKL, c.decoder, subfolder='vae', torch_dtype=dtype)
     scheduler = common.load(FlowMatchEulerDiscreteScheduler, c.decoder, subfolder='scheduler')
-    processor = common.load(AutoProcessor, processor_source(c, release))
+    source = processor_source(c, release)
+    processor = common.load(AutoProcessor, source)
     pooled = pooled_of_nothing(c, decoder.config.pooled_projection_dim)
     uae = UAE(c, encoder, projector, decoder, vae, scheduler, processor, pooled, device)
     uae.release = release                       # its checkpoints' adapters stand on that release
+    uae.source = source
     if c.text_encoder != 'live':
         load_text_encoder(uae, f'{start}/{TEXT_ENCODER}')
     return uae.to(device)
@@ -372,7 +374,7 @@ def save(c, run, step, uae, optimiser, keep=2):
         shutil.rmtree(half, ignore_errors=True)
         save_models(uae, half)
         torch.save(dict(optimizer=optimiser.adamw.state_dict(), step=step), f'{half}/state.pt')
-        meta = dict(step=step, release=getattr(uae, 'release', ''), config=vars(c))
+        meta = dict(step=step, release=uae.release, config=vars(c))
         common.write_json(f'{half}/meta.json', meta)
         os.replace(half, folder)
         done = [f for f in glob.glob(f'{c.out_dir}/step_*') if step_of(f) >= 0]

@@ -23,9 +23,9 @@ import textwrap
 import common
 import config
 from bench.unified import backbones, match_files, of_seed, over_seeds, rebuild, score_folder
+from checkpoint import open_uae
 from data.images import image_files, open_data, picture
 from evaluate import Evaluator, reconstruct
-from model import UAE
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
@@ -113,7 +113,7 @@ def plot_runs(folders, fields, path):
 def held_out(c, run):
     """Scores a model on the held-out images; report.json, reconstructions.png."""
     _, held = open_data(c, run, training=False)
-    evaluate = Evaluator(UAE(c, run.device), held, c, run)
+    evaluate = Evaluator(open_uae(c, run.device), held, c, run)
     summary, records = evaluate()
     if not run.master:
         return

@@ -73,6 +73,8 @@ class UAE(nn.Module):
         self.text_encoder = text_encoder
         self.scheduler = scheduler
         self.noise_levels = {}                  # S -> the scheduler's, see `sigmas`
+        self.source = c.encoder                 # folder or hub id of the processor
+        self.release = ''                       # folder of the authors' release under the weights
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.end = self.tokenizer.convert_tokens_to_ids('<|im_end|>')

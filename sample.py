@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 import common
 import config
+from checkpoint import open_uae
 from data.images import ImageError, keep, open_images
 from evaluate import draw_captions, reconstruct
-from model import UAE
 from tools.export import export
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def main(argv):
     run = common.start(c)
     if run.world > 1 and not c.image:
         raise SystemExit('several ranks are for --image; --prompt and --export take one')
-    uae = UAE(c, run.device)
+    uae = open_uae(c, run.device)
     if c.image:
         from_images(uae, c, run)
     elif c.export:

@@ -14,9 +14,9 @@ import statistics
 from tqdm import tqdm
 
 import common
+from checkpoint import find_checkpoint, open_uae
 from data.images import image_files, keep, picture
 from evaluate import draw_captions, reconstruct
-from model import UAE
 from reward import backbone, clip_reward
 
 # what the images in an out_dir depend on
@@ -90,7 +90,7 @@ def read_captions(path, references):
 # --- reconstructions -----------------------------------------------------------------------------
 def claim_folder(c, run):
     """Notes in out_dir/run.json what its images depend on; refuses those made otherwise."""
-    base = os.path.abspath(common.find_checkpoint(c))
+    base = os.path.abspath(find_checkpoint(c))
     files = glob.glob(f'{glob.escape(base)}/**/*.safetensors', recursive=True)
     if c.captions:
         files.append(c.captions)
@@ -105,7 +105,7 @@ def claim_folder(c, run):
         if old != new:
             raise SystemExit(f'{c.out_dir} holds images made with {key}={old!r}, '
                              f'this run has {new!r}: give --out_dir=ELSEWHERE')
-    common.total(0, run)                         # nobody writes before everybody has read
+    common.barrier(run)                         # nobody writes before everybody has read
     if run.master:
         common.write_json(str(path), mine, indent=2)
 
@@ -118,7 +118,7 @@ def rebuild(c, run, references):
     """
     given = read_captions(c.captions, references) if c.captions else None
     claim_folder(c, run)
-    uae = UAE(c, run.device)
+    uae = open_uae(c, run.device)
     names = list(references)
     mine = range(run.rank, len(names), run.world)
     rebuilt = []
@@ -140,7 +140,7 @@ def rebuild(c, run, references):
                 x_hat = draw_given(uae, text, x, i, seed, name)
             common.write_json(note, text, indent=2)
             keep(x_hat[0], image_file)
-        common.total(0, run)                     # all have drawn
+        common.barrier(run)                     # all have drawn
         captions = {}
         for name in names:
             captions[name] = json.loads(pathlib.Path(notes, f'{name}.json').read_text())

@@ -3,8 +3,10 @@
 DIR is a plain Qwen2.5-VL folder, adapters merged, that lmms-eval and VLMEvalKit take as their model
 path: our weights under the names that the hub uses, every other file the base model's own, since
 transformers 5 would write a configuration that older libraries misread. DIR/decoder holds
-transformer/ (diffusers, merged) and projector.safetensors.
+transformer/ (diffusers, merged) and projector.safetensors, and with --text_encoder=start
+text_encoder/, the language model that re-encodes captions.
 """
+import copy
 import glob
 import json
 import os
@@ -67,6 +69,19 @@ def write_config(path, dtype):
         json.dump(base, f, indent=2)
 
 
+def export_text_encoder(uae, folder, c):
+    """Writes the language model that re-encodes captions, where it is not the captioner itself.
+
+    A copy, made before anything is merged: with LoRA the two share the weights below the adapters.
+    """
+    from huggingface_hub import save_torch_state_dict
+    text_encoder = copy.deepcopy(uae.text_encoder)
+    merge_lora(text_encoder)
+    text_encoder.to(getattr(torch, c.dtype))
+    os.makedirs(folder)
+    save_torch_state_dict(text_encoder.state_dict(), folder, max_shard_size='4GB')
+
+
 def export(uae, c):
     """Writes c.export, see above; beside it and renamed, so a kill leaves no half of it."""
     from huggingface_hub import save_torch_state_dict
@@ -74,6 +89,8 @@ def export(uae, c):
     tmp = f'{folder}.tmp'
     shutil.rmtree(tmp, ignore_errors=True)
     os.makedirs(f'{tmp}/decoder')
+    if uae.text_encoder:
+        export_text_encoder(uae, f'{tmp}/decoder/text_encoder', c)
     for tower in (uae.encoder, uae.decoder):
         merge_lora(tower)
         tower.to(getattr(torch, c.dtype))

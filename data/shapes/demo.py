@@ -27,10 +27,10 @@ import common
 import config
 import grpo_decoder
 import grpo_encoder
+from checkpoint import open_uae
 from data.images import open_data
 from data.shapes import scenes as world
 from evaluate import Evaluator, draw_captions, reconstruct
-from model import UAE
 from reward import clip_reward
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def evaluate_checkpoint(init_from, held, is_base):
     start = time.time()
     c = config.parse({}, {}, [f'--init_from={init_from}'], 'eval_unified.py')
     run = common.start(c)
-    uae = UAE(c, run.device)
+    uae = open_uae(c, run.device)
     evaluate = Evaluator(uae, held, c, run)
     summary, records = evaluate()
     summary = {field: summary[field] for field in SHOWN}
