@@ -1,4 +1,5 @@
-"""README's table 'The paper and the code', both ways: what it names exists, and every function of the method stands in it."""
+"""README's table 'The paper and the code', both ways: what it names exists, and every function of
+the method stands in it."""
 import ast
 import os
 import re
@@ -7,13 +8,45 @@ import pytest
 
 from conftest import ROOT
 
-FILES = ('model.py', 'reward.py', 'pretrain_decoder.py', 'cold_start.py', 'grpo_encoder.py', 'grpo_decoder.py', 'reca.py')
-# what no symbol of the paper stands for: the loop, batches, tokens <-> strings, precision, devices, disk
-PLUMBING = {'main', 'prepare', 'captioned', 'open_captioned', 'compile_blocks', 'backbone', 'backbones', 'pair', 'UAE.__init__', 'UAE.templates', 'UAE.unreachable', 'UAE.forward', 'UAE.parked', 'UAE.autocast',
-            'UAE.texts', 'UAE.tokens', 'UAE.pad', 'UAE.latent_shape', 'UAE.save'}
+FILES = (
+    'model.py',
+    'reward.py',
+    'pretrain_decoder.py',
+    'cold_start.py',
+    'grpo_encoder.py',
+    'grpo_decoder.py',
+    'reca.py',
+)
+# what no symbol of the paper stands for: the loop, batches, tokens <-> strings, precision,
+# devices, disk
+PLUMBING = {
+    'main', 'prepare', 'captioned', 'open_captioned', 'compile_blocks', 'backbone', 'backbones',
+    'pair', 'UAE.__init__', 'UAE.templates', 'UAE.unreachable', 'UAE.forward', 'UAE.parked',
+    'UAE.autocast', 'UAE.texts', 'UAE.tokens', 'UAE.pad', 'UAE.latent_shape', 'UAE.save',
+}
 # of the paper's method section, in the letters of the code
-SYMBOLS = ('y ~ pi_phi(', 'log pi_phi(y_t', 'pi_phi_old', 'pi_ref', 'h_T', 'c = g(h_T)', 'c = {c_text, c_img}', 'x_hat ~ p_theta(', 'f_I', 'R_i = cos(f_I(x), f_I(x_hat_i))',
-           'A_i = (R_i - mean R) / std R', 'L = 1 - cos(f_I(x), f_I(x_hat))', 'ratio_t = pi_phi', 'ratio_s = p_theta', 'clip(ratio', 'J =', 'KL(pi_phi', 'KL(p_theta', '1/G sum_i 1/len(y_i) sum_t', 'N(mean_theta')
+SYMBOLS = (
+    'y ~ pi_phi(',
+    'log pi_phi(y_t',
+    'pi_phi_old',
+    'pi_ref',
+    'h_T',
+    'c = g(h_T)',
+    'c = {c_text, c_img}',
+    'x_hat ~ p_theta(',
+    'f_I',
+    'R_i = cos(f_I(x), f_I(x_hat_i))',
+    'A_i = (R_i - mean R) / std R',
+    'L = 1 - cos(f_I(x), f_I(x_hat))',
+    'ratio_t = pi_phi',
+    'ratio_s = p_theta',
+    'clip(ratio',
+    'J =',
+    'KL(pi_phi',
+    'KL(p_theta',
+    '1/G sum_i 1/len(y_i) sum_t',
+    'N(mean_theta',
+)
 
 
 def functions(file):
@@ -24,21 +57,41 @@ def functions(file):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
         if isinstance(node, ast.ClassDef):
-            yield from (f'{node.name}.{m.name}' for m in node.body if isinstance(m, ast.FunctionDef))
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    yield f'{node.name}.{method.name}'
 
 
 def of_the_method(file):
-    """Functions and classes of a file that the map owes a row, by rule: all but plumbing, and of the classes' methods UAE's alone."""
-    return {name for name in functions(file) if name not in PLUMBING and ('.' not in name or name.startswith('UAE.'))}
+    """Functions and classes of a file that the map owes a row, by rule.
+
+    All but plumbing; of the classes' methods UAE's alone.
+    """
+    found = set()
+    for name in functions(file):
+        owed = '.' not in name or name.startswith('UAE.')
+        if owed and name not in PLUMBING:
+            found.add(name)
+    return found
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip().strip('|').split('|')]
+
+
+def in_backticks(cell):
+    return re.findall(r'`([^`]+)`', cell)
 
 
 def rows(text):
     """The table's rows: (symbol, files, functions)."""
-    section = re.search(r'^## The paper and the code\n(.*?)(?=^## |\Z)', text, re.S | re.M).group(1)
-    lines = [[cell.strip() for cell in line.strip().strip('|').split('|')] for line in section.splitlines() if line.startswith('|')]
-    assert lines[0] == ['paper', 'symbol', 'file', 'function'] and set(lines[1]) == {'---'}
-    assert all(len(line) == 4 and all(line) for line in lines), 'an empty cell, or a | in one'
-    return [(symbol, re.findall(r'`([^`]+)`', files), re.findall(r'`([^`]+)`', names)) for _, symbol, files, names in lines[2:]]
+    heading = r'^## The paper and the code\n(.*?)(?=^## |\Z)'
+    section = re.search(heading, text, re.S | re.M).group(1)
+    header, rule, *body = [cells_of(line) for line in section.splitlines() if line.startswith('|')]
+    assert header == ['paper', 'symbol', 'file', 'function']
+    assert set(rule) == {'---'}
+    assert all(len(row) == 4 and all(row) for row in body), 'an empty cell, or a | in one'
+    return [(symbol, in_backticks(files), in_backticks(names)) for _, symbol, files, names in body]
 
 
 @pytest.fixture(scope='module')
@@ -47,35 +100,42 @@ def table():
         return rows(f.read())
 
 
+def named_in(table, files):
+    """Functions that the table names in one of these files."""
+    return {name for _, where, names in table if set(where) & set(files) for name in names}
+
+
 def test_every_function_named_exists(table):
     assert len(table) > 10
     for symbol, files, names in table:
         assert files and names, f'{symbol}: file and function stand in backticks'
-        for file in files:                                   # several files in a row: the function is repeated in each
+        for file in files:                       # several files: the function is repeated in each
             missing = set(names) - set(functions(file))
             assert not missing, f'{symbol}: no {missing} in {file}'
 
 
 @pytest.mark.parametrize('file', FILES)
 def test_every_function_of_the_method_is_in_the_map(table, file):
-    mapped = {name for _, files, names in table for name in names if file in files}
-    missing = of_the_method(file) - mapped
+    missing = of_the_method(file) - named_in(table, [file])
     assert not missing, f'{file}: {sorted(missing)} has no row in README.md'
 
 
 def test_plumbing_is_a_short_list_of_what_exists_and_is_not_mapped(table):
     assert len(PLUMBING) < 20
     assert PLUMBING <= {name for file in FILES for name in functions(file)}
-    assert not PLUMBING & {name for _, files, names in table for name in names if set(files) & set(FILES)}
+    assert not PLUMBING & named_in(table, FILES)
 
 
 def test_every_symbol_of_the_method_has_a_row(table):
     text = ' '.join(symbol for symbol, _, _ in table)
-    assert not [s for s in SYMBOLS if s not in text]
+    assert not [symbol for symbol in SYMBOLS if symbol not in text]
 
 
 def test_the_stages_are_all_read():
-    """A stage added later has to be added to FILES: a stage is a script with own keys and a policy_loss or loss of its own."""
+    """A stage added later has to be added to FILES.
+
+    A stage is a script with own keys and a policy_loss or loss of its own.
+    """
     for file in sorted(os.listdir(ROOT)):
         if file.endswith('.py') and {'loss_of', 'flow_loss', 'policy_loss'} & set(functions(file)):
             assert file in FILES, f'{file}: its functions are not looked at'

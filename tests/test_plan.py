@@ -1,5 +1,7 @@
 """--plan: what a stage needs on one GPU, printed before anything is downloaded, and right."""
 import contextlib
+import functools
+import importlib
 import os
 import re
 import socket
@@ -10,122 +12,182 @@ import torch
 
 import common
 import config
+from model import UAE
+from reward import backbone
 from running import refusal, script
 
-TRAINS = dict(cold_start=('encoder', 'projector', 'decoder'), grpo_encoder=('encoder',), grpo_decoder=('decoder',),
-              pretrain_decoder=('projector', 'decoder', 'encoder'), reca=('projector', 'decoder'))
-PLANS = {}
+TRAINS = dict(
+    cold_start=('encoder', 'projector', 'decoder'),
+    grpo_encoder=('encoder',),
+    grpo_decoder=('decoder',),
+    pretrain_decoder=('projector', 'decoder', 'encoder'),
+    reca=('projector', 'decoder'),
+)
+WITHOUT_REWARD = ('pretrain_decoder', 'reca')
 
 
-def configuration(name, *words):
-    module = __import__(name)
-    return config.parse(module.keys, module.own_presets, words, f'{name}.py')
+def configuration(name, *argv):
+    stage = importlib.import_module(name)
+    return config.parse(stage.keys, stage.own_presets, argv, f'{name}.py')
 
 
-def plan(name, *words):
-    """What common.plan returns for a stage, made once."""
-    if (name, *words) not in PLANS:
-        with open(os.devnull, 'w') as text, contextlib.redirect_stdout(text):
-            PLANS[name, *words] = common.plan(configuration(name, *words), *TRAINS[name])
-    return PLANS[name, *words]
+@functools.cache
+def plan(name, *argv):
+    """What the plan of a stage returns, made once."""
+    with open(os.devnull, 'w') as text, contextlib.redirect_stdout(text):
+        return common.plan(configuration(name, *argv), *TRAINS[name])
 
 
-def kept(loss):
-    """Bytes of the storages that autograd saves while loss() runs, and its result, which keeps them alive."""
-    found = {}
+def open_models(c):
+    """The UAE of a configuration and the tower of its reward."""
+    return UAE(c), backbone('clip', c)
+
+
+# --- a micro-batch of each stage's own loss, its inputs random ------------------------------------
+def inputs(uae):
+    """x, seen, y, mask, z, ones (B,) of one micro-batch."""
+    c = uae.c
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(c.micro_batch, 3, c.resolution, c.resolution, generator=g) * 2 - 1
+    z = torch.randn(c.micro_batch, *uae.latent_shape(), generator=g)
+    seen = uae.see(x)
+    y = torch.randint(7, 30, (c.micro_batch, c.caption_len), generator=g)
+    return x, seen, y, torch.ones(y.shape), z, torch.ones(c.micro_batch)
+
+
+def cold_start_loss(stage, uae, tower):
+    x, seen, y, mask, z, _ = inputs(uae)
+    return stage.loss_of, tower, x, seen, y, mask, z, 1.0, uae.c
+
+
+def grpo_encoder_loss(stage, uae, tower):
+    x, seen, y, mask, z, adv = inputs(uae)
+    return stage.loss_of, seen, y, mask, mask, mask, adv, 1.0, uae.c
+
+
+def grpo_decoder_loss(stage, uae, tower):
+    x, seen, y, mask, z, adv = inputs(uae)
+    noisy, _ = stage.window(0, uae.c)
+    path = torch.randn(len(z), noisy[1] - noisy[0], *z.shape[1:])
+    old_logp = torch.zeros(path.shape[:2])
+    c = uae.condition(y, mask, seen)
+    return stage.loss_of, None, c, path, path, old_logp, adv, 0, 1.0, uae.c
+
+
+def pretrain_decoder_loss(stage, uae, tower):
+    x, seen, y, mask, z, ones = inputs(uae)
+    return stage.both_losses, (z, y, mask, ones / 2, z), (seen, y, mask), 1.0
+
+
+def reca_loss(stage, uae, tower):
+    x, seen, y, mask, z, ones = inputs(uae)
+    drop = torch.zeros(len(z), dtype=torch.bool)
+    return stage.loss_of, None, z, ones / 2, z, drop, seen[0], (y, mask, seen), 1.0, uae.c
+
+
+LOSSES = dict(
+    cold_start=cold_start_loss,
+    grpo_encoder=grpo_encoder_loss,
+    grpo_decoder=grpo_decoder_loss,
+    pretrain_decoder=pretrain_decoder_loss,
+    reca=reca_loss,
+)
+
+
+def really_kept(name, *argv):
+    """Bytes that autograd really keeps in one micro-batch, weights not counted."""
+    common.quiet()
+    uae, tower = open_models(configuration(name, *argv))
+    uae.train_only(*TRAINS[name])
+    with torch.no_grad():
+        loss_and_inputs = LOSSES[name](importlib.import_module(name), uae, tower)
+    storages = {}
 
     def keep(t):
-        found[t.untyped_storage()._cdata] = t.untyped_storage()
+        storage = t.untyped_storage()
+        storages[storage._cdata] = storage
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = loss()
-    return found, out
-
-
-def real(name, *words):
-    """What autograd really keeps in one micro-batch of the stage's own loss, weights not counted."""
-    from model import UAE
-    from reward import backbone
-    c, module = configuration(name, *words), __import__(name)
-    common.quiet()
-    uae, tower = UAE(c), backbone('clip', c)
-    uae.train_only(*TRAINS[name])
-    B, g = c.micro_batch, torch.Generator().manual_seed(0)
-    x, z = torch.rand(B, 3, c.resolution, c.resolution, generator=g) * 2 - 1, torch.randn(B, *uae.latent_shape(), generator=g)
-    with torch.no_grad():
-        seen = uae.see(x)
-        y = torch.randint(7, 30, (B, c.caption_len), generator=g)
-        mask, adv = torch.ones(y.shape), torch.ones(B)
-        if name == 'grpo_encoder':
-            args = module.loss_of, seen, y, mask, mask, mask, adv, 1.0, c
-        elif name == 'cold_start':
-            args = module.loss_of, tower, x, seen, y, mask, z, 1.0, c
-        elif name == 'grpo_decoder':
-            noisy, _ = module.window(0, c)
-            z0 = torch.randn(B, noisy[1] - noisy[0], *z.shape[1:], generator=g)
-            args = module.loss_of, None, uae.condition(y, mask, seen), z0, z0, torch.zeros(z0.shape[:2]), adv, 0, 1.0, c
-        elif name == 'reca':
-            args = module.loss_of, None, z, adv / 2, z, torch.zeros(B, dtype=torch.bool), seen[0], (y, mask, seen), 1.0, c
-        else:
-            args = module.both_losses, (z, y, mask, adv / 2, z), (seen, y, mask), 1.0
-    found, out = kept(lambda: uae(*args))
-    own = {t.untyped_storage()._cdata for m in (uae, tower) for t in m.state_dict(keep_vars=True).values()}
-    return sum(s.nbytes() for k, s in found.items() if k not in own)
+        uae(*loss_and_inputs)
+    for module in (uae, tower):
+        for t in module.state_dict(keep_vars=True).values():
+            storages.pop(t.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
 @pytest.mark.parametrize('name', TRAINS)
 def test_activations_are_what_the_stage_keeps(name, checkpointing):
-    """The count on tensors without storage against the stage's own loss on real ones, caption prompt and all."""
-    words = ('--micro_batch=4', f'--checkpointing={checkpointing}') + (('--batch=4',) if name in ('pretrain_decoder', 'reca') else ())
-    said, found = plan(name, *words)['kept'][checkpointing], real(name, *words)
-    assert found > 1e5 and abs(said / found - 1) < 0.15, (said, found)
+    """The count on tensors without storage against the stage's own loss on real ones, caption
+    prompt and all."""
+    argv = ['--micro_batch=4', f'--checkpointing={checkpointing}']
+    if name in WITHOUT_REWARD:
+        argv.append('--batch=4')
+    said = plan(name, *argv)['kept'][checkpointing]
+    found = really_kept(name, *argv)
+    assert found > 1e5
+    assert abs(said / found - 1) < 0.15, (said, found)
 
 
 def test_activations_of_lora_in_bfloat16():
-    words = ('--micro_batch=4', '--lora_rank=4', '--dtype=bfloat16')
+    argv = ['--micro_batch=4', '--lora_rank=4', '--dtype=bfloat16']
     for name in ('grpo_encoder', 'grpo_decoder'):
-        said, found = plan(name, *words)['kept'][False], real(name, *words)
+        said = plan(name, *argv)['kept'][False]
+        found = really_kept(name, *argv)
         assert abs(said / found - 1) < 0.15, (name, said, found)
 
 
 @pytest.mark.parametrize('name', ['grpo_encoder', 'grpo_decoder'])
 def test_bytes_are_those_of_the_run(name):
-    """Weights after train_only, gradients like them, two moments, and a reference of what is trained if there is a KL: against the real model."""
-    from model import UAE
+    """Weights after train_only, gradients like them, two moments, and a reference of what is
+    trained if there is a KL: against the real model."""
     said = plan(name, '--micro_batch=4', '--kl=0.1')
-    uae = UAE(configuration(name))
+    uae, _ = open_models(configuration(name))
     params = uae.train_only(*TRAINS[name])
-    mine = sum(p.numel() * p.element_size() for p in params) / 1e9
+    trained_part = TRAINS[name][0]
+    trained = sum(p.numel() * p.element_size() for p in params) / 1e9
     for part in ('encoder', 'projector', 'decoder', 'vae'):
-        module, row = getattr(uae, part), said[part]
-        assert row['parameters'] == sum(p.numel() for p in module.parameters()) and row['trained'] == sum(p.numel() for p in module.parameters() if p.requires_grad)
-        assert row['weights'] == pytest.approx(sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())) / 1e9)
-        own = mine if part == TRAINS[name][0] else 0.0
-        assert (row['gradients'], row['adamw'], row['reference']) == pytest.approx((own, 2 * own, own))
-    fixed = sum(said[p][k] for p in ('encoder', 'projector', 'decoder', 'vae', 'reward', 'judge') for k in ('weights', 'gradients', 'adamw', 'reference'))
-    assert said['total'][False] == pytest.approx(fixed + said['kept'][False] / 1e9)
-    assert fixed + said['kept'][True] / 1e9 < said['total'][True] < said['total'][False]
-    assert not plan(name, '--micro_batch=4')[TRAINS[name][0]]['reference']
+        module = getattr(uae, part)
+        row = said[part]
+        tensors = [*module.parameters(), *module.buffers()]
+        weights = sum(t.numel() * t.element_size() for t in tensors) / 1e9
+        moving = [p.numel() for p in module.parameters() if p.requires_grad]
+        assert row['parameters'] == sum(p.numel() for p in module.parameters())
+        assert row['trained'] == sum(moving)
+        assert row['weights'] == pytest.approx(weights)
+        own = trained if part == trained_part else 0.0
+        found = (row['gradients'], row['adamw'], row['reference'])
+        assert found == pytest.approx((own, 2 * own, own))
+
+    rows = [said[part] for part in ('encoder', 'projector', 'decoder', 'vae', 'reward', 'judge')]
+    kinds = ('weights', 'gradients', 'adamw', 'reference')
+    fixed = sum(row[kind] for row in rows for kind in kinds)
+    total = said['total']
+    assert total[False] == pytest.approx(fixed + said['kept'][False] / 1e9)
+    assert fixed + said['kept'][True] / 1e9 < total[True] < total[False]
+    assert not plan(name, '--micro_batch=4')[trained_part]['reference']
 
 
 def test_the_micro_batch_is_the_run_s(monkeypatch):
-    """micro_batch samples, all of a rank's if it is 0; activations grow with it, and with the denoising steps that are replayed."""
+    """micro_batch samples, all of a rank's if it is 0; activations grow with it, and with the
+    denoising steps that are replayed."""
     assert plan('grpo_encoder', '--micro_batch=4')['B'] == 4
     assert plan('grpo_encoder', '--prompts=4', '--group=4')['B'] == 16
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert plan('grpo_encoder', '--prompts=4', '--group=4', '--seed=2')['B'] == 8
     monkeypatch.delenv('WORLD_SIZE')
-    one, more = (plan('grpo_decoder', '--micro_batch=4', *w)['kept'][False] for w in (['--train_steps=1'], []))
+    one = plan('grpo_decoder', '--micro_batch=4', '--train_steps=1')['kept'][False]
+    more = plan('grpo_decoder', '--micro_batch=4')['kept'][False]
     assert more > 2.5 * one
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 @pytest.fixture
 def offline(monkeypatch):
-    def refuse(*args, **kw):
+    def refuse(*args, **other):
         raise AssertionError('--plan asks the network')
+
     monkeypatch.setattr(socket.socket, 'connect', refuse)
     monkeypatch.setattr(socket, 'getaddrinfo', refuse)
 
@@ -137,23 +199,37 @@ def test_plan_of_a_script(name, tmp_path, capsys, monkeypatch, offline):
     monkeypatch.setattr(common, 'start', lambda c: pytest.fail('--plan starts a run'))
     script(name, '--plan', f'--out_dir={tmp_path}/out')
     text = capsys.readouterr().out
-    for part in ('encoder', 'projector', 'decoder', 'vae') + ('reward', 'judge') * (name not in ('pretrain_decoder', 'reca')):
-        assert (float(re.search(rf'^{part} .* ([\d.]+) M', text, re.M)[1]) > 0) == (part in TRAINS[name]), part
-    assert 'fits 24 GB' in text and not os.path.exists(f'{tmp_path}/out')
+    parts = ['encoder', 'projector', 'decoder', 'vae']
+    if name not in WITHOUT_REWARD:
+        parts += ['reward', 'judge']
+    for part in parts:
+        millions = float(re.search(rf'^{part} .* ([\d.]+) M', text, re.M)[1])
+        assert (millions > 0) == (part in TRAINS[name]), part
+    assert 'fits 24 GB' in text
+    assert not os.path.exists(f'{tmp_path}/out')
 
 
 def test_plan_of_a_preset(capsys, offline):
-    """Nothing of it is on this machine: known architectures are enough, and what it says of the encoder is right to the byte."""
+    """Nothing of it is on this machine: known architectures are enough, and what it says of the
+    encoder is right to the byte."""
     script('grpo_encoder', '--preset=medium', '--plan')
     text = capsys.readouterr().out
-    row = re.search(r'^encoder +(\S+) B +(\S+) +(\S+) M +(\S+) +(\S+) +(\S+)$', text, re.M).groups()
+    columns = r'^encoder +(\S+) B +(\S+) +(\S+) M +(\S+) +(\S+) +(\S+)$'
+    row = [float(value) for value in re.search(columns, text, re.M).groups()]
     adapters = 32 * 36 * 51968                   # rank, layers, in + out of their linear layers
-    assert [float(v) for v in row] == pytest.approx([3.7546, (2 * 3754622976 + 4 * adapters) / 1e9, adapters / 1e6, *(k * adapters / 1e9 for k in (4, 8, 4))], abs=1e-2)
-    with_, without = (float(re.search(rf'^total {w} +checkpointing: (\S+)', text, re.M)[1]) for w in ('with', 'without'))
-    assert 14 < with_ < without < 24
+    weights = (2 * 3754622976 + 4 * adapters) / 1e9
+    training = [size * adapters / 1e9 for size in (4, 8, 4)]
+    assert row == pytest.approx([3.7546, weights, adapters / 1e6, *training], abs=1e-2)
+
+    def total(how):
+        return float(re.search(rf'^total {how} +checkpointing: (\S+)', text, re.M)[1])
+
+    assert 14 < total('with') < total('without') < 24
     assert re.search(r'^total with .* fits 24 GB, fits 80 GB \(this run\)$', text, re.M)
 
 
 def test_unknown_models_are_named():
-    message = refusal(common.plan, configuration('grpo_encoder', '--decoder=somebody/else'), 'encoder')
-    assert 'somebody/else' in message and 'stabilityai/stable-diffusion-3.5-large' in message
+    c = configuration('grpo_encoder', '--decoder=somebody/else')
+    message = refusal(common.plan, c, 'encoder')
+    assert 'somebody/else' in message
+    assert 'stabilityai/stable-diffusion-3.5-large' in message
