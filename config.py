@@ -40,19 +40,21 @@ shared = dict(
     reward = 'clip',           # backbone of the reward, any name of reward.BACKBONES
     eval_steps = 8,            # denoising steps
     eval_images = 64,          # held-out images
-    eval_batch = 64,           # of these at a time on a rank
     eval_every = 20,           # updates between evaluations, 0 = never
     eval_temperature = 0.0,    # of the captions; 0 = greedy, 0.7 for the paper's Unified-Bench
-    # optimisation
-    lora_rank = 0,             # 0 = full fine-tuning; > 0 = LoRA of this rank (alpha = 2 rank)
-    micro_batch = 0,           # samples per forward and backward pass on a rank, 0 = all
-    checkpointing = False,     # recompute activations: less memory, 30 % more time
     # run
     seed = 1337,
     device = '',               # '' = cuda if there is one, else cpu
-    dtype = 'float32',         # of frozen weights and matrix work; SDE and log-probs are float32
     save_every = 0,            # updates between checkpoints; 0 = only at the end
     wandb = '',                # project name; '' = nothing is imported
+    # full size: what a tiny run need not know
+    lora_rank = 0,             # 0 = full fine-tuning; > 0 = LoRA of this rank (alpha = 2 rank)
+    dtype = 'float32',         # of frozen weights and matrix work; SDE and log-probs are float32
+    micro_batch = 0,           # samples per forward and backward pass on a rank, 0 = all
+    eval_batch = 64,           # held-out images at a time on a rank
+    checkpointing = False,     # recompute activations: less memory, 30 % more time
+    old_logp = '',             # of stages 2 and 3: recorded while sampling | replay: the first
+                               # update's own, ratio 1; '' = replay in bfloat16, else recorded
 )
 presets = dict(tiny={})
 presets['medium'] = dict(
@@ -183,6 +185,10 @@ def parse(keys, own_presets, argv, script):
     values.update(given)
     stem = os.path.basename(str(script)).removesuffix('.py')
     values['out_dir'] = values['out_dir'] or f'out/{stem}'
+    if not values['old_logp']:
+        values['old_logp'] = 'recorded'
+        if values['dtype'] == 'bfloat16':
+            values['old_logp'] = 'replay'
     check(values)
     return argparse.Namespace(**values, **flags)
 

@@ -54,8 +54,6 @@ keys = dict(
     train_steps = 3,           # of those, drawn anew each update; all replayed in one forward pass
     same_noise = False,        # one start noise for the whole group
     clip_range = (1e-4, 1e-4), # ratio in [1 - a, 1 + b]; narrow: a log-density is a mean
-    old_logp = '',             # recorded while sampling | replay: the first update's own, ratio 1;
-                               # '' = replay in bfloat16, else recorded
     kl = 0.0,                  # weight of the Gaussian KL against the stage's initial decoder
     updates = 1,               # optimiser steps per rollout
     lr = 2e-4,
@@ -257,8 +255,6 @@ def main(argv):
     if min(c.sde_window, c.sample_steps - 1) < 1:
         raise SystemExit('no noisy step is left to train: sde_window >= 1 and sample_steps >= 2 '
                          'are needed')
-    if not c.old_logp:
-        c.old_logp = 'replay' if c.dtype == 'bfloat16' else 'recorded'
     if c.plan:
         return plan(c, ['decoder'], planned_loss)
     run = common.start(c)

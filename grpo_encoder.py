@@ -51,8 +51,6 @@ keys = dict(
     temperature = 1.0,         # of the sampling, and of the log-probs in the loss
     caption_batch = 0,         # captions sampled at once on a rank, 0 = all
     clip_range = (0.2, 0.2),   # ratio in [1 - a, 1 + b]; (0.2, 0.28) is clip-higher
-    old_logp = '',             # recorded while sampling | replay: the first update's own, ratio 1;
-                               # '' = replay in bfloat16, else recorded
     adv_std = True,            # divide by the group's std; False (Dr. GRPO): groups that hardly
                                # differ weigh less
     loss_mean = 'token',       # token: over all tokens of the step | caption: over each caption,
@@ -250,8 +248,6 @@ def main(argv):
     if c.condition == 'image':
         raise SystemExit('--condition=image: the decoder would not see the caption, so no caption '
                          'could be better than another')
-    if not c.old_logp:
-        c.old_logp = 'replay' if c.dtype == 'bfloat16' else 'recorded'
     if c.plan:
         return plan(c, ['encoder'], planned_loss)
     run = common.start(c)

@@ -30,8 +30,8 @@ def shared_config(*arguments):
 
 def new_uae(c, device='cpu'):
     """A model from the checkpoint that the configuration names."""
-    from model import UAE
-    return UAE(c, device)
+    from checkpoint import open_uae
+    return open_uae(c, device)
 
 
 def at(uae, **keys):
