@@ -1,33 +1,38 @@
-"""Stage 1, cold-start reconstruction: the semantic loss, back-propagated through the sampler into both sides.
+"""Stage 1, cold-start reconstruction: the semantic loss, back-propagated through the sampler.
 
-    python cold_start.py                                                    # tiny, from the shipped base
-    torchrun --nproc_per_node=8 cold_start.py --preset=paper --data=/data/photos --init_from=out/pretrain_decoder
+    python cold_start.py                                              # tiny, from the shipped base
+    torchrun --nproc_per_node=8 cold_start.py --preset=paper --data=/data/photos \
+        --init_from=out/pretrain_decoder
 
-    y = caption of x by the encoder      c = g(h_T(y))      x_hat ~ p_theta(. | c)      L = 1 - cos(f_I(x), f_I(x_hat))
+    y = caption of x by the encoder      c = g(h_T(y))      x_hat ~ p_theta(. | c)
+    L = 1 - cos(f_I(x), f_I(x_hat))
 
-What gets a gradient: the decoder through the last `grad_steps` denoising steps, the projector and, through c, the
-language model that re-encodes the caption. What does not: the choice of words (tokens are discrete, that is stage 2),
-the vision tower (frozen), VAE and CLIP (frozen, but the gradient passes through them).
+What gets a gradient: the decoder through the last `grad_steps` denoising steps, the projector and,
+through c, the language model that re-encodes the caption. What does not: the choice of words
+(tokens are discrete, that is stage 2), the vision tower, and VAE and CLIP, which it only crosses.
 
-    paper                             here                                why
-    steps and depth of the sampler    tiny: 6 ODE steps, gradient through 2 a shorter chain needs less memory
-    captions not stated               greedy (`cold_temperature` 0)       a terse sampled caption does not determine the image: the decoder
-                                                                          would be taught the average picture
-    learning rate not stated          2e-5 (tiny), 1e-6 (paper)           a large step teaches the average picture
+    paper                       here                         why
+    steps and depth of the      tiny: 6 ODE steps, gradient  a shorter chain needs less memory
+    sampler not stated          through 2
+    captions not stated         greedy                       a terse sampled caption does not say
+                                                             what the image is: the decoder would
+                                                             learn to draw the average picture
+    learning rate not stated    2e-5 (tiny), 1e-6 (paper)    so does a large step
 """
 import sys
 
 import torch
-from tqdm import tqdm
 
+import checkpoint
 import common
 import config
 from data.images import open_data
-from eval_unified import Evaluator
-from model import UAE
+from evaluate import Evaluator
+from log import Log, Stats, caption_fields, count_skipped, progress
 from reward import backbone, clip_reward
+from tools.plan import plan
 
-# --- script keys ---------------------------------------------------------------------------------------------------
+# --- script keys ---------------------------------------------------------------------------------
 keys = dict(
     steps = 80,                # updates
     prompts = 24,              # images per update, all ranks together
@@ -43,63 +48,91 @@ own_presets = dict(
     tiny=dict(sample_steps=6),
     medium=dict(steps=500, prompts=32, lr=1e-6),
     paper=dict(steps=500, prompts=64, lr=1e-6))
-# -------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def reconstruction_loss(uae, tower, x, seen, y, mask, z, c):
-    """L = 1 - cos(f_I(x), f_I(x_hat)), mean over images. x (P, 3, R, R), y, mask (P, T), start noise z (P, C, H, W)."""
+    """L = 1 - cos(f_I(x), f_I(x_hat)), mean over images.
+
+    x (P, 3, R, R), y, mask (P, T), start noise z (P, C, H, W) -> loss ().
+    """
     cond = uae.condition(y, mask, seen)
     x_hat = uae.to_image(uae.draw(z, cond, c.sample_steps, c.grad_steps))
     return (1 - clip_reward(x, x_hat, tower)).mean()
 
 
-def loss_of(uae, tower, x, seen, y, mask, z, share, c):
-    """The whole loss of a micro-batch; `share` = world / images of the step, so that micro-batches and ranks add up."""
-    return reconstruction_loss(uae, tower, x, seen, y, mask, z, c) * len(x) * share
+def loss_of(uae, tower, seen, batch, share, c):
+    """The whole loss of a micro-batch. batch: x (P, 3, R, R), y, mask (P, T), z (P, C, H, W).
+
+    share: world / images of the step, so that micro-batches and ranks add up.
+    """
+    loss = reconstruction_loss(uae, tower, batch['x'], seen, batch['y'], batch['mask'],
+                               batch['z'], c)
+    return loss * len(batch['x']) * share
+
+
+@torch.no_grad()
+def caption(uae, x, index, step, c):
+    """Each image's caption and start noise. x (P, 3, R, R), index (P,) in the global batch.
+
+    Returns seen (the images as the encoder sees them) and the batch of `loss_of`.
+    """
+    z = common.normal(uae.latent_shape(), index, c.seed, 'start', step).to(uae.device)
+    u = common.uniform((c.caption_len,), index, c.seed, 'token', step).to(uae.device)
+    seen = uae.see(x)
+    y, mask, _ = uae.sample_captions(seen, 1, c.cold_temperature, u)
+    return seen, dict(x=x, y=y, mask=mask, z=z)
+
+
+def planned_loss(uae, tower, size, prompt_len, c):
+    """For --plan: the loss of `size` images, zeros in place of images, tokens and noise."""
+    x = torch.zeros(size, 3, c.resolution, c.resolution)
+    y = torch.zeros(size, c.caption_len, dtype=torch.long)
+    z = torch.zeros(size, *uae.latent_shape())
+    return reconstruction_loss(uae, tower, x, None, y, torch.ones(y.shape), z, c)
 
 
 def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     if not 1 <= c.grad_steps <= c.sample_steps:
-        raise SystemExit(f'--grad_steps={c.grad_steps}: between 1 and sample_steps={c.sample_steps} denoising steps carry the gradient')
+        raise SystemExit(f'--grad_steps={c.grad_steps}: between 1 and '
+                         f'sample_steps={c.sample_steps} denoising steps carry the gradient')
     if c.plan:
-        return common.plan(c, 'encoder', 'projector', 'decoder')
+        return plan(c, ['encoder', 'projector', 'decoder'], planned_loss)
     run = common.start(c)
-    common.per_rank('prompts', c.prompts, run.world)                    # which must divide
-    first = common.open_out_dir(c, run)
+    P = common.per_rank('prompts', c.prompts, run.world)
+    first = checkpoint.open_out_dir(c, run)
+    checkpoint.watch_sigterm()
     train, held = open_data(c, run)
-    uae = UAE(c, run.device)
+    uae = checkpoint.open_uae(c, run.device)
+    if uae.text_encoder:
+        raise SystemExit(f'{c.init_from} has a text encoder of its own (--text_encoder=start), '
+                         'which stage 1 would not train: start from an earlier checkpoint')
     params = uae.train_only('encoder', 'projector', 'decoder')
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
-    opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0, fused=True)
-    common.restore(c, opt)
-    log, evaluate = common.Log(c, run), Evaluator(uae, held, c, run)
+    optimiser = common.Optimiser(params, c)
+    checkpoint.restore(c, optimiser)
+    log = Log(c, run)
+    evaluate = Evaluator(uae, held, c, run, dict(reward=tower))
 
-    for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc='cold_start', disable=not run.master):
+    for step in progress('cold_start', first, c, run):
         evaluate.every(step)
-        batch = train.batch(c.seed, step, c.prompts, run.rank, run.world)
-        x, index = batch['x'].to(run.device), batch['index']
-        z = common.normal(uae.latent_shape(), index, c.seed, 'start', step).to(run.device)
-        u = common.uniform((c.caption_len,), index, c.seed, 'token', step).to(run.device)
-        with torch.no_grad():
-            seen = uae.see(x)
-            y, mask, _ = uae.sample_captions(seen, 1, c.cold_temperature, u)
-
-        stats = common.Stats()
-        for s, b, last in common.group_slices(seen, 1, c.micro_batch):
-            with common.no_sync(ddp, not last):
-                loss = ddp(loss_of, tower, x[b], s, y[b], mask[b], z[b], run.world / c.prompts, c)
+        images = train.batch(c.seed, step, c.prompts, run.rank, run.world)
+        seen, batch = caption(uae, images['x'].to(run.device), images['index'], step, c)
+        stats = Stats()
+        for _, rows, last in common.group_slices(P, 1, c.micro_batch):
+            part = common.take(batch, rows)
+            with common.no_sync(ddp, last):
+                loss = ddp(loss_of, tower, common.take(seen, rows), part, 1 / P, c)
                 loss.backward()
-            stats.add(loss=loss.detach())                               # losses add up: each has its share in it
-        taken = common.optimise(opt, params, step, c)
-
-        stats = stats.reduce(run)
-        words = (y != uae.end) * mask                                   # without end tokens
-        log(step, reward=1 - stats['loss'], **stats, **taken,
-            caption_len=common.total(words.sum(), run) / c.prompts, truncated=common.total(words[:, -1].sum(), run) / c.prompts,
-            skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
-        common.maybe_save(c, run, step + 1, uae, opt)
+            stats.add_sum(loss=loss.detach())
+        taken = optimiser.step(step)
+        fields = stats.reduce(run)
+        log(step, reward=1 - fields['loss'], **fields, **taken,
+            **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
+            skipped=count_skipped(train, held, run))
+        checkpoint.maybe_save(c, run, step + 1, uae, optimiser)
     evaluate.every(c.steps, last=True)
 
 

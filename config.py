@@ -1,154 +1,196 @@
-"""The keys that every script shares, their presets, and the command line.
+"""The keys that every script shares, their presets and bounds, and the command line.
 
-A script adds its own keys to `shared`; the two dicts together are the whole configuration, and `--help` prints their
-source, so the comments are the manual. Values come from, later wins: `shared`, the script's `keys`, the preset
-(`--preset=tiny|medium|paper`), the words `--key=value`.
+A script adds its own keys to `shared`; the two dicts together are the whole configuration, and
+`--help` prints their source, so the comments are the manual. Values come from, later wins:
+`shared`, the script's `keys`, the preset (`--preset=tiny|medium|paper`), `--key=value`.
 """
+import argparse
 import ast
 import inspect
+import math
+import os
 import re
 import sys
-import types
 
-# --- shared keys ---------------------------------------------------------------------------------------------------
+# --- shared keys ---------------------------------------------------------------------------------
 shared = dict(
     # models: hub ids, or local folders in the library's own format
-    encoder = 'data/shapes/base/encoder',        # Qwen2_5_VLForConditionalGeneration + processor
-    decoder = 'data/shapes/base/decoder',        # folder with transformer/ vae/ scheduler/ as StableDiffusion3Pipeline saves it
-    clip = 'local-dir:data/shapes/base/clip',    # open_clip name:weights, or local-dir:FOLDER
-    judge = 'data/shapes/base/judge',            # image tower that only evaluation sees: a folder or hub id for AutoModel
-    init_from = '',                              # checkpoint of an earlier stage, or uae:DIR (the authors' release); '' = the shipped base (tiny only)
-    out_dir = '',                                # '' = out/<script name>
-    data = 'shapes',                             # 'shapes', or a folder / manifest / tar shards (data/README.md)
-    data_keys = ('image', 'caption', ''),        # a manifest's field names, and the folder its image paths are relative to
-    held_out = '',                               # the same, for evaluation; '' = the last eval_images of data, kept from training
+    encoder = 'data/shapes/base/encoder',      # Qwen2_5_VLForConditionalGeneration + processor
+    decoder = 'data/shapes/base/decoder',      # transformer/ vae/ scheduler/ of diffusers
+    clip = 'local-dir:data/shapes/base/clip',  # open_clip name:weights, or local-dir:FOLDER
+    judge = 'data/shapes/base/judge',          # image tower that only evaluation sees
+    init_from = '',            # checkpoint of an earlier stage, or uae:DIR (the authors' release);
+                               # '' = the shipped base (tiny only)
+    out_dir = '',              # '' = out/<script name>
+    data = 'shapes',           # 'shapes', or a folder / manifest / tar shards (data/README.md)
+    data_keys = ('image', 'caption', ''),   # a manifest's fields, and the folder its paths start at
+    held_out = '',             # data for evaluation; '' = the last eval_images of data, kept apart
     # what the models are asked
-    resolution = 32,                             # images are resized and centre-cropped to this square
-    caption_prompt = 'describe the image',       # user turn: this text, then the image
-    negative_prompt = 'random image',            # unconditional branch of classifier-free guidance
-    condition = 'text',                          # text | answer | image | text+image: what the decoder sees, see model.condition
-    cond_len = 28,                               # every condition is padded to this many tokens: SD3 has no text mask
-    caption_len = 24,                            # T, most tokens of a sampled caption, its end token included
-    guidance = 1.0,                              # classifier-free guidance scale; 1 = off and costs nothing
-    sample_steps = 8,                            # S, denoising steps of a rollout
+    resolution = 32,           # images are resized and centre-cropped to this square
+    caption_prompt = 'describe the image',  # user turn: this text, then the image
+    negative_prompt = 'random image',       # unconditional branch of classifier-free guidance
+    condition = 'text',        # text | answer | image | text+image: see model.UAE.condition
+    text_encoder = '',         # what re-encodes captions: live, the captioner itself | start, the
+                               # language model as stage 2 found it; '' = as the checkpoint has it
+    cond_len = 28,             # every condition is padded to this many tokens: SD3 has no text mask
+    caption_len = 24,          # T, most tokens of a sampled caption, its end token included
+    guidance = 1.0,            # classifier-free guidance scale; 1 = off and costs nothing
+    sample_steps = 8,          # S, denoising steps of a rollout
     # evaluation: on held-out images, ODE sampling, fixed noise
-    reward = 'clip',                             # backbone of the reward, any name of reward.BACKBONES
-    eval_steps = 8,                              # denoising steps
-    eval_images = 64,                            # held-out images
-    eval_every = 20,                             # updates between evaluations, 0 = never
-    eval_temperature = 0.0,                      # of the captions; 0 = greedy, 0.7 for the paper's Unified-Bench
-    # optimisation
-    lora_rank = 0,                               # 0 = full fine-tuning; > 0 = LoRA of this rank (alpha = 2 rank) through peft
-    micro_batch = 0,                             # samples per forward and backward pass on a rank, 0 = all; lower it if out of memory
-    checkpointing = False,                       # recompute activations in the backward pass: less memory, 30 % more time
+    reward = 'clip',           # backbone of the reward, any name of reward.BACKBONES
+    eval_steps = 8,            # denoising steps
+    eval_images = 64,          # held-out images
+    eval_every = 20,           # updates between evaluations, 0 = never
+    eval_temperature = 0.0,    # of the captions; 0 = greedy, 0.7 for the paper's Unified-Bench
     # run
     seed = 1337,
-    device = '',                                 # '' = cuda if there is one, else cpu
-    dtype = 'float32',                           # of the frozen weights and the matrix work; the SDE and log-probs are always float32
-    save_every = 0,                              # updates between checkpoints; 0 = only at the end
-    wandb = '',                                  # project name; '' = nothing is imported
+    device = '',               # '' = cuda if there is one, else cpu
+    save_every = 0,            # updates between checkpoints; 0 = only at the end
+    wandb = '',                # project name; '' = nothing is imported
+    # full size: what a tiny run need not know
+    lora_rank = 0,             # 0 = full fine-tuning; > 0 = LoRA of this rank (alpha = 2 rank)
+    dtype = 'float32',         # of frozen weights and matrix work; SDE and log-probs are float32
+    micro_batch = 0,           # samples per forward and backward pass on a rank, 0 = all
+    eval_batch = 64,           # held-out images at a time on a rank
+    checkpointing = False,     # recompute activations: less memory, 30 % more time
+    old_logp = '',             # of stages 2 and 3: recorded while sampling | replay: the first
+                               # update's own, ratio 1; '' = replay in bfloat16, else recorded
 )
-presets = dict(tiny={}, medium=dict(
+presets = dict(tiny={})
+presets['medium'] = dict(
     encoder='Qwen/Qwen2.5-VL-3B-Instruct', decoder='stabilityai/stable-diffusion-3.5-medium',
-    clip='ViT-L-14-quickgelu:openai', judge='facebook/dinov2-large', data='',
-    resolution=512, cond_len=512, caption_len=384, guidance=1.0, sample_steps=10, eval_steps=40, save_every=20,
-    caption_prompt='You are an expert vision-language model.  \nYour task is: Given an input image, generate a **textual description** of the image. '
-                   'If there is text in the image, transcribe it inside double quotes "".  \nNow, carefully analyze the input image and output the full description. ',
-    negative_prompt='Generate a random, low quality, ugly, blur, bad and anime, cartoon image.',
-    lora_rank=32, micro_batch=1, checkpointing=True, dtype='bfloat16'))
-presets['paper'] = dict(presets['medium'], decoder='stabilityai/stable-diffusion-3.5-large', guidance=5.0, micro_batch=2)
-choices = dict(condition=('text', 'answer', 'image', 'text+image'), dtype=('float32', 'bfloat16'), sde=('flow', 'cps'), loss_mean=('token', 'caption', 'constant'))
-# -------------------------------------------------------------------------------------------------------------------
-
-# the published config.json of what the presets name, so that sizes are known before the first download (--plan, tests)
-_sd3 = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64, joint_attention_dim=4096, pooled_projection_dim=2048,
-            qk_norm='rms_norm')
-_sd3_vae = dict(block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, layers_per_block=2,
-                latent_channels=16, norm_num_groups=32, sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609,
-                use_quant_conv=False, use_post_quant_conv=False)
-architectures = {
-    'Qwen/Qwen2.5-VL-3B-Instruct': dict(
-        text_config=dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-                         max_position_embeddings=128000, max_window_layers=70, rms_norm_eps=1e-6, tie_word_embeddings=True,
-                         bos_token_id=151643, eos_token_id=151645, rope_parameters=dict(rope_type='default', rope_theta=1e6, mrope_section=[16, 24, 24])),
-        vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048, patch_size=14, spatial_merge_size=2,
-                           temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2),
-        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653, tie_word_embeddings=True),
-    'stabilityai/stable-diffusion-3.5-medium': dict(
-        transformer=dict(_sd3, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384, dual_attention_layers=tuple(range(13))),
-        vae=_sd3_vae, scheduler=dict(num_train_timesteps=1000, shift=3.0)),
-    'stabilityai/stable-diffusion-3.5-large': dict(
-        transformer=dict(_sd3, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, dual_attention_layers=()),
-        vae=_sd3_vae, scheduler=dict(num_train_timesteps=1000, shift=3.0)),
-    'facebook/dinov2-large': dict(model_type='dinov2', hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518),
-}
+    clip='ViT-L-14-quickgelu:openai', judge='facebook/dinov2-large', data='', resolution=512,
+    cond_len=512, caption_len=384, sample_steps=10, eval_steps=40, eval_batch=4, save_every=20,
+    lora_rank=32, micro_batch=1, checkpointing=True, dtype='bfloat16',
+    caption_prompt=(                                            # the authors' own, spaces and all
+        'You are an expert vision-language model.  \n'
+        'Your task is: Given an input image, generate a **textual description** of the image. '
+        'If there is text in the image, transcribe it inside double quotes "".  \n'
+        'Now, carefully analyze the input image and output the full description. '),
+    negative_prompt='Generate a random, low quality, ugly, blur, bad and anime, cartoon image.')
+presets['paper'] = dict(
+    presets['medium'], decoder='stabilityai/stable-diffusion-3.5-large', guidance=5.0,
+    micro_batch=2)
+choices = dict(
+    condition=('text', 'answer', 'image', 'text+image'), dtype=('float32', 'bfloat16'),
+    text_encoder=('', 'live', 'start'), sde=('flow', 'cps', 'cps_exact'),
+    old_logp=('', 'recorded', 'replay'),
+    loss_mean=('token', 'caption', 'constant'))
+# the least and the most that a number may be, of every script's keys
+bounds = dict(
+    resolution=(8, 4096), cond_len=(8, 8192), caption_len=(2, 8192), guidance=(0, 100),
+    sample_steps=(1, 1000), eval_steps=(1, 1000), eval_images=(1, 10 ** 6),
+    eval_batch=(1, 10 ** 6), eval_every=(0, 10 ** 9), eval_temperature=(0, 10),
+    lora_rank=(0, 4096), micro_batch=(0, 10 ** 6), seed=(0, 2 ** 31), save_every=(0, 10 ** 9),
+    steps=(0, 10 ** 9), prompts=(1, 10 ** 6), group=(2, 10 ** 4), batch=(1, 10 ** 6),
+    caption_batch=(0, 10 ** 6), temperature=(1e-3, 10), cold_temperature=(0, 10),
+    caption_temperature=(0, 10), clip_range=(0, math.inf), kl=(0, 1e6), updates=(1, 1000),
+    lr=(0, 1), grad_clip=(1e-12, math.inf), patience=(1, 10 ** 9), warmup=(0, 10 ** 9),
+    lr_decay=(0, 1e6), grad_steps=(1, 1000), noise_level=(1e-6, 10), sde_window=(1, 1000),
+    train_steps=(1, 1000), sigma_std=(0, 100), drop=(0, 1), ema=(0, 1 - 1e-9),
+    caption_every=(1, 10 ** 9), lambda_t2i=(0, 1e6), see_resolution=(0, 4096), samples=(1, 10 ** 4),
+    seeds=(1, 10 ** 4), judge_tries=(1, 1000), judge_timeout=(0, 1e6))
+# -------------------------------------------------------------------------------------------------
 
 
 class ConfigError(SystemExit):
-    """A command line that cannot be understood; one line that says what, and what would be right."""
+    """A command line that cannot be understood; one line says what, and what would be right."""
 
 
 def fit(old, new):
-    """`new` in the type of `old`: an int may stand for a float, tuples have as many members; None if it does not fit."""
-    if isinstance(old, tuple) and isinstance(new, tuple) and len(new) == len(old):
-        new = tuple(map(fit, old, new))
-        return None if None in new else new
+    """`new` in the type of `old`, None if it does not fit.
+
+    An int may stand for a float, and a tuple has as many members as the default.
+    """
+    if isinstance(old, tuple):
+        if not isinstance(new, tuple) or len(new) != len(old):
+            return None
+        members = tuple(map(fit, old, new))
+        return None if None in members else members
     if isinstance(old, float) and type(new) is int:
         return float(new)
-    return new if type(new) is type(old) and not isinstance(old, tuple) else None
+    if type(new) is type(old):
+        return new
+    return None
 
 
 def literal(key, old, text):
     """The value of `text` in the type of the default `old`."""
-    try:
-        new = text if isinstance(old, str) else ast.literal_eval(text)
-    except (SyntaxError, ValueError, TypeError):                 # TypeError: '{[]: 1}'
-        new = text
-    new = fit(old, new)
-    if new is None:
-        raise ConfigError(f'--{key}: expected {type(old).__name__}, for example {old!r}, got {text!r}')
-    return new
+    value = text
+    if not isinstance(old, str):
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError, TypeError):         # TypeError: '{[]: 1}'
+            pass
+    value = fit(old, value)
+    if value is None:
+        raise ConfigError(f'--{key}: expected {type(old).__name__}, for example {old!r}, '
+                          f'got {text!r}')
+    return value
+
+
+def check(values):
+    """Refuses a value out of its choices or bounds, and an out_dir that is a file."""
+    for key in choices.keys() & values.keys():
+        if values[key] not in choices[key]:
+            raise ConfigError(f'--{key}: expected one of {" ".join(choices[key])}, '
+                              f'got {values[key]!r}')
+    for key, value in values.items():
+        least, most = bounds.get(key, (-math.inf, math.inf))
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if isinstance(number, (int, float)) and not least <= number <= most:
+                raise ConfigError(f'--{key}: expected {least} to {most}, got {number}')
+    if values.get('sde', 'flow') != 'flow' and values['noise_level'] > 1:
+        raise ConfigError(f'--noise_level={values["noise_level"]}: with --sde={values["sde"]} '
+                          'expected at most 1')
+    if os.path.isfile(values['out_dir']):
+        raise ConfigError(f'--out_dir={values["out_dir"]}: a file is there, expected a folder')
 
 
 def parse(keys, own_presets, argv, script):
     """Configuration of one run.
 
-    keys: the script's own dict of defaults. own_presets: {preset: differences of own keys}. argv: list of words
-    '--key=value', or the bare '--resume', '--plan', '--help'. script: the script's path, for --help and out_dir.
-    Returns a namespace with every key plus preset, resume, plan. Raises ConfigError (exit code not 0) in one line.
+    keys: the script's own dict of defaults. own_presets: {preset: differences of own keys}. argv:
+    '--key=value', or the bare '--resume', '--plan', '--help'. script: its path, for --help and
+    out_dir. Returns a namespace with every key plus preset, resume, plan. Raises ConfigError (exit
+    code not 0) in one line.
     """
-    both = {**shared, **keys}
-    assert len(both) == len(shared) + len(keys), 'a script key hides a shared one'
+    values = {**shared, **keys}
+    assert len(values) == len(shared) + len(keys), 'a script key hides a shared one'
     if '--help' in argv or '-h' in argv:
         print_help(script)
         raise SystemExit(0)
-    words = {}
+    given = {}
     flags = dict(preset='tiny', resume=False, plan=False)
-    for word in argv:
-        if word in ('--resume', '--plan'):
-            flags[word[2:]] = True
+    for option in argv:
+        if option in ('--resume', '--plan'):
+            flags[option[2:]] = True
             continue
-        match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.S)
+        match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', option, re.S)
         if not match:
-            raise ConfigError(f'expected --key=value, --resume, --plan or --help, got {word!r}')
+            raise ConfigError(f'expected --key=value, --resume, --plan or --help, got {option!r}')
         key, text = match.groups()
         if key == 'preset':
             flags['preset'] = text
-        elif key not in both:
-            raise ConfigError(f'unknown key {key!r}; the keys are: preset {" ".join(both)}')
+        elif key not in values:
+            raise ConfigError(f'unknown key {key!r}; the keys are: preset {" ".join(values)}')
         else:
-            words[key] = literal(key, both[key], text)
+            given[key] = literal(key, values[key], text)
     if flags['preset'] not in presets:
-        raise ConfigError(f'unknown preset {flags["preset"]!r}; the presets are: {" ".join(presets)}')
-    both.update(presets[flags['preset']])
-    both.update(own_presets.get(flags['preset'], {}))
-    both.update(words)
-    for key in choices.keys() & both.keys():
-        if both[key] not in choices[key]:
-            raise ConfigError(f'--{key}: expected one of {" ".join(choices[key])}, got {both[key]!r}')
-    stem = re.sub(r'\.py$', '', str(script).replace('\\', '/').rsplit('/', 1)[-1])
-    both['out_dir'] = both['out_dir'] or f'out/{stem}'
-    return types.SimpleNamespace(**both, **flags)
+        raise ConfigError(f'unknown preset {flags["preset"]!r}; the presets are: '
+                          f'{" ".join(presets)}')
+    values.update(presets[flags['preset']])
+    values.update(own_presets.get(flags['preset'], {}))
+    values.update(given)
+    stem = os.path.basename(str(script)).removesuffix('.py')
+    values['out_dir'] = values['out_dir'] or f'out/{stem}'
+    if not values['old_logp']:
+        values['old_logp'] = 'recorded'
+        if values['dtype'] == 'bfloat16':
+            values['old_logp'] = 'replay'
+    check(values)
+    return argparse.Namespace(**values, **flags)
 
 
 def print_help(script):
@@ -158,4 +200,5 @@ def print_help(script):
     print(ast.get_docstring(ast.parse(text)), '\n')
     for source in (text, inspect.getsource(sys.modules[__name__])):
         block = re.search(r'^# --- \w+ keys -*\n(.*?)^# -+$', source, re.S | re.M)
-        print(block.group(0) if block else '')
+        if block:
+            print(block.group(0))

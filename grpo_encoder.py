@@ -1,92 +1,123 @@
-"""Stage 2, generation for understanding: GRPO on the captions, the decoder frozen inside the reward.
+"""Stage 2, generation for understanding: GRPO on the captions, the decoder frozen in the reward.
 
-    python grpo_encoder.py                                                  # tiny, from the shipped base
+    python grpo_encoder.py                                                  # tiny, the shipped base
     torchrun --nproc_per_node=2 grpo_encoder.py --init_from=out/cold_start  # tiny, two ranks
-    torchrun --nproc_per_node=8 grpo_encoder.py --preset=paper --data=/data/photos --init_from=out/cold_start
+    torchrun --nproc_per_node=8 grpo_encoder.py --preset=paper --data=/data/photos \
+        --init_from=out/cold_start
 
-For each image x the vision-language model pi_phi writes G captions; each is re-encoded, drawn and compared with x:
-    y_i ~ pi_phi_old(. | x)     c_i = g(h_T(y_i))     x_hat_i ~ p_theta(. | c_i)     R_i = cos(f_I(x), f_I(x_hat_i))
-    A_i = (R_i - mean R) / std R     ratio_t = pi_phi(y_t | x, y_<t) / pi_phi_old(y_t | x, y_<t)
+For each image x the vision-language model pi_phi writes G captions; each is re-encoded, drawn and
+compared with x:
+
+    y_i ~ pi_phi_old(. | x)      c_i = g(h_T(y_i))      x_hat_i ~ p_theta(. | c_i)
+    R_i = cos(f_I(x), f_I(x_hat_i))             A_i = (R_i - mean R) / std R
+    ratio_t = pi_phi(y_t | x, y_<t) / pi_phi_old(y_t | x, y_<t)
     J   = mean over tokens of  min(ratio A, clip(ratio) A) - kl k3(phi, ref)
 
-Nothing rewards length. The language model alone is trained (projector, decoder, vision tower are frozen); no gradient passes through the drawing.
+Nothing rewards length. Only the language model is trained: projector, decoder and vision tower are
+frozen, and no gradient passes through the drawing.
 
-    paper                                here                                 why
-    mean over a caption, then captions   mean over all tokens of the step     no bias to short captions; key `loss_mean`
-    start noise not stated               one start noise per group            the reward compares captions, not noise
-    ratio clip not stated                0.2                                  GRPO's own; it binds only if updates > 1
-    KL 1e-6 (v5)                         kl 0 and a cosine learning rate      tiny: the falling rate keeps it from collapsing (LOG.md); paper has the KL
-    truncated captions not stated        rewarded as they stand               a caption cut at caption_len draws what it says; the field `truncated` is their share
-    old log-prob not stated              recorded while sampling              the field `logp_diff` of every line is a real check, not a tautology
+    paper                       here                         why
+    mean over a caption, then   mean over all tokens of the  no bias to short captions; key
+    over captions               step                         `loss_mean`
+    start noise not stated      one start noise per group    the reward compares captions, not noise
+    ratio clip not stated       0.2                          GRPO's own; binds only if updates > 1
+    KL 1e-6 (v5)                tiny: kl 0, a falling        the falling rate keeps the captioner
+                                learning rate                from collapsing (LOG.md)
+    truncated captions          rewarded as they stand       what was cut off draws nothing; the
+    not stated                                               field `truncated` is their share
+    old log-prob not stated     float32: as recorded while   key `old_logp`; in bfloat16 another
+                                sampling; bfloat16: the      batch shape is another rounding, which
+                                update's own                 must not count as a policy ratio
 """
 import sys
 
 import torch
-from tqdm import tqdm
 
+import checkpoint
 import common
 import config
 from data.images import open_data
-from eval_unified import Evaluator
-from model import UAE
+from evaluate import Evaluator
+from log import Log, Stats, caption_fields, count_skipped, progress, reward_fields
+from policy import token_logp
 from reward import backbone, clip_reward
+from tools.plan import plan
 
-# --- script keys ---------------------------------------------------------------------------------------------------
+# --- script keys ---------------------------------------------------------------------------------
 keys = dict(
     steps = 200,               # updates
     prompts = 8,               # images per update, all ranks together
     group = 8,                 # G captions per image; their mean reward is the baseline
     temperature = 1.0,         # of the sampling, and of the log-probs in the loss
+    caption_batch = 0,         # captions sampled at once on a rank, 0 = all
     clip_range = (0.2, 0.2),   # ratio in [1 - a, 1 + b]; (0.2, 0.28) is clip-higher
-    adv_std = True,            # divide by the group's std; False is Dr. GRPO's: groups that hardly differ weigh less
-    loss_mean = 'token',       # 'token': over all tokens of the step; 'caption': over each caption, then captions (GRPO, the paper);
-                               # 'constant': the sum / (captions * caption_len) (Dr. GRPO): no length normalisation at all
+    adv_std = True,            # divide by the group's std; False (Dr. GRPO): groups that hardly
+                               # differ weigh less
+    loss_mean = 'token',       # token: over all tokens of the step | caption: over each caption,
+                               # then captions (GRPO, the paper) | constant: the sum / (captions *
+                               # caption_len), no length normalisation at all (Dr. GRPO)
     kl = 0.0,                  # weight of the k3 estimate against the stage's initial captioner
-    updates = 1,               # optimiser steps per rollout; 1 = on policy: ratio 1 (`logp_diff` < 1e-5 in float32), its gradient not 0
-    lr = 1e-4,                 # the language model is policy and text encoder at once: a larger step outruns the decoder (LOG.md)
+    updates = 1,               # optimiser steps per rollout; 1 = on policy
+    lr = 1e-4,                 # policy and text encoder are one: a larger step outruns the decoder
     grad_clip = 1.0,           # largest gradient norm
     patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 0,                # updates of linear warm-up
-    lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant: without it and without KL
-                               # the captioner collapses (README, what goes wrong)
+    lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant: without
+                               # it and without KL the captioner collapses (docs/results.md)
     offload = False,           # decoder and VAE wait on the CPU while the encoder is updated
-    shuffle_reward = False,    # control: rewards permuted over the batch, nothing can be learned from them
+    shuffle_reward = False,    # control: rewards permuted over the batch teach nothing
 )
 own_presets = dict(
     medium=dict(steps=500, prompts=8, group=4, lr=1e-6, kl=1e-6, lr_decay=0.0),
     paper=dict(steps=500, prompts=64, group=4, lr=1e-6, kl=1e-6, lr_decay=0.0))
-# -------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def group_advantage(r, std=True):
-    """A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4) over the group: r (P, G) -> (P, G); exactly 0 where all are equal.
-    Without std, A_i = R_i - mean_j R_j (Dr. GRPO, arXiv 2503.20783)."""
+    """A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4) over the group: r (P, G) -> (P, G).
+
+    Exactly 0 where all rewards are equal. Without std, A_i = R_i - mean_j R_j (Dr. GRPO, arXiv
+    2503.20783).
+    """
     centred = r - r.mean(1, keepdim=True)
     equal = (r == r[:, :1]).all(1, keepdim=True)
-    return torch.where(equal, 0.0, centred / (r.std(1, keepdim=True) + 1e-4) if std else centred)
+    if std:
+        centred = centred / (r.std(1, keepdim=True) + 1e-4)
+    return torch.where(equal, 0.0, centred)
 
 
 def token_weights(mask, c):
-    """How much each sampled token weighs in the loss, by c.loss_mean: weights (B, T), and what their sum is divided by."""
+    """How much each sampled token weighs in the loss, by c.loss_mean.
+
+    Returns weights (B, T), and the number that the sum of the weighted terms is divided by.
+    """
     if c.loss_mean == 'caption':
         return mask / mask.sum(1, keepdim=True), len(mask)
-    return mask, mask.sum().item() if c.loss_mean == 'token' else mask.numel()
+    if c.loss_mean == 'token':
+        return mask, mask.sum().item()
+    return mask, mask.numel()
 
 
 def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
-    """Clipped surrogate of the token policy, minus the mean over sampled tokens of min(ratio A, clip(ratio) A).
+    """Clipped surrogate: minus the mean over sampled tokens of min(ratio A, clip(ratio) A).
 
-    logp, old_logp (B, T), adv (B,), mask (B, T), 0 where no token was sampled, else its weight. Returns loss () and detached stats.
+    logp, old_logp (B, T), adv (B,), mask (B, T), 0 where no token was sampled, else its weight.
+    Returns loss () and detached stats.
     """
-    mask = torch.ones_like(logp) if mask is None else mask
-    valid, count = mask > 0, mask.sum().clamp(min=1e-8)
-    ratio = torch.where(valid, logp - old_logp, 0.0).exp()          # a masked -inf must not become a nan
+    if mask is None:
+        mask = torch.ones_like(logp)
+    count = mask.sum().clamp(min=1e-8)
+    # masked before the exponential: a -inf behind the end must not become a nan
+    log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
-    a = adv[:, None]
-    gain = torch.min(ratio * a, clipped * a)
+    A = adv[:, None]
+    gain = torch.min(ratio * A, clipped * A)
+    loss = -(gain * mask).sum() / count
     with torch.no_grad():
-        stats = dict(ratio_max=ratio.max(), clip_frac=((ratio * a > clipped * a) * mask).sum() / count)
-    return -(gain * mask).sum() / count, stats
+        cut = ratio * A > clipped * A               # the clip has taken the gradient away
+        stats = dict(ratio_max=ratio.max(), clip_frac=(cut * mask).sum() / count)
+    return loss, stats
 
 
 def kl_k3(logp, ref_logp):
@@ -97,91 +128,164 @@ def kl_k3(logp, ref_logp):
 
 @torch.no_grad()
 def rollout(uae, tower, x, index, step, c):
-    """G captions per image, drawn and rewarded. x (P, 3, R, R), index (P,) position in the global batch.
+    """G captions per image, drawn and rewarded. x (P, 3, R, R), index (P,) in the global batch.
 
-    Returns seen, y, mask (1 where a token was sampled, the end token among them), old_logp (B, T), r (P, G); all randomness
-    is a function of (seed, step, position in the global batch, member).
+    All randomness is a function of (seed, step, position in the global batch, group member).
+    Returns seen (the images as the encoder sees them), a dict of y, mask, recorded (B, T), the
+    log-probs while sampling, and r (P, G).
     """
-    G, who = c.group, (index[:, None] * c.group + torch.arange(c.group)).flatten()
+    P, G = len(x), c.group
+    member = (index[:, None] * G + torch.arange(G)).flatten()
+    u = common.uniform((c.caption_len,), member, c.seed, 'token', step).to(uae.device)
     seen = uae.see(x)
-    u = common.uniform((c.caption_len,), who, c.seed, 'token', step).to(uae.device)
-    y, mask, old_logp = uae.sample_captions(seen, G, c.temperature, u)
-    z = common.normal(uae.latent_shape(), index, c.seed, 'start', step).to(uae.device).repeat_interleave(G, 0)
-    x_hat = uae.to_image(uae.draw(z, uae.condition(y, mask, seen), c.sample_steps))
-    r = clip_reward(x, x_hat, tower).view(-1, G)
-    return seen, y, mask, old_logp, r
+    parts = []
+    for images, rows, _ in common.group_slices(P, G, c.caption_batch):
+        part = common.take(seen, images)
+        y, mask, logp = uae.sample_captions(part, G, c.temperature, u[rows])
+        parts.append(dict(y=y, mask=mask, recorded=logp))
+    batch = common.join(parts)
+
+    z = common.normal(uae.latent_shape(), index, c.seed, 'start', step).to(uae.device)
+    z = z.repeat_interleave(G, 0)                   # one start noise per group
+    rewards = []
+    for images, rows, _ in common.group_slices(P, G, c.micro_batch):
+        part = common.take(seen, images)
+        cond = uae.condition(batch['y'][rows], batch['mask'][rows], part)
+        x_hat = uae.to_image(uae.draw(z[rows], cond, c.sample_steps))
+        rewards.append(clip_reward(x[images], x_hat, tower))
+    r = torch.cat(rewards).view(P, G)
+    return seen, batch, r
 
 
-def loss_of(uae, seen, y, weight, old_logp, ref_logp, adv, share, c):
-    """The whole loss of a micro-batch; weight (B, T) of `token_weights`; `share` = world / (what the step's weights are divided by)."""
-    logp = uae.caption_logp(seen, y, c.temperature)
-    loss, stats = policy_loss(logp, old_logp, adv, weight, c.clip_range)
+def advantages(r, step, run, c):
+    """Rewards (P, G) of this rank -> advantages (B,), and the rewards of all ranks.
+
+    Whole groups lie on one rank. The control permutes rewards over the whole batch, reproducibly.
+    """
+    P = len(r)
+    all_r = common.gather(r, run)
+    if c.shuffle_reward:
+        shuffle = common.generator(c.seed, 'shuffle', step)
+        order = torch.randperm(all_r.numel(), generator=shuffle).to(all_r.device)
+        all_r = all_r.flatten()[order].view_as(all_r)
+    mine = all_r[run.rank * P:(run.rank + 1) * P]
+    return group_advantage(mine, c.adv_std).flatten(), all_r
+
+
+@torch.no_grad()
+def reference_logp(reference, seen, y, c):
+    """log pi_ref (B, T) of the sampled tokens."""
+    parts = []
+    for images, rows, _ in common.sample_slices(len(seen[0]), c.group, c.micro_batch):
+        part = common.take(seen, images)
+        parts.append(reference.caption_logp(part, y[rows], c.temperature))
+    return torch.cat(parts)
+
+
+def loss_of(uae, seen, batch, share, first, c):
+    """The whole loss of a micro-batch, log fields, and the detached log-probs (B, T).
+
+    batch: y, weight, recorded, old_logp (B, T), adv (B,), with a KL ref_logp (B, T). share: world /
+    the step's `count` of `token_weights`, so that micro-batches and ranks add up. first: whether
+    the weights are still those of the rollout.
+    """
+    weight = batch['weight']
+    logp = uae.caption_logp(seen, batch['y'], c.temperature)
+    old_logp = batch['old_logp']
+    if first and c.old_logp == 'replay':
+        old_logp = logp.detach()
+    loss, stats = policy_loss(logp, old_logp, batch['adv'], weight, c.clip_range)
     if c.kl:
-        k3 = (kl_k3(*torch.where(weight > 0, torch.stack([logp, ref_logp]), 0.0)) * weight).sum() / weight.sum()
-        loss, stats = loss + c.kl * k3, dict(stats, kl=k3.detach())
-    stats['logp_diff'] = torch.where(weight > 0, logp - old_logp, 0.0).detach().abs().max()
-    return loss * weight.sum() * share, stats
+        policy = torch.where(weight > 0, logp, 0.0)
+        reference = torch.where(weight > 0, batch['ref_logp'], 0.0)
+        kl = (kl_k3(policy, reference) * weight).sum() / weight.sum()
+        loss = loss + c.kl * kl
+        stats['kl'] = kl.detach()
+    difference = torch.where(weight > 0, logp - batch['recorded'], 0.0)
+    stats['logp_diff'] = difference.detach().abs().max()
+    return loss * weight.sum() * share, stats, logp.detach()
+
+
+def update(ddp, optimiser, seen, batch, step, run, c):
+    """c.updates optimiser steps on one rollout -> log fields."""
+    P = len(seen[0])
+    batch['weight'], count = token_weights(batch['mask'], c)
+    batch['old_logp'] = batch['recorded'].clone()
+    share = run.world / common.total(count, run)
+    for k in range(c.updates):
+        stats = Stats()
+        for images, rows, last in common.sample_slices(P, c.group, c.micro_batch):
+            part = common.take(batch, rows)
+            with common.no_sync(ddp, last):
+                loss, fields, logp = ddp(loss_of, common.take(seen, images), part, share, k == 0, c)
+                loss.backward()
+            if k == 0 and c.old_logp == 'replay':
+                batch['old_logp'][rows] = logp          # of every later update as well
+            stats.add_sum(loss=loss.detach())
+            stats.add_max(ratio_max=fields['ratio_max'], logp_diff=fields['logp_diff'])
+            stats.add_mean(part['weight'].sum(), clip_frac=fields['clip_frac'],
+                           kl=fields.get('kl', 0.0))
+        reduced = stats.reduce(run)
+        if k == 0:
+            logp_diff = reduced['logp_diff']            # after an update they rightly differ
+        taken = optimiser.step(step)
+    reduced['logp_diff'] = logp_diff
+    return dict(reduced, **taken)
+
+
+def planned_loss(uae, tower, size, prompt_len, c):
+    """For --plan: the loss of `size` captions, zeros in place of prompt, tokens and rewards."""
+    y = torch.zeros(size, c.caption_len, dtype=torch.long)
+    embedded = torch.zeros(size, prompt_len, uae.encoder.config.text_config.hidden_size)
+    positions = torch.zeros(3, size, prompt_len, dtype=torch.long)
+    h = uae.states_after(embedded, positions, y)[:, :-1]
+    logp = token_logp(h, uae.head, y, c.temperature, uae.forbidden)
+    return policy_loss(logp, torch.zeros(logp.shape), torch.zeros(size), clip=c.clip_range)[0]
 
 
 def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
     if c.condition == 'image':
-        raise SystemExit('--condition=image: the decoder would not see the caption, so no caption could be better than another')
+        raise SystemExit('--condition=image: the decoder would not see the caption, so no caption '
+                         'could be better than another')
     if c.plan:
-        return common.plan(c, 'encoder')
+        return plan(c, ['encoder'], planned_loss)
     run = common.start(c)
-    P = common.per_rank('prompts', c.prompts, run.world, c.group)
-    first = common.open_out_dir(c, run)
+    common.per_rank('prompts', c.prompts, run.world, c.group)
+    first = checkpoint.open_out_dir(c, run)
+    checkpoint.watch_sigterm()
     train, held = open_data(c, run)
-    uae = UAE(c, run.device)
+    uae = checkpoint.open_uae(c, run.device)
     params = uae.train_only('encoder')
-    ref = common.stage_start(uae, ['encoder'], c, run, first) if c.kl else None
+    if c.text_encoder == 'start':
+        checkpoint.freeze_text_encoder(uae)
+    reference = None
+    if c.kl:
+        reference = checkpoint.stage_start(uae, ['encoder'], c)
     ddp = common.parallel(uae, run)
     tower = backbone(c.reward, c, run.device)
-    opt = torch.optim.AdamW(params, lr=c.lr, weight_decay=0.0, fused=True)
-    common.restore(c, opt)
-    log, evaluate = common.Log(c, run), Evaluator(uae, held, c, run)
+    optimiser = common.Optimiser(params, c)
+    checkpoint.restore(c, optimiser)
+    log = Log(c, run)
+    evaluate = Evaluator(uae, held, c, run, dict(reward=tower))
+    idle = ('decoder', 'vae') if c.offload else ()
 
-    for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc='grpo_encoder', disable=not run.master):
+    for step in progress('grpo_encoder', first, c, run):
         evaluate.every(step)
-        # rollout, in micro-batches of whole groups
-        batch = train.batch(c.seed, step, c.prompts, run.rank, run.world)
-        x = batch['x'].to(run.device)
-        parts = [rollout(uae, tower, x[i], batch['index'][i], step, c) for i in common.image_slices(P, c.group, c.micro_batch)]
-        seen = tuple(torch.cat(t) for t in zip(*(p[0] for p in parts)))
-        y, mask, old_logp, r = (torch.cat(t) for t in list(zip(*parts))[1:])
-        ref_logp = old_logp
-        if ref:
-            with torch.no_grad():
-                ref_logp = torch.cat([ref.caption_logp(s, y[b], c.temperature) for s, b, _ in common.group_slices(seen, c.group, c.micro_batch)])
-
-        # advantage: whole groups on one rank; the control permutes rewards over the whole batch, reproducibly
-        all_r = common.gather(r, run)
-        if c.shuffle_reward:
-            order = torch.randperm(all_r.numel(), generator=common.generator(c.seed, 'shuffle', step))
-            all_r = all_r.flatten()[order.to(all_r.device)].view_as(all_r)
-        b_adv = group_advantage(all_r[run.rank * P:(run.rank + 1) * P], c.adv_std).flatten()              # (P, G) -> (B,)
-
-        # update
-        weight, count = token_weights(mask, c)
-        share = run.world / common.total(count, run)                                            # of one unit of weight in the step's loss
-        with uae.parked(*['decoder', 'vae'] * c.offload):
-            for k in range(c.updates):
-                stats = common.Stats()
-                for s, b, last in common.group_slices(seen, c.group, c.micro_batch):
-                    with common.no_sync(ddp, not last):
-                        loss, stat = ddp(loss_of, s, y[b], weight[b], old_logp[b], ref_logp[b], b_adv[b], share, c)
-                        loss.backward()
-                    stats.add(weight[b].sum(), loss=loss.detach(), **stat)
-                stats = stats.reduce(run)
-                diff = stats['logp_diff'] if k == 0 else diff                   # after an update they rightly differ
-                taken = common.optimise(opt, params, step, c)
-        words = (y != uae.end) * mask                                                                   # without end tokens
-        entropy = -common.total((old_logp * mask).sum(), run) / common.total(mask.sum(), run)   # of the policy, nats a token, estimated
-        log(step, **common.reward_fields(all_r), **dict(stats, logp_diff=diff), **taken, entropy=entropy,
-            caption_len=common.total(words.sum(), run) / all_r.numel(), truncated=common.total(words[:, -1].sum(), run) / all_r.numel(),
-            skipped=int(common.total(len(train.skipped), run)) + held['skipped'])
-        common.maybe_save(c, run, step + 1, uae, opt)
+        images = train.batch(c.seed, step, c.prompts, run.rank, run.world)
+        x = images['x'].to(run.device)
+        seen, batch, r = rollout(uae, tower, x, images['index'], step, c)
+        batch['adv'], all_r = advantages(r, step, run, c)
+        if reference:
+            batch['ref_logp'] = reference_logp(reference, seen, batch['y'], c)
+        with uae.parked(*idle):
+            fields = update(ddp, optimiser, seen, batch, step, run, c)
+        surprise = common.total((batch['recorded'] * batch['mask']).sum(), run)
+        tokens = common.total(batch['mask'].sum(), run)
+        log(step, **reward_fields(all_r), **fields, entropy=-surprise / tokens,     # nats a token
+            **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
+            skipped=count_skipped(train, held, run))
+        checkpoint.maybe_save(c, run, step + 1, uae, optimiser)
     evaluate.every(c.steps, last=True)
 
 

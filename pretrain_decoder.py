@@ -1,21 +1,30 @@
 """Stage 0: long-caption pre-training of the decoder (flow matching on image and caption).
 
-    python pretrain_decoder.py                                 # tiny, on the embedded world's training scenes and their captions
+    python pretrain_decoder.py                 # tiny, the embedded world's scenes and captions
     python pretrain_decoder.py --data=manifest.jsonl --ema=0.999
     torchrun --nproc_per_node=8 pretrain_decoder.py --preset=paper --data=/data/longcap
 
-The decoder learns to draw from the encoder's projected hidden states before any reward is used:
-    z_s = (1 - s) z_0 + s eps,   L = mean | v_theta(z_s, s, c) - (eps - z_0) |^2,   c = g(h_T(caption));   tiny: + cross-entropy of a caption, every third update
+The decoder learns to draw from the encoder's projected states before any reward is used:
 
-    paper                                 here                                      why
-    encoder frozen                        train_encoder: paper False, tiny True     a 3-layer language model keeps little of earlier words in its last states
-    logit-normal s of mean 0, std 1       tiny: mean 1, std 1.2 (`sigma_mean`)      in tiny latents colour is decided at high noise (data/shapes)
-    condition dropout not stated          10 % to the negative prompt               classifier-free guidance needs the unconditional branch
-    EMA not stated                        off; `ema`, .999 to .9999 is usual       short runs end on a falling learning rate, which averages too
+    c = g(h_T(caption))      z_s = (1 - s) z_0 + s eps
+    L = mean | v_theta(z_s, s, c) - (eps - z_0) |^2      tiny: + cross-entropy of a caption,
+                                                         every third update
 
-A caption that does not fit cond_len is cut, counted (log field `truncated`) and announced. An image without a caption is left out and counted (`skipped`).
-With --ema the weights that are evaluated, saved and read by later stages are the averaged ones; those in training lie in state.pt, for --resume.
+    paper                       here                         why
+    encoder frozen              train_encoder: tiny True     a 3-layer language model keeps little
+                                                             of earlier words in its last states
+    logit-normal s, mean 0,     tiny: mean 1, std 1.2        in tiny latents colour is decided at
+    std 1                                                    high noise (data/shapes)
+    condition dropout not       10 % to the negative prompt  classifier-free guidance needs the
+    stated                                                   unconditional branch
+    EMA not stated              off; `ema`, .999 is usual    short runs end on a falling learning
+                                                             rate, which averages too
+
+A caption that does not fit cond_len is cut, counted (log field `truncated`) and announced. An image
+without a caption is left out and counted (`skipped`). With --ema the weights that are evaluated,
+saved and read by later stages are the averaged ones; those in training lie in state.pt.
 """
+import argparse
 import contextlib
 import os
 import sys
@@ -23,13 +32,16 @@ import sys
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import common
 import config
-from data.images import ImageError, open_data, open_images
-from eval_unified import Evaluator
-from model import UAE
+from data.images import open_data, open_images
+from evaluate import Evaluator
+from log import Log, Stats, progress
+from policy import token_logp
+from tools.plan import plan
 
-# --- script keys ---------------------------------------------------------------------------------------------------
+# --- script keys ---------------------------------------------------------------------------------
 keys = dict(
     steps = 1000,              # updates
     batch = 64,                # images per update, all ranks together
@@ -38,173 +50,246 @@ keys = dict(
     patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 100,              # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
-    sigma_mean = 1.0,          # s = sigmoid(sigma_mean + sigma_std N(0,1)); 0 and 1 are SD3's published density
+    sigma_mean = 1.0,          # s = sigmoid(sigma_mean + sigma_std N(0,1)); SD3 has 0 and 1
     sigma_std = 1.2,
     drop = 0.1,                # share of conditions replaced by the negative prompt
     ema = 0.0,                 # decay of the averaged weights per update; 0 = none
-    train_encoder = True,      # the flow loss reaches the language model, and a caption loss keeps it a captioner
+    train_encoder = True,      # flow loss for the language model; a caption loss keeps it captioning
     caption_every = 3,         # updates between caption losses (train_encoder)
     answer_key = 'caption',    # manifest field that the caption loss teaches (train_encoder)
 )
 own_presets = dict(
     tiny=dict(eval_every=250),
-    medium=dict(steps=10000, batch=64, lr=1e-4, sigma_mean=0.0, sigma_std=1.0, train_encoder=False, eval_every=500),
-    paper=dict(steps=10000, batch=256, lr=1e-4, sigma_mean=0.0, sigma_std=1.0, train_encoder=False, eval_every=500))
-# -------------------------------------------------------------------------------------------------------------------
-
-
-def captioned(images, source):
-    """Takes the images without a caption, or with an empty one, out of the set: at once where the listing tells, later on
-    (an empty .txt) as unreadable. Returns how many went at once. Raises SystemExit if none is left."""
-    def missing(caption):
-        return caption is None or isinstance(caption, str) and not caption.strip()
-
-    def get(i, really_get=images.get):
-        x, caption = really_get(i)
-        if missing(caption):
-            raise ImageError('no caption')
-        return x, caption
-
-    keep = [i for i, (_, caption) in enumerate(images.sources) if not missing(caption)]
-    gone = len(images) - len(keep)
-    if not keep:
-        raise SystemExit(f'{source}: none of the {gone} images has a caption, stage 0 needs them (data/README.md)')
-    images.get, images.sources, images.names = get, [images.sources[i] for i in keep], [images.names[i] for i in keep]
-    return gone
+    medium=dict(steps=10000, batch=64, lr=1e-4, sigma_mean=0.0, sigma_std=1.0,
+                train_encoder=False, eval_every=500),
+    paper=dict(steps=10000, batch=256, lr=1e-4, sigma_mean=0.0, sigma_std=1.0,
+               train_encoder=False, eval_every=500))
+# -------------------------------------------------------------------------------------------------
 
 
 def open_captioned(c, run, key):
-    """Training images with the captions at manifest field `key` -> (ImageSet, number left out, held-out dict or None).
+    """Training images with the captions at manifest field `key`.
 
-    Nothing is held out where nothing is evaluated (eval_every 0). The embedded world's list of scenes is a manifest.
+    Returns the ImageSet, the number left out for want of a caption, and the held-out dict, or None
+    where nothing is evaluated. The embedded world's list of scenes is a manifest.
     """
-    c = type(c)(**dict(vars(c), data_keys=(c.data_keys[0], key, c.data_keys[2])))
-    images, held = open_data(c, run) if c.eval_every or c.data == 'shapes' else (open_images(c.data, c.resolution, *c.data_keys), None)
+    image_key, _, folder = c.data_keys
+    c = argparse.Namespace(**dict(vars(c), data_keys=(image_key, key, folder)))
+    held = None
+    if c.eval_every or c.data == 'shapes':
+        images, held = open_data(c, run)
+    else:
+        images = open_images(c.data, c.resolution, *c.data_keys)
     if c.data == 'shapes':
         from data.shapes import scenes as world
-        images = open_images(os.path.join(os.path.dirname(world.__file__), 'images', 'scenes.jsonl'), c.resolution, 'file', key)
-        images.split_off(sum(name.startswith('held_out/') for name in images.names))          # they are its last lines
-    whole, gone = len(images), captioned(images, c.data)
+        root = os.path.dirname(world.__file__)
+        images = open_images(f'{root}/images/scenes.jsonl', c.resolution, 'file', key)
+        kept_apart = sum(name.startswith('held_out/') for name in images.names)
+        images.split_off(kept_apart)                        # they are its last lines
+    whole = len(images)
+    gone = images.keep_captioned()
+    if gone == whole:
+        raise SystemExit(f'{c.data}: none of the {gone} images has a caption, stage 0 needs them '
+                         '(data/README.md)')
     if gone and run.master:
-        print(f'warning: {gone} of the {whole} images of {c.data} have no caption and are left out', flush=True)
+        print(f'warning: {gone} of the {whole} images of {c.data} have no caption and are left out',
+              flush=True)
     return images, gone, held
 
 
 def flow_loss(uae, z0, y, mask, s, eps, seen=None, drop=None):
-    """Flow matching, mean over everything: z0, eps (B, C, H, W), s (B,), captions y, mask (B, T); drop (B,) bool: the negative prompt instead of the condition."""
-    s_ = s.view(-1, 1, 1, 1)
+    """Flow matching, mean over everything: mean | v_theta(z_s, s, c) - (eps - z_0) |^2.
+
+    z0, eps (B, C, H, W), s (B,), captions y, mask (B, T); drop (B,) bool: the negative prompt
+    instead of the condition.
+    """
+    noise = s.view(-1, 1, 1, 1)
     cond = uae.condition(y, mask, seen)
     if drop is not None:
         cond = torch.where(drop.view(-1, 1, 1), uae.negative(), cond)
-    v = uae.velocity((1 - s_) * z0 + s_ * eps, s, cond)
+    v = uae.velocity((1 - noise) * z0 + noise * eps, s, cond)
     return (v - (eps - z0)).square().mean()
 
 
 def sayable(uae, y, mask):
-    """Tokens (B, T) of given captions that the captioner may say; of the others, an unknown word say, the log-prob is -inf."""
+    """Tokens (B, T) of given captions that the captioner may say.
+
+    Of the others, an unknown word say, the log-prob is -inf.
+    """
     return mask.bool() & ~uae.forbidden[y]
 
 
 def caption_loss(uae, seen, y, mask, count=None):
-    """Cross-entropy of given captions: minus the sum of log pi over tokens / count (None: their number)."""
+    """Cross-entropy of given captions: minus the sum of log pi over tokens / count.
+
+    count: None is the number of these tokens.
+    """
     valid = sayable(uae, y, mask)
-    return -torch.where(valid, uae.caption_logp(seen, y), 0.0).sum() / (valid.sum() if count is None else count)
+    if count is None:
+        count = valid.sum()
+    logp = torch.where(valid, uae.caption_logp(seen, y), 0.0)
+    return -logp.sum() / count
 
 
 def both_losses(uae, flow, answers, share):
-    """The whole loss of a micro-batch: flow matching, and every few updates the caption loss; `share` = world / images of the step."""
-    flow = flow_loss(uae, *flow) * len(flow[0]) * share
-    return flow, caption_loss(uae, *answers) if answers else torch.zeros((), device=flow.device)
+    """The whole loss of a micro-batch: flow matching, and every few updates the caption loss.
+
+    flow: a dict, the arguments of `flow_loss`; answers: those of `caption_loss`, or None. share:
+    world / images of the step.
+    """
+    loss = flow_loss(uae, **flow) * len(flow['z0']) * share
+    if answers is None:
+        return loss, torch.zeros((), device=loss.device)
+    return loss, caption_loss(uae, **answers)
 
 
-def average(opt, decay):
-    """w_ema <- decay w_ema + (1 - decay) w, after an update; it starts at the weights after the first one. Kept as `other` in
-    the optimiser's state, hence in state.pt."""
-    for p in (p for group in opt.param_groups for p in group['params'] if opt.state[p]):
-        if 'other' in opt.state[p]:
-            opt.state[p]['other'].lerp_(p.data, 1 - decay)
+# --- averaged weights, kept as `other` in the optimizer's state, and so in state.pt --------------
+def average(adamw, decay):
+    """w_ema <- decay w_ema + (1 - decay) w, after an update; it starts at the first one's w."""
+    for p, state in adamw.state.items():
+        if 'other' in state:
+            state['other'].lerp_(p.data, 1 - decay)
         else:
-            opt.state[p]['other'] = p.data.clone()
+            state['other'] = p.data.clone()
 
 
-def swap(opt):
+def swap(adamw):
     """Exchanges the weights in training and their averages, where there are any."""
-    for p, state in opt.state.items():
+    for p, state in adamw.state.items():
         if 'other' in state:
             p.data, state['other'] = state['other'], p.data
 
 
 @contextlib.contextmanager
-def averaged(opt):
-    """Inside, the models have the averaged weights: for evaluation, and for a checkpoint, whose state.pt then keeps the others."""
-    swap(opt)
+def averaged(adamw):
+    """Inside, the models have the averaged weights, for an evaluation or a checkpoint."""
+    swap(adamw)
     yield
-    swap(opt)
+    swap(adamw)
 
 
-def prepare(uae, c, batch, i, step, negative, room):
-    """Images i (a slice) of a rank's batch -> the arguments of `flow_loss`, and how many captions are too long; all randomness
-    addressed by (seed, step, image)."""
-    rows, x = batch['index'][i], batch['x'][i].to(uae.device)
-    y, mask, cut = uae.tokens(batch['captions'][i], room + 1)               # and the end token
-    drop = common.uniform((), rows, c.seed, 'drop', step) < c.drop
-    y[drop], mask[drop] = negative
-    s = torch.sigmoid(c.sigma_mean + c.sigma_std * common.normal((), rows, c.seed, 'sigma', step)).to(uae.device)
-    eps = common.normal(uae.latent_shape(), rows, c.seed, 'eps', step).to(uae.device)
-    sight = () if c.condition == 'text' else (uae.see(x), drop.to(uae.device))          # without the caption the image is still seen
-    return (uae.to_latent(x), y, mask, s, eps, *sight), cut
+# --- one update ----------------------------------------------------------------------------------
+def prepare(uae, c, images, rows, step, negative):
+    """Images `rows`, a slice, of a rank's batch -> the arguments of `flow_loss`.
+
+    All randomness is addressed by (seed, step, image). Returns also how many captions are too long.
+    """
+    index = images['index'][rows]
+    x = images['x'][rows].to(uae.device)
+    y, mask, cut = uae.tokens(images['captions'][rows], len(negative['y']))
+    drop = common.uniform((), index, c.seed, 'drop', step) < c.drop
+    y[drop] = negative['y']
+    mask[drop] = negative['mask']
+    sigma = common.normal((), index, c.seed, 'sigma', step)
+    s = torch.sigmoid(c.sigma_mean + c.sigma_std * sigma)
+    eps = common.normal(uae.latent_shape(), index, c.seed, 'eps', step)
+    flow = dict(z0=uae.to_latent(x), y=y, mask=mask, s=s.to(uae.device), eps=eps.to(uae.device))
+    if c.condition != 'text':           # without its caption the image would still be seen
+        flow.update(seen=uae.see(x), drop=drop.to(uae.device))
+    return flow, cut
+
+
+def prepare_answers(uae, images, run):
+    """A batch of captions to be taught -> x, y, mask, and count, the step's tokens per rank."""
+    y, mask, _ = uae.tokens(images['captions'])
+    count = common.total(sayable(uae, y, mask).sum(), run) / run.world
+    return dict(x=images['x'], y=y, mask=mask), count
+
+
+def planned_loss(uae, tower, size, prompt_len, c):
+    """For --plan: the losses of `size` images, zeros in place of latents, prompt and tokens."""
+    latents = torch.zeros(size, *uae.latent_shape())
+    y = torch.zeros(size, c.caption_len, dtype=torch.long)
+    flow = flow_loss(uae, latents, y, torch.ones(y.shape), torch.zeros(size), latents)
+    if not c.train_encoder:
+        return flow
+    embedded = torch.zeros(size, prompt_len, uae.encoder.config.text_config.hidden_size)
+    positions = torch.zeros(3, size, prompt_len, dtype=torch.long)
+    h = uae.states_after(embedded, positions, y)[:, :-1]
+    return flow, token_logp(h, uae.head, y, 1.0, uae.forbidden)
+
+
+class Cuts:
+    """Counts captions that do not fit, and says so at the first one and at the end."""
+
+    def __init__(self, room, c, run):
+        self.room, self.c, self.run = room, c, run
+        self.so_far = 0
+
+    def add(self, cut, step):
+        """cut: of one step, all ranks together."""
+        told = self.so_far > 0
+        self.so_far += cut
+        now = cut and not told
+        end = self.so_far and step == self.c.steps - 1
+        if self.run.master and (now or end):
+            tqdm.write(f'warning: {self.so_far} captions so far do not fit the {self.room} tokens '
+                       f'that cond_len={self.c.cond_len} has for them, and were cut')
 
 
 def main(argv):
     c = config.parse(keys, own_presets, argv, __file__)
+    trained = ['projector', 'decoder']
+    if c.train_encoder:
+        trained.append('encoder')
     if c.plan:
-        return common.plan(c, 'projector', 'decoder', *['encoder'] * c.train_encoder)
+        return plan(c, trained, planned_loss)
     run = common.start(c)
     P = common.per_rank('batch', c.batch, run.world)
-    first = common.open_out_dir(c, run)
-    images, gone, held = open_captioned(c, run, c.data_keys[1])
-    answers = images if c.answer_key == c.data_keys[1] or not c.train_encoder else open_captioned(c, run, c.answer_key)[0]
-    uae = UAE(c, run.device, new_projector=True)
-    params = uae.train_only('projector', 'decoder', *['encoder'] * c.train_encoder)
+    first = checkpoint.open_out_dir(c, run)
+    checkpoint.watch_sigterm()
+    train, gone, held = open_captioned(c, run, c.data_keys[1])
+    teachers = train
+    if c.train_encoder and c.answer_key != c.data_keys[1]:
+        teachers, _, _ = open_captioned(c, run, c.answer_key)
+    uae = checkpoint.open_uae(c, run.device, new_projector=True)
+    params = uae.train_only(*trained)
     ddp = common.parallel(uae, run)
-    opt = torch.optim.AdamW(params, lr=c.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    common.restore(c, opt)
-    swap(opt)                                                               # a checkpoint's models are the averaged ones
-    log, evaluate = common.Log(c, run), Evaluator(uae, held, c, run) if c.eval_every else None
-    room, too_long = c.cond_len - len(uae.before_text) - len(uae.after_text), 0
-    negative = [t[0] for t in uae.tokens([c.negative_prompt], room + 1)[:2]]
+    optimiser = common.Optimiser(params, c, betas=(0.9, 0.99), weight_decay=0.01)
+    adamw = optimiser.adamw
+    checkpoint.restore(c, optimiser)
+    swap(adamw)                         # a checkpoint's models are the averaged ones
+    log = Log(c, run)
+    evaluate = Evaluator(uae, held, c, run) if c.eval_every else None
+    room = c.cond_len - len(uae.before_text) - len(uae.after_text)
+    y, mask, _ = uae.tokens([c.negative_prompt], room + 1)
+    negative = dict(y=y[0], mask=mask[0])
+    cuts = Cuts(room, c, run)
 
-    for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc='pretrain_decoder', disable=not run.master, mininterval=5):
+    for step in progress('pretrain_decoder', first, c, run):
         if evaluate:
-            with averaged(opt):
+            with averaged(adamw):
                 evaluate.every(step)
-        batch, teach = images.batch(c.seed, step, c.batch, run.rank, run.world), None
+        images = train.batch(c.seed, step, c.batch, run.rank, run.world)
+        teach = None
         if c.train_encoder and step % c.caption_every == 0:
-            teach = answers.batch(c.seed, step, c.batch, run.rank, run.world)
-            y, mask, _ = uae.tokens(teach['captions'])
-            count = common.total(sayable(uae, y, mask).sum(), run) / run.world
-        stats, cut, slices = common.Stats(), 0, common.image_slices(P, 1, c.micro_batch)
-        for i in slices:
-            flow, n = prepare(uae, c, batch, i, step, negative, room)
-            with common.no_sync(ddp, i.stop < P):
-                loss, nll = ddp(both_losses, flow, (uae.see(teach['x'][i]), y[i], mask[i], count) if teach else None, run.world / c.batch)
+            taught = teachers.batch(c.seed, step, c.batch, run.rank, run.world)
+            teach, count = prepare_answers(uae, taught, run)
+        stats, cut = Stats(), 0
+        for _, rows, last in common.group_slices(P, 1, c.micro_batch):
+            flow, too_long = prepare(uae, c, images, rows, step, negative)
+            answers = None
+            if teach:
+                part = common.take(teach, rows)
+                answers = dict(seen=uae.see(part.pop('x')), **part, count=count)
+            with common.no_sync(ddp, last):
+                loss, nll = ddp(both_losses, flow, answers, 1 / P)
                 (loss + nll).backward()
-            stats.add(loss=loss.detach(), caption_loss=nll.detach() * len(slices))              # its average is then the sum
-            cut += n
-        taken = common.optimise(opt, params, step, c)
-        if c.ema and not taken['bad_steps']:
-            average(opt, c.ema)
-
+            stats.add_sum(loss=loss.detach(), caption_loss=nll.detach())
+            cut += too_long
+        taken = optimiser.step(step)
+        if c.ema and not optimiser.bad_steps:
+            average(adamw, c.ema)
         cut = int(common.total(cut, run))
-        too_long += cut
-        if run.master and (cut and cut == too_long or too_long and step == c.steps - 1):
-            tqdm.write(f'warning: {too_long} captions so far do not fit the {room} tokens that cond_len={c.cond_len} has for them, and were cut')
-        log(step, **stats.reduce(run), **taken, truncated=cut,
-            skipped=gone + int(common.total(len(images.skipped), run)) + (held['skipped'] if held else 0))
-        with averaged(opt):
-            common.maybe_save(c, run, step + 1, uae, opt)
+        cuts.add(cut, step)
+        skipped = gone + int(common.total(len(train.skipped), run))
+        if held:
+            skipped += held['skipped']
+        log(step, **stats.reduce(run), **taken, truncated=cut, skipped=skipped)
+        with averaged(adamw):
+            checkpoint.maybe_save(c, run, step + 1, uae, optimiser)
     if evaluate:
-        with averaged(opt):
+        with averaged(adamw):
             evaluate.every(c.steps, last=True)
 
 

@@ -88,6 +88,11 @@ def find_caption(row, key, place):
     return value
 
 
+def is_blank(caption):
+    """Whether a caption, None, a str, or one left on the disk, is known to say nothing."""
+    return caption is None or isinstance(caption, str) and not caption.strip()
+
+
 def load_caption(caption, key, place):
     """The caption of an entry, see below -> str or None. Raises OSError, DataError."""
     if not isinstance(caption, tuple):
@@ -205,6 +210,7 @@ class ImageSet:
 
     def __init__(self, entries, resolution, caption_key='caption'):
         self.resolution, self.caption_key = resolution, caption_key
+        self.need_caption = False
         self.sources = [entry[1:] for entry in entries]
         self.names, seen, self.skipped, self.cache = [], {}, {}, {}
         for name, _, _ in entries:  # ids become output files: '../x' must not climb, equal ones must not overwrite
@@ -238,7 +244,21 @@ class ImageSet:
                 raise ImageError(str(e)) from None
             if len(self) * pixels.size <= CACHE_BYTES:
                 self.cache[i] = pixels, caption
+        if self.need_caption and is_blank(caption):
+            raise ImageError('no caption')
         return torch.from_numpy(pixels).permute(2, 0, 1).float().contiguous() / 127.5 - 1, caption
+
+    def keep_captioned(self):
+        """Leaves out the images without a caption -> how many.
+
+        At once where the listing tells, later on, for an empty .txt, as unreadable.
+        """
+        kept = [i for i, (_, caption) in enumerate(self.sources) if not is_blank(caption)]
+        gone = len(self) - len(kept)
+        self.sources = [self.sources[i] for i in kept]
+        self.names = [self.names[i] for i in kept]
+        self.need_caption = True
+        return gone
 
     def readable(self, start):
         """Yields (i, x, caption) of every readable image once, in index order from `start` on and round the end. Prints

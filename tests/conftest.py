@@ -1,8 +1,9 @@
-"""Shared by the tests: where they run (the repository's root), and one small model with pictures and captions.
+"""Shared by the tests: where they run (the repository's root), one small model, images, captions.
 
-The session's model is the shipped tiny one with noise on its weights and a flattened captioner, so that no test leans on
-how good the shipped weights are, no output is trivial, and captions differ in length. Nobody may change it: `at` gives a
-view with other config keys, `copy.deepcopy` a model of one's own.
+The session's model is the shipped tiny one with noise on its weights and a flattened captioner.
+So no test leans on how good the shipped weights are, no output is trivial, and captions differ in
+length. Nobody may change it: `at` gives a view with other config keys, `copy.deepcopy` a model of
+one's own.
 """
 import copy
 import os
@@ -21,6 +22,18 @@ torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
 P, G = 4, 4
 
 
+def shared_config(*arguments):
+    """The configuration of a script that has no keys of its own; arguments: '--key=value'."""
+    import config
+    return config.parse({}, {}, list(arguments), 'x.py')
+
+
+def new_uae(c, device='cpu'):
+    """A model from the checkpoint that the configuration names."""
+    from checkpoint import open_uae
+    return open_uae(c, device)
+
+
 def at(uae, **keys):
     """The same model under another configuration."""
     other = copy.copy(uae)
@@ -30,36 +43,44 @@ def at(uae, **keys):
 
 def perturb(module, scale, seed=0):
     """Adds normal noise to every weight, the same for the same seed."""
-    g = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=g))
+            p.add_(scale * torch.randn(p.shape, generator=generator))
     return module
+
+
+def uniforms(rows, length, seed=1):
+    """Uniforms in [0, 1), (rows, length): the randomness behind sampled captions."""
+    return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope='session')
 def uae():
     import common
-    import config
-    from model import UAE
     common.quiet()
-    uae = UAE(config.parse({}, {}, [], 'x.py'))
-    perturb(uae.encoder.model.language_model, 0.01)
+    uae = new_uae(shared_config())
+    language_model = uae.encoder.model.language_model
+    perturb(language_model, 0.01)
     perturb(uae.decoder, 0.02)
-    uae.encoder.model.language_model.norm.weight.data.mul_(0.4)         # flatter captions, of many lengths
-    before = {k: v.clone() for k, v in uae.state_dict().items()}
+    language_model.norm.weight.data.mul_(0.4)               # flatter captions, of many lengths
+    before = {name: value.clone() for name, value in uae.state_dict().items()}
     yield uae
-    changed = [k for k, v in uae.state_dict().items() if not torch.equal(v, before[k])]
-    assert not changed, f'a test changed the shared model: {changed[0]} and {len(changed) - 1} more'
-    assert not any(p.requires_grad for p in uae.parameters()), 'a test left the shared model trainable'
+    after = uae.state_dict()
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    message = f'a test changed the shared model: {changed[:1]} and {len(changed) - 1} more'
+    assert not changed, message
+    trainable = [p for p in uae.parameters() if p.requires_grad]
+    assert not trainable, 'a test left the shared model trainable'
 
 
 @pytest.fixture(scope='session')
 def x():
-    """P pictures (P, 3, 32, 32) in [-1, 1]."""
+    """P images (P, 3, 32, 32) in [-1, 1]."""
     from data.shapes import scenes
     rng = np.random.default_rng(0)
-    return torch.as_tensor(scenes.pixels([scenes.random_scene(rng) for _ in range(P)])).float()
+    drawn = [scenes.random_scene(rng) for _ in range(P)]
+    return torch.as_tensor(scenes.pixels(drawn)).float()
 
 
 @pytest.fixture(scope='session')
@@ -70,8 +91,10 @@ def seen(uae, x):
 
 @pytest.fixture(scope='session')
 def sampled(uae, seen):
-    """G captions of each picture at temperature 1: y, mask, logp."""
-    y, mask, logp = uae.sample_captions(seen, G, 1.0, torch.rand(P * G, uae.c.caption_len, generator=torch.Generator().manual_seed(1)))
-    assert mask.sum(1).unique().numel() > 2, 'these tests need captions of several lengths'
-    assert mask.sum(1).min() < uae.c.caption_len, 'and some that end'
+    """G captions of each image at temperature 1: y, mask, logp."""
+    u = uniforms(P * G, uae.c.caption_len)
+    y, mask, logp = uae.sample_captions(seen, G, 1.0, u)
+    lengths = mask.sum(1)
+    assert lengths.unique().numel() > 2, 'these tests need captions of several lengths'
+    assert lengths.min() < uae.c.caption_len, 'and some that end'
     return y, mask, logp

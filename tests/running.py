@@ -1,4 +1,7 @@
-"""What the tests of whole scripts share: runs in this process, and runs in processes that may be killed or refused."""
+"""What the tests of whole scripts share: runs in this process, and runs in processes of their own.
+
+The latter may be killed or refused.
+"""
 import json
 import math
 import os
@@ -11,13 +14,27 @@ from safetensors.torch import load_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
+UNTRAINED = ('eval_unified', 'eval_t2i', 'sample')         # scripts that make no updates
 
 
-def words(name, out_dir, *extra, steps=2, images=2):
-    """The command line of a tiny run. A temperature of 3, so that the captions of a group differ whatever the shipped base is."""
-    own = dict(cold_start=[f'--prompts={images}'], grpo_encoder=[f'--prompts={images}', '--group=2', '--temperature=3'],
-               grpo_decoder=[f'--prompts={images}', '--group=2'], pretrain_decoder=[f'--batch={images}']).get(name, [])
-    return [f'--steps={steps}', '--eval_images=4', '--eval_every=0', '--device=cpu', f'--out_dir={out_dir}', *own, *extra]
+def arguments(name, out_dir, *extra, steps=2, images=2):
+    """The command line of a tiny run.
+
+    Temperature 3, so that the captions of a group differ whatever the shipped base is.
+    """
+    own = dict(
+        cold_start=[f'--prompts={images}'],
+        grpo_encoder=[f'--prompts={images}', '--group=2', '--temperature=3'],
+        grpo_decoder=[f'--prompts={images}', '--group=2'],
+        pretrain_decoder=[f'--batch={images}'],
+    )
+    every = ['--eval_images=4', '--eval_every=0', '--device=cpu', f'--out_dir={out_dir}']
+    if name not in UNTRAINED:
+        every.append(f'--steps={steps}')
+    return every + own.get(name, []) + list(extra)
+
+
+words = arguments                                # the name before; goes when no test imports it
 
 
 def script(name, *argv):
@@ -30,9 +47,9 @@ def script(name, *argv):
         sys.argv = old
 
 
-def tiny(name, out_dir, *extra, **kw):
-    """script(name) with the words of a tiny run; returns the lines of its log."""
-    script(name, *words(name, out_dir, *extra, **kw))
+def tiny(name, out_dir, *extra, **how):
+    """script(name) with the arguments of a tiny run; returns the lines of its log."""
+    script(name, *arguments(name, out_dir, *extra, **how))
     return lines(f'{out_dir}/log.jsonl')
 
 
@@ -40,12 +57,13 @@ def lines(path):
     """Objects of a .jsonl file; a number that is not finite is a failure."""
     def number(text):
         raise AssertionError(f'{text} in {path}')
+
     with open(path) as f:
         return [json.loads(line, parse_constant=number) for line in f]
 
 
 def refusal(call, *args):
-    """The one line with which a run refuses its input, without a traceback and with an exit code that is not 0."""
+    """The one line with which a run refuses its input: no traceback, an exit code that is not 0."""
     try:
         call(*args)
     except SystemExit as e:
@@ -60,9 +78,12 @@ def weights(folder):
     out = {}
     for path, _, names in os.walk(folder):
         for name in names:
-            if name.endswith('.safetensors'):
-                file = os.path.join(path, name)
-                out.update({f'{os.path.relpath(file, folder)}:{k}': v.float() for k, v in load_file(file).items()})      # the base is shipped in 16 bits
+            if not name.endswith('.safetensors'):
+                continue
+            file = os.path.join(path, name)
+            place = os.path.relpath(file, folder)
+            for key, value in load_file(file).items():
+                out[f'{place}:{key}'] = value.float()       # the base is shipped in 16 bits
     assert out, f'no weights in {folder}'
     return out
 
@@ -70,7 +91,8 @@ def weights(folder):
 def distance(a, b):
     """Euclidean distance of two dicts of tensors with the same names."""
     assert a.keys() == b.keys()
-    return math.sqrt(sum((a[k].double() - b[k].double()).square().sum().item() for k in a))
+    squares = [(a[name].double() - b[name].double()).square().sum().item() for name in a]
+    return math.sqrt(sum(squares))
 
 
 def same(a, b):
@@ -78,7 +100,7 @@ def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -86,6 +108,20 @@ def same(a, b):
 
 def python(*argv, timeout=300):
     """A python process in ROOT on one thread; returns it with its output."""
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=ROOT, OMP_WAIT_POLICY='PASSIVE', CUDA_VISIBLE_DEVICES='')
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=env, timeout=timeout, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    env = dict(
+        os.environ,
+        OMP_NUM_THREADS='1',
+        PYTHONPATH=ROOT,
+        OMP_WAIT_POLICY='PASSIVE',
+        CUDA_VISIBLE_DEVICES='',
+    )
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=env,
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )

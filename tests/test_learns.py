@@ -1,5 +1,8 @@
-"""Each loss does what it is for: a toy policy finds the best arm, a Gaussian step moves to its target, and with shuffled
-rewards neither does; the two supervised losses fall on a batch they may memorise."""
+"""Each loss does what it is for, and with shuffled rewards the two policies learn nothing.
+
+A toy policy finds the best arm, a Gaussian step moves to its target, the two supervised losses
+fall on a batch they may memorise.
+"""
 import copy
 
 import pytest
@@ -14,26 +17,44 @@ from model import sde_step
 from reward import Backbone, clip_reward
 
 
-def shuffled(r, g):
-    return r.flatten()[torch.randperm(r.numel(), generator=g)].view_as(r)
+def shuffled(r, generator):
+    order = torch.randperm(r.numel(), generator=generator)
+    return r.flatten()[order].view_as(r)
 
 
+def descend(opt, loss):
+    """One step of an optimiser down a loss."""
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
+
+
+# --- the two policies -----------------------------------------------------------------------------
 def bandit(shuffle, seed=0, steps=60, arms=5, best=3):
-    """Captions of two tokens over five words, reward 1 for the best word first: p(best) before and after."""
+    """Captions of two tokens over five words, reward 1 for the best word first.
+
+    Returns by how much p(best) rose.
+    """
     g = torch.Generator().manual_seed(seed)
     theta = torch.zeros(2, arms, requires_grad=True)
     opt = torch.optim.SGD([theta], lr=0.5)
+    level = torch.arange(8.)[:, None]            # of each group's rewards
+
+    def logp_of(logits, y):
+        return logits.log_softmax(-1).expand(64, -1, -1).gather(2, y[..., None])[..., 0]
+
     for _ in range(steps):
         p = theta.detach().softmax(-1)
-        y = torch.stack([torch.multinomial(p[t], 8 * 8, True, generator=g) for t in range(2)], 1)
-        old = p.log().expand(64, -1, -1).gather(2, y[..., None])[..., 0]
-        r = (y[:, 0] == best).float().view(8, 8) + 0.1 * torch.randn(8, 8, generator=g) + torch.arange(8.)[:, None]
-        adv = grpo_encoder.group_advantage(shuffled(r, g) if shuffle else r).flatten()
-        logp = theta.log_softmax(-1).expand(64, -1, -1).gather(2, y[..., None])[..., 0]
-        loss, _ = grpo_encoder.policy_loss(logp, old, adv, torch.ones(64, 2))
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+        columns = [torch.multinomial(p[t], 8 * 8, True, generator=g) for t in range(2)]
+        y = torch.stack(columns, 1)
+        old_logp = logp_of(theta.detach(), y)
+        noise = 0.1 * torch.randn(8, 8, generator=g)
+        r = (y[:, 0] == best).float().view(8, 8) + noise + level
+        if shuffle:
+            r = shuffled(r, g)
+        adv = grpo_encoder.group_advantage(r).flatten()
+        loss, _ = grpo_encoder.policy_loss(logp_of(theta, y), old_logp, adv, torch.ones(64, 2))
+        descend(opt, loss)
     return theta.detach().softmax(-1)[0, best].item() - 1 / arms
 
 
@@ -44,26 +65,33 @@ def test_token_policy_finds_the_best_arm(seed):
 
 
 def walk(shuffle, kind, seed=0, steps=60):
-    """One denoising step in two dimensions, reward: near the target. How much nearer the step's mean comes."""
+    """One denoising step in two dimensions, reward: near the target.
+
+    Returns how much nearer the step's mean comes, as a share of the way.
+    """
     g = torch.Generator().manual_seed(seed)
-    s, s_next, z, target = 0.6, 0.4, torch.zeros(1, 2), torch.tensor([[0.6, -0.4]])
+    s, s_next = 0.6, 0.4
+    z, target = torch.zeros(1, 2).expand(64, -1), torch.tensor([[0.6, -0.4]])
     v = torch.zeros(1, 2, requires_grad=True)
     opt = torch.optim.SGD([v], lr=0.5)
     start = None
     for _ in range(steps):
-        wide = z.expand(64, -1)
         with torch.no_grad():
-            z_next, old, mean, _ = sde_step(wide, v.expand(64, -1), s, s_next, kind, 0.7, generator=g)
-        start = mean[0] if start is None else start
+            drawn = sde_step(z, v.expand(64, -1), s, s_next, kind, 0.7, generator=g)
+        z_next, old_logp, mean, _ = drawn
+        if start is None:
+            start = mean[0]
         r = -(z_next - target).norm(dim=1).view(8, 8)
-        adv = grpo_decoder.group_advantage(shuffled(r, g) if shuffle else r).flatten()
-        logp = sde_step(wide, v.expand(64, -1), s, s_next, kind, 0.7, z_next=z_next)[1]
-        loss, stats = grpo_decoder.policy_loss(logp[:, None], old[:, None], adv, clip=(0.2, 0.2))
+        if shuffle:
+            r = shuffled(r, g)
+        adv = grpo_decoder.group_advantage(r).flatten()
+        logp = sde_step(z, v.expand(64, -1), s, s_next, kind, 0.7, z_next=z_next)[1]
+        loss, stats = grpo_decoder.policy_loss(
+            logp[:, None], old_logp[:, None], adv, clip=(0.2, 0.2))
         assert stats['ratio_max'] == 1
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    return 1 - ((mean[0] - target).norm() / (start - target).norm()).item()
+        descend(opt, loss)
+    left = (mean[0] - target).norm() / (start - target).norm()
+    return 1 - left.item()
 
 
 @pytest.mark.parametrize('kind', ['flow', 'cps'])
@@ -72,72 +100,118 @@ def test_step_policy_moves_to_its_target(kind):
     assert abs(walk(True, kind)) < 0.2
 
 
+# --- the supervised losses ------------------------------------------------------------------------
+def flow_loss(uae, z0, y, mask, s, eps):
+    """Stage 0's loss of a batch."""
+    return pretrain_decoder.flow_loss(uae, z0, y, mask, s, eps)
+
+
+def caption_loss(uae, seen, y, mask):
+    """Stage 0's caption loss of a batch."""
+    return pretrain_decoder.caption_loss(uae, seen, y, mask)
+
+
+def reconstruction_loss(uae, tower, x, seen, y, mask, z, c):
+    """Stage 1's loss of a batch."""
+    return cold_start.reconstruction_loss(uae, tower, x, seen, y, mask, z, c)
+
+
 def fall(loss, params, steps=15, lr=1e-3):
     """Loss before and after so many steps of Adam on one batch."""
-    opt, first = torch.optim.Adam(params, lr=lr), None
+    opt = torch.optim.Adam(params, lr=lr)
+    first = None
     for _ in range(steps):
-        opt.zero_grad(set_to_none=True)
         value = loss()
-        value.backward()
-        opt.step()
-        first = value.item() if first is None else first
+        descend(opt, value)
+        if first is None:
+            first = value.item()
     with torch.no_grad():
         return first, loss().item()
 
 
-def test_flow_matching_learns_a_batch(uae, x, sampled):
-    """A decoder from scratch: at first it predicts next to nothing, so the loss is |eps - z_0|^2; then it falls."""
+@pytest.fixture
+def captions(sampled):
+    """One caption of each image: y, mask, logp (P, T)."""
+    y, mask, logp = sampled
+    return y[::G], mask[::G], logp[::G]
+
+
+@pytest.fixture
+def noised(uae, x):
+    """What flow matching mixes: z0, eps (P, C, H, W) and s (P,)."""
+    z0 = uae.to_latent(x)
+    eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
+    return z0, eps, torch.tensor([0.2, 0.4, 0.6, 0.8])
+
+
+def test_flow_matching_learns_a_batch(uae, captions, noised):
+    """A decoder from scratch: at first it predicts next to nothing, the loss is |eps - z_0|^2.
+
+    Then it falls.
+    """
     from diffusers import SD3Transformer2DModel
-    u, (y, mask, _) = copy.deepcopy(uae), sampled
+    u, (y, mask, _), (z0, eps, s) = copy.deepcopy(uae), captions, noised
     torch.manual_seed(0)
     u.decoder = SD3Transformer2DModel.from_config(u.decoder.config)
     params = u.train_only('projector', 'decoder')
-    z0, g = u.to_latent(x), torch.Generator().manual_seed(0)
-    eps, s = torch.randn(z0.shape, generator=g), torch.tensor([0.2, 0.4, 0.6, 0.8])
-    first, last = fall(lambda: pretrain_decoder.flow_loss(u, z0, y[::G], mask[::G], s, eps), params)
+    first, last = fall(lambda: flow_loss(u, z0, y, mask, s, eps), params)
     nothing = (eps - z0).square().mean().item()
     assert first == pytest.approx(nothing, rel=0.3)
     assert last < 0.8 * first
 
 
-def test_flow_loss_is_the_velocity_s_error(uae, x, sampled):
-    """z_s = (1 - s) z_0 + s eps, target eps - z_0: the right answer costs nothing and the other sign costs most."""
-    u, (y, mask, _) = copy.copy(uae), sampled
-    z0, s = uae.to_latent(x), torch.tensor([0.2, 0.4, 0.6, 0.8])
-    eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
+def test_flow_loss_is_the_velocity_s_error(uae, captions, noised):
+    """z_s = (1 - s) z_0 + s eps, target eps - z_0.
+
+    The right answer costs nothing and the other sign costs most.
+    """
+    u, (y, mask, _), (z0, eps, s) = copy.copy(uae), captions, noised
     calls = []
-    u.velocity = lambda z, s, c: calls.append((z, s, c)) or eps - z0
-    assert pretrain_decoder.flow_loss(u, z0, y[::G], mask[::G], s, eps) == 0
-    z, at_s, c = calls[0]
+
+    def right(z, s, c):
+        calls.append((z, s, c))
+        return eps - z0
+
+    def wrong(z, s, c):
+        return z0 - eps
+
+    u.velocity = right
+    assert flow_loss(u, z0, y, mask, s, eps) == 0
+    z, s_seen, c = calls[0]
     for i in range(P):
         torch.testing.assert_close(z[i], z0[i] + s[i] * (eps[i] - z0[i]))
-    assert torch.equal(at_s, s) and torch.equal(c, uae.condition(y[::G], mask[::G]))
-    u.velocity = lambda z, s, c: z0 - eps
-    assert pretrain_decoder.flow_loss(u, z0, y[::G], mask[::G], s, eps).item() == pytest.approx(4 * (eps - z0).square().mean().item(), rel=1e-5)
+    assert torch.equal(s_seen, s)
+    assert torch.equal(c, uae.condition(y, mask))
+    u.velocity = wrong
+    most = 4 * (eps - z0).square().mean().item()
+    assert flow_loss(u, z0, y, mask, s, eps).item() == pytest.approx(most, rel=1e-5)
 
 
-def test_cold_start_learns_a_batch(uae, x, seen, sampled):
-    u, (y, mask, _) = copy.deepcopy(uae), sampled
+def test_cold_start_learns_a_batch(uae, x, seen, captions):
+    u, (y, mask, _) = copy.deepcopy(uae), captions
     params = u.train_only('encoder', 'projector', 'decoder')
     tower = Backbone('clip', u.c.clip, u.c.judge)
     c = at(u, sample_steps=4, grad_steps=2).c
     z = torch.randn(P, *u.latent_shape(), generator=torch.Generator().manual_seed(0))
 
+    @torch.no_grad()
     def reward():
-        with torch.no_grad():
-            x_hat = u.to_image(u.draw(z, u.condition(y[::G], mask[::G]), 4))
-            return clip_reward(x, x_hat, tower).mean().item()
+        cond = u.condition(y, mask)
+        x_hat = u.to_image(u.draw(z, cond, 4))
+        return clip_reward(x, x_hat, tower).mean().item()
 
     before = reward()
-    first, last = fall(lambda: cold_start.reconstruction_loss(u, tower, x, seen, y[::G], mask[::G], z, c), params)
-    assert first == pytest.approx(1 - before, abs=1e-4) and last == pytest.approx(1 - reward(), abs=1e-4)
-    assert 0.02 < first < 2 and last < 0.7 * first
+    first, last = fall(lambda: reconstruction_loss(u, tower, x, seen, y, mask, z, c), params)
+    assert first == pytest.approx(1 - before, abs=1e-4)
+    assert last == pytest.approx(1 - reward(), abs=1e-4)
+    assert 0.02 < first < 2
+    assert last < 0.7 * first
 
 
 def test_caption_loss_learns_a_batch(uae, seen, sampled):
     """Cross-entropy over valid tokens: before, minus the mean recorded log-prob; then it falls."""
     u, (y, mask, logp) = copy.deepcopy(uae), sampled
     params = u.train_only('encoder')
-    first, last = fall(lambda: pretrain_decoder.caption_loss(u, seen, y, mask), params)
+    first, last = fall(lambda: caption_loss(u, seen, y, mask), params)
     assert first == pytest.approx(-(logp.sum() / mask.sum()).item(), abs=1e-4)
     assert last < 0.7 * first

@@ -1,4 +1,7 @@
-"""The equations of the two GRPO scripts: advantage, clipped surrogate, KL. Every number worked out by hand."""
+"""The equations of the two GRPO scripts: advantage, clipped surrogate, KL.
+
+Every number worked out by hand.
+"""
 import ast
 import inspect
 import math
@@ -15,28 +18,52 @@ SCRIPTS = [grpo_encoder, grpo_decoder]
 both = pytest.mark.parametrize('script', SCRIPTS, ids=lambda s: s.__name__)
 
 
-# --- advantage -----------------------------------------------------------------------------------------------------
+# --- how the two losses of a micro-batch are called here ------------------------------------------
+def encoder_loss(uae, y, weight, old_logp, ref_logp, adv, share, c):
+    """Stage 2's loss of some captions."""
+    seen = None
+    loss, _ = grpo_encoder.loss_of(uae, seen, y, weight, old_logp, ref_logp, adv, share, c)
+    return loss
+
+
+def decoder_loss(uae, ref, cond, old_logp, adv, share, c):
+    """Stage 3's loss of some drawings at step 0; the stand-ins for the models read `cond` alone."""
+    z = z_next = None
+    loss, _ = grpo_decoder.loss_of(uae, ref, cond, z, z_next, old_logp, adv, 0, share, c)
+    return loss
+
+
+# --- advantage ------------------------------------------------------------------------------------
 @both
 def test_advantage_hand_table(script):
     r = torch.tensor([[0., 1., 2., 3.], [5., 5., 5., 9.], [.5, .5, .5, .5]])
-    a, b = math.sqrt(5 / 3) + 1e-4, 2 + 1e-4                            # sample standard deviations sqrt(5/3) and 2
-    want = torch.tensor([[-1.5 / a, -.5 / a, .5 / a, 1.5 / a], [-1 / b, -1 / b, -1 / b, 3 / b], [0., 0., 0., 0.]])
+    a, b = math.sqrt(5 / 3) + 1e-4, 2 + 1e-4     # sample standard deviations sqrt(5/3) and 2
+    want = torch.tensor([
+        [-1.5 / a, -.5 / a, .5 / a, 1.5 / a],
+        [-1 / b, -1 / b, -1 / b, 3 / b],
+        [0., 0., 0., 0.],
+    ])
     torch.testing.assert_close(script.group_advantage(r), want, atol=1e-6, rtol=0)
 
 
 @both
 def test_advantage_of_a_narrow_group_is_damped_by_1e_4(script):
-    adv = script.group_advantage(torch.tensor([[0., 1e-4]]))            # std 1e-4 / sqrt(2): without the 1e-4, 0.7071
-    torch.testing.assert_close(adv, torch.tensor([[-1., 1.]]) * 0.5 / (math.sqrt(.5) + 1), atol=1e-5, rtol=0)
+    adv = script.group_advantage(torch.tensor([[0., 1e-4]]))
+    # the standard deviation is 1e-4 / sqrt(2): without the 1e-4 the result were 0.7071
+    want = torch.tensor([[-1., 1.]]) * 0.5 / (math.sqrt(.5) + 1)
+    torch.testing.assert_close(adv, want, atol=1e-5, rtol=0)
 
 
 @both
 def test_advantage_is_centred_in_each_group(script):
-    """Groups at different levels: each has mean 0 and its own order; a level or a scale of one group changes nothing."""
+    """Groups at different levels: each has mean 0 and its own order.
+
+    A level or a scale of one group changes nothing.
+    """
     g = torch.Generator().manual_seed(0)
     r = torch.rand(6, 5, generator=g) + torch.arange(6.)[:, None] * 3
     adv = script.group_advantage(r)
-    assert r.mean(1).std() > 1                                          # the batch mean is nobody's mean
+    assert r.mean(1).std() > 1                   # the batch mean is nobody's mean
     assert adv.mean(1).abs().max() < 1e-5
     assert torch.allclose(adv.std(1), torch.ones(6), atol=2e-3)
     assert torch.equal(adv.argsort(1), r.argsort(1))
@@ -51,10 +78,12 @@ def test_advantage_of_equal_rewards_is_exactly_zero(script):
     for value in (0.3, 0.1 * 3, 0.7, 1 / 3, 0.9999, -0.1, 1e-3):
         for G in (2, 3, 5, 6, 7, 11, 12, 24):
             r = torch.full((2, G), value)
-            rounds += bool((r - r.mean(1, keepdim=True)).any())
-            r[1, 0] += 1                                                # a neighbour that does differ
+            centred = r - r.mean(1, keepdim=True)
+            rounds += bool(centred.any())
+            r[1, 0] += 1                         # a neighbour that does differ
             adv = script.group_advantage(r)
-            assert torch.equal(adv[0], torch.zeros(G)) and adv[1].abs().min() > 0
+            assert torch.equal(adv[0], torch.zeros(G))
+            assert adv[1].abs().min() > 0
             assert adv.isfinite().all()
     assert rounds, 'none of these means rounds: the test would not see a missing guard'
 
@@ -76,83 +105,123 @@ def code(f):
 
 
 def test_the_twins_are_equal():
-    """Repeated on purpose (design 6), so they may not drift apart."""
-    assert code(grpo_encoder.group_advantage).replace(', std=True', '').replace(' if std else centred', '') == code(grpo_decoder.group_advantage)
+    """Repeated on purpose, so they may not drift apart."""
+    encoder_code = code(grpo_encoder.group_advantage)
+    for switch in (', std=True', ' if std else centred'):
+        encoder_code = encoder_code.replace(switch, '')
+    assert encoder_code == code(grpo_decoder.group_advantage)
     assert code(grpo_encoder.policy_loss) == code(grpo_decoder.policy_loss)
 
 
-# --- clipped surrogate ---------------------------------------------------------------------------------------------
-# ratio clipped to [0.8, 1.28]; below, inside (outside a symmetric 0.2), above
-TABLE = [(2., 0.5, 1.0, True), (2., 1.25, 2.5, True), (2., 1.5, 2.56, False),
-         (-2., 0.5, -1.6, False), (-2., 1.25, -2.5, True), (-2., 1.5, -3.0, True)]
+# --- clipped surrogate ----------------------------------------------------------------------------
+# adv, ratio -> min(ratio A, clipped ratio A), and whether it has a gradient; the ratio is clipped
+# to [0.8, 1.28]: below, inside (outside a symmetric 0.2), above
+TABLE = [
+    (2., 0.5, 1.0, True),
+    (2., 1.25, 2.5, True),
+    (2., 1.5, 2.56, False),
+    (-2., 0.5, -1.6, False),
+    (-2., 1.25, -2.5, True),
+    (-2., 1.5, -3.0, True),
+]
+CLIP = (0.2, 0.28)
 
 
 @both
 def test_surrogate_hand_table(script):
-    """adv, ratio -> min(ratio A, clipped ratio A), and whether it has a gradient."""
     for adv, ratio, gain, learns in TABLE:
         logp = torch.tensor([[math.log(ratio) - 3]], requires_grad=True)
-        loss, stats = script.policy_loss(logp, torch.tensor([[-3.]]), torch.tensor([adv]), clip=(0.2, 0.28))
+        old_logp = torch.tensor([[-3.]])
+        loss, stats = script.policy_loss(logp, old_logp, torch.tensor([adv]), clip=CLIP)
         loss.backward()
+        slope = -ratio * adv if learns else 0
         assert loss.item() == pytest.approx(-gain, abs=1e-5)
-        assert logp.grad.item() == pytest.approx(-ratio * adv if learns else 0, abs=1e-5)
+        assert logp.grad.item() == pytest.approx(slope, abs=1e-5)
         assert stats['ratio_max'].item() == pytest.approx(ratio, abs=1e-5)
         assert stats['clip_frac'].item() == (not learns)
-    adv, ratio, gain, _ = (torch.tensor(col) for col in zip(*TABLE))
-    loss, stats = script.policy_loss(ratio.log()[:, None], torch.zeros(6, 1), adv, clip=(0.2, 0.28))
+
+    adv, ratio, gain, _ = (torch.tensor(column) for column in zip(*TABLE))
+    loss, stats = script.policy_loss(ratio.log()[:, None], torch.zeros(6, 1), adv, clip=CLIP)
     assert loss.item() == pytest.approx(-gain.mean().item(), abs=1e-6)
-    assert stats['clip_frac'].item() == pytest.approx(2 / 6) and stats['ratio_max'].item() == pytest.approx(1.5)
-    assert not any(s.requires_grad for s in stats.values())
+    assert stats['clip_frac'].item() == pytest.approx(2 / 6)
+    assert stats['ratio_max'].item() == pytest.approx(1.5)
+    assert not any(value.requires_grad for value in stats.values())
 
 
 @both
 def test_default_clip_is_20_percent_either_side(script):
-    up = script.policy_loss(torch.tensor([[1.]]), torch.zeros(1, 1), torch.ones(1))[0]
-    down = script.policy_loss(torch.tensor([[-1.]]), torch.zeros(1, 1), -torch.ones(1))[0]
-    assert (up.item(), down.item()) == (pytest.approx(-1.2), pytest.approx(0.8))
+    old_logp, one = torch.zeros(1, 1), torch.ones(1)
+    up, _ = script.policy_loss(torch.tensor([[1.]]), old_logp, one)
+    down, _ = script.policy_loss(torch.tensor([[-1.]]), old_logp, -one)
+    assert up.item() == pytest.approx(-1.2)
+    assert down.item() == pytest.approx(0.8)
 
 
 def batch(B=6, T=5, seed=0):
-    """logp, old_logp (B, T), adv (B,), mask: captions of 1 .. T tokens, the last one the end token."""
+    """logp, old_logp (B, T), adv (B,), mask: captions of 1 .. T tokens, the last the end token."""
     g = torch.Generator().manual_seed(seed)
-    logp, old = -3 * torch.rand(B, T, generator=g), -3 * torch.rand(B, T, generator=g)
+    logp = -3 * torch.rand(B, T, generator=g)
+    old_logp = -3 * torch.rand(B, T, generator=g)
+    adv = torch.randn(B, generator=g)
     length = torch.arange(B) % T + 1
-    return logp.requires_grad_(), old, torch.randn(B, generator=g), (torch.arange(T) < length[:, None]).float()
+    mask = (torch.arange(T) < length[:, None]).float()
+    return logp.requires_grad_(), old_logp, adv, mask
 
 
 @both
 def test_large_clip_is_no_clip(script):
-    logp, old, adv, mask = batch()
-    loss, stats = script.policy_loss(logp, old, adv, mask, clip=(100., 100.))
-    plain = -((logp - old).exp() * adv[:, None] * mask).sum() / mask.sum()
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-5) and stats['clip_frac'] == 0
-    assert script.policy_loss(logp, old, adv, mask)[1]['clip_frac'] > 0
+    logp, old_logp, adv, mask = batch()
+    loss, stats = script.policy_loss(logp, old_logp, adv, mask, clip=(100., 100.))
+    gain = (logp - old_logp).exp() * adv[:, None]
+    plain = -(gain * mask).sum() / mask.sum()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert stats['clip_frac'] == 0
+    assert script.policy_loss(logp, old_logp, adv, mask)[1]['clip_frac'] > 0
 
 
 @both
 def test_loss_is_the_mean_over_valid_tokens(script):
     """Not over captions, not over columns, and a padded column changes nothing."""
-    logp, old, adv, mask = batch()
-    loss = script.policy_loss(logp, old, adv, mask)[0]
-    rows = [script.policy_loss(logp[i:i + 1, :n], old[i:i + 1, :n], adv[i:i + 1])[0] * n for i, n in enumerate(mask.sum(1).int().tolist())]
-    assert loss.item() == pytest.approx(sum(rows).item() / mask.sum().item(), rel=1e-5)
-    wide = [torch.cat([t, torch.zeros(6, 3)], 1) for t in (logp, old, mask)]
-    assert script.policy_loss(wide[0], wide[1], adv, wide[2])[0].item() == pytest.approx(loss.item(), rel=1e-6)
+    logp, old_logp, adv, mask = batch()
+    loss = script.policy_loss(logp, old_logp, adv, mask)[0]
+    total = 0
+    for i, n in enumerate(mask.sum(1).int().tolist()):
+        b = slice(i, i + 1)
+        total += script.policy_loss(logp[b, :n], old_logp[b, :n], adv[b])[0] * n
+    assert loss.item() == pytest.approx(total.item() / mask.sum().item(), rel=1e-5)
+    padding = torch.zeros(6, 3)
+    wide_logp, wide_old, wide_mask = (torch.cat([t, padding], 1) for t in (logp, old_logp, mask))
+    wide = script.policy_loss(wide_logp, wide_old, adv, wide_mask)[0]
+    assert wide.item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+JUNK = [
+    (-math.inf, -math.inf),
+    (-math.inf, 0.),
+    (0., -math.inf),
+    (500., -500.),
+    (math.nan, math.nan),
+]
 
 
 @both
-@pytest.mark.parametrize('junk', [(-math.inf, -math.inf), (-math.inf, 0.), (0., -math.inf), (500., -500.), (math.nan, math.nan)])
+@pytest.mark.parametrize('junk', JUNK)
 def test_masked_tokens_weigh_nothing(script, junk):
-    """Whatever stands behind the end token, its gradient is exactly 0, and no one else's changes."""
-    logp, old, adv, mask = batch()
-    clean_loss, clean = script.policy_loss(logp, old, adv, mask)
+    """Whatever stands behind the end token, its gradient is exactly 0, no one else's changes."""
+    logp, old_logp, adv, mask = batch()
+    clean_loss, clean = script.policy_loss(logp, old_logp, adv, mask)
     want = torch.autograd.grad(clean_loss, logp)[0]
     dirty = torch.where(mask > 0, logp, junk[0]).detach().requires_grad_()
-    loss, stats = script.policy_loss(dirty, torch.where(mask > 0, old, junk[1]), adv, mask)
+    dirty_old = torch.where(mask > 0, old_logp, junk[1])
+    loss, stats = script.policy_loss(dirty, dirty_old, adv, mask)
     loss.backward()
-    assert (mask == 0).any() and torch.equal(dirty.grad[mask == 0], torch.zeros(int((mask == 0).sum())))
-    assert torch.equal(dirty.grad, want) and loss.item() == clean_loss.item()
-    assert all(torch.equal(stats[k], clean[k]) for k in clean)
+    behind = dirty.grad[mask == 0]
+    assert (mask == 0).any()
+    assert torch.equal(behind, torch.zeros_like(behind))
+    assert torch.equal(dirty.grad, want)
+    assert loss.item() == clean_loss.item()
+    for name in clean:
+        assert torch.equal(stats[name], clean[name])
 
 
 @both
@@ -166,31 +235,35 @@ def test_the_end_token_learns(script):
 
 @both
 def test_no_valid_token_is_no_nan(script):
-    logp, old, adv, mask = batch()
-    loss, stats = script.policy_loss(logp, old, adv, torch.zeros_like(mask))
+    logp, old_logp, adv, mask = batch()
+    loss, stats = script.policy_loss(logp, old_logp, adv, torch.zeros_like(mask))
     loss.backward()
-    assert loss.item() == 0 and not logp.grad.any()
-    assert all(s.isfinite() for s in stats.values())
+    assert loss.item() == 0
+    assert not logp.grad.any()
+    assert all(value.isfinite() for value in stats.values())
 
 
 @both
 def test_ratio_one_has_the_gradient_of_reinforce(script):
     logp, _, adv, mask = batch()
     loss, stats = script.policy_loss(logp, logp.detach(), adv, mask)
-    assert stats['ratio_max'] == 1 and stats['clip_frac'] == 0
+    assert stats['ratio_max'] == 1
+    assert stats['clip_frac'] == 0
     got = torch.autograd.grad(loss, logp)[0]
-    want = torch.autograd.grad(-(logp * adv[:, None] * mask).sum() / mask.sum(), logp)[0]
+    reinforce = -(logp * adv[:, None] * mask).sum() / mask.sum()
+    want = torch.autograd.grad(reinforce, logp)[0]
     assert got.abs().max() > 0.01
     torch.testing.assert_close(got, want)
 
 
-# --- KL ------------------------------------------------------------------------------------------------------------
+# --- KL -------------------------------------------------------------------------------------------
 def test_k3():
+    log2 = math.log(2)
     logp = torch.tensor([-1., -1., -1.], requires_grad=True)
-    ref = torch.tensor([-1., -1 + math.log(2), -1 - math.log(2)])       # d = 0, ln 2, -ln 2
-    kl = grpo_encoder.kl_k3(logp, ref)
-    assert kl.tolist() == pytest.approx([0., 1 - math.log(2), math.log(2) - 0.5], abs=1e-6)
-    kl.sum().backward()                                                 # descent raises what the reference likes more
+    ref_logp = torch.tensor([-1., -1 + log2, -1 - log2])    # d = 0, ln 2, -ln 2
+    kl = grpo_encoder.kl_k3(logp, ref_logp)
+    assert kl.tolist() == pytest.approx([0., 1 - log2, log2 - 0.5], abs=1e-6)
+    kl.sum().backward()                          # descent raises what the reference likes more
     assert logp.grad.tolist() == pytest.approx([0., -1., 0.5], abs=1e-6)
 
 
@@ -198,88 +271,141 @@ def test_k3_is_not_negative_and_estimates_the_kl():
     g = torch.Generator().manual_seed(0)
     p, q = (torch.randn(8, generator=g).log_softmax(0) for _ in range(2))
     k3 = grpo_encoder.kl_k3(p, q)
-    assert (k3 >= 0).all() and k3.max() > 0.1
-    assert (p.exp() * k3).sum().item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-5)
+    assert (k3 >= 0).all()
+    assert k3.max() > 0.1
+    estimate, kl = (p.exp() * k3).sum(), (p.exp() * (p - q)).sum()
+    assert estimate.item() == pytest.approx(kl.item(), abs=1e-5)
 
 
 def test_kl_gauss_is_the_exact_one_per_dimension():
     g = torch.Generator().manual_seed(0)
-    mean, ref = (torch.randn(3, 2, 4, 5, 5, generator=g) for _ in range(2))
+    mean, ref_mean = (torch.randn(3, 2, 4, 5, 5, generator=g) for _ in range(2))
     std = torch.rand(3, 2, 1, 1, 1, generator=g) + 0.2
-    normal = torch.distributions.Normal
-    want = torch.distributions.kl_divergence(normal(mean, std.expand_as(mean)), normal(ref, std.expand_as(ref))).mean()
+    policy = torch.distributions.Normal(mean, std.expand_as(mean))
+    reference = torch.distributions.Normal(ref_mean, std.expand_as(ref_mean))
+    want = torch.distributions.kl_divergence(policy, reference).mean()
     mean.requires_grad_()
-    kl = grpo_decoder.kl_gauss(mean, ref, std)
+    kl = grpo_decoder.kl_gauss(mean, ref_mean, std)
     assert kl.item() == pytest.approx(want.item(), rel=1e-5)
     kl.backward()
-    assert torch.equal(mean.grad.sign(), (mean - ref).detach().sign())
-    assert grpo_decoder.kl_gauss(ref, ref, std) == 0
+    assert torch.equal(mean.grad.sign(), (mean - ref_mean).detach().sign())
+    assert grpo_decoder.kl_gauss(ref_mean, ref_mean, std) == 0
 
 
-# --- switches: Dr. GRPO, means ---------------------------------------------------------------------------------------
+# --- switches: Dr. GRPO, means --------------------------------------------------------------------
 def test_dr_grpo_does_not_divide_by_the_std():
     r = torch.tensor([[0.1, 0.2, 0.6], [0.5, 0.5, 0.5]])
-    torch.testing.assert_close(grpo_encoder.group_advantage(r, std=False), torch.tensor([[-0.2, -0.1, 0.3], [0., 0., 0.]]))
-    assert torch.equal(grpo_encoder.group_advantage(r, std=False)[1], torch.zeros(3)), 'exactly'
+    adv = grpo_encoder.group_advantage(r, std=False)
+    torch.testing.assert_close(adv, torch.tensor([[-0.2, -0.1, 0.3], [0., 0., 0.]]))
+    assert torch.equal(adv[1], torch.zeros(3)), 'exactly'
 
 
-MEANS = dict(token=lambda gain, mask: (gain * mask).sum() / mask.sum(),
-             caption=lambda gain, mask: ((gain * mask).sum(1) / mask.sum(1)).mean(),
-             constant=lambda gain, mask: (gain * mask).sum() / mask.numel())
+def token_mean(gain, mask):
+    return (gain * mask).sum() / mask.sum()
+
+
+def caption_mean(gain, mask):
+    of_each = (gain * mask).sum(1) / mask.sum(1)
+    return of_each.mean()
+
+
+def constant_mean(gain, mask):
+    return (gain * mask).sum() / mask.numel()
+
+
+MEANS = dict(token=token_mean, caption=caption_mean, constant=constant_mean)
+
+
+def captioner_of(theta):
+    """A stand-in whose caption number y has the log-probs theta[y]."""
+    return types.SimpleNamespace(caption_logp=lambda seen, y, temperature: theta[y[:, 0]])
+
+
+def same_loss_and_gradient(loss, want, theta):
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    got = torch.autograd.grad(loss, theta, retain_graph=True)[0]
+    torch.testing.assert_close(got, torch.autograd.grad(want, theta)[0])
 
 
 @pytest.mark.parametrize('cuts', ([8], [3, 3, 2]), ids=str)
 @pytest.mark.parametrize('name', MEANS)
 def test_the_three_means_over_tokens(name, cuts):
     """Loss, KL and gradient of a step against the mean written out, however the step is cut."""
-    theta, old, adv, mask = batch(8)
-    ref = old + 0.1
-    uae = types.SimpleNamespace(caption_logp=lambda seen, y, temperature: theta[y[:, 0]])
-    c = types.SimpleNamespace(temperature=1.0, clip_range=(0.2, 0.2), kl=0.5, loss_mean=name, caption_len=mask.shape[1])
-    ratio = (theta - old).exp()
-    gain = torch.min(ratio * adv[:, None], ratio.clamp(0.8, 1.2) * adv[:, None])
-    want = -MEANS[name](gain - 0.5 * grpo_encoder.kl_k3(theta, ref), mask)
+    theta, old_logp, adv, mask = batch(8)
+    ref_logp = old_logp + 0.1
+    uae = captioner_of(theta)
+    c = types.SimpleNamespace(
+        temperature=1.0,
+        clip_range=(0.2, 0.2),
+        kl=0.5,
+        loss_mean=name,
+        caption_len=mask.shape[1],
+    )
+    a, ratio = adv[:, None], (theta - old_logp).exp()
+    gain = torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    objective = gain - 0.5 * grpo_encoder.kl_k3(theta, ref_logp)
+    want = -MEANS[name](objective, mask)
     weight, count = grpo_encoder.token_weights(mask, c)
     y, loss = torch.arange(8)[:, None], 0
     for b in y[:, 0].split(cuts):
-        loss = loss + grpo_encoder.loss_of(uae, None, y[b], weight[b], old[b], ref[b], adv[b], 1 / count, c)[0]
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(loss, theta)[0], torch.autograd.grad(want, theta)[0])
+        part = encoder_loss(uae, y[b], weight[b], old_logp[b], ref_logp[b], adv[b], 1 / count, c)
+        loss = loss + part
+    same_loss_and_gradient(loss, want, theta)
     assert mask.sum(1).unique().numel() > 1, 'of one length all three are the same up to a factor'
 
 
-# --- normaliser ----------------------------------------------------------------------------------------------------
+# --- normaliser -----------------------------------------------------------------------------------
 CUTS = ([8], [4, 4], [3, 3, 2], [1] * 8)
 
 
 @pytest.mark.parametrize('cuts', CUTS, ids=str)
 def test_encoder_loss_adds_up_over_micro_batches(cuts):
-    """Loss and gradient of a step are the same however it is cut: the share is of the step's tokens."""
-    theta, old, adv, mask = batch(8)
-    ref = old + 0.1
-    uae = types.SimpleNamespace(caption_logp=lambda seen, y, temperature: theta[y[:, 0]])
+    """A step's loss and gradient are the same however it is cut: the share is of its tokens."""
+    theta, old_logp, adv, mask = batch(8)
+    ref_logp = old_logp + 0.1
+    uae = captioner_of(theta)
     c = types.SimpleNamespace(temperature=1.0, clip_range=(0.2, 0.2), kl=0.5)
-    want = grpo_encoder.policy_loss(theta, old, adv, mask)[0] + 0.5 * (grpo_encoder.kl_k3(theta, ref) * mask).sum() / mask.sum()
-    y, loss = torch.arange(8)[:, None], 0
+    policy = grpo_encoder.policy_loss(theta, old_logp, adv, mask)[0]
+    k3 = (grpo_encoder.kl_k3(theta, ref_logp) * mask).sum() / mask.sum()
+    want = policy + 0.5 * k3
+    y, loss, share = torch.arange(8)[:, None], 0, 1 / mask.sum()
     for b in y[:, 0].split(cuts):
-        loss = loss + grpo_encoder.loss_of(uae, None, y[b], mask[b], old[b], ref[b], adv[b], 1 / mask.sum(), c)[0]
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(loss, theta)[0], torch.autograd.grad(want, theta)[0])
+        part = encoder_loss(uae, y[b], mask[b], old_logp[b], ref_logp[b], adv[b], share, c)
+        loss = loss + part
+    same_loss_and_gradient(loss, want, theta)
 
 
 @pytest.mark.parametrize('cuts', CUTS, ids=str)
 def test_decoder_loss_adds_up_over_micro_batches(cuts):
-    theta, old, adv, _ = batch(8, 3)
-    mean = torch.randn(8, 3, 4, 2, 2, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    theta, old_logp, adv, _ = batch(8, 3)
+    g = torch.Generator().manual_seed(1)
+    mean = torch.randn(8, 3, 4, 2, 2, generator=g, requires_grad=True)
     std = torch.ones(8, 3, 1, 1, 1)
-    c = types.SimpleNamespace(sample_steps=8, sde_window=3, train_steps=3, seed=0, guidance=1.0, sde='flow', noise_level=0.7,
-                              clip_range=(0.2, 0.2), kl=0.5)
-    uae = types.SimpleNamespace(step_logp=lambda path, steps, cond, *a: (theta[cond], mean[cond], std[cond]))
-    ref = types.SimpleNamespace(step_logp=lambda path, steps, cond, *a: (None, mean[cond] - 1, std[cond]))
-    want = grpo_decoder.policy_loss(theta, old, adv)[0] + 0.5 * 0.5     # |mean - ref|^2 / 2 = 0.5 everywhere
+    c = types.SimpleNamespace(
+        sample_steps=8,
+        sde_window=3,
+        train_steps=3,
+        seed=0,
+        guidance=1.0,
+        sde='flow',
+        noise_level=0.7,
+        clip_range=(0.2, 0.2),
+        kl=0.5,
+    )
+
+    def step_logp(path, steps, cond, *rest):
+        return theta[cond], mean[cond], std[cond]
+
+    def ref_step_logp(path, steps, cond, *rest):
+        return None, mean[cond] - 1, std[cond]
+
+    uae = types.SimpleNamespace(step_logp=step_logp)
+    ref = types.SimpleNamespace(step_logp=ref_step_logp)
+    kl = 0.5                                     # |mean - ref_mean|^2 / 2, everywhere
+    want = grpo_decoder.policy_loss(theta, old_logp, adv)[0] + 0.5 * kl
     loss, rows = 0, torch.arange(8)
     for b in rows.split(cuts):
-        loss = loss + grpo_decoder.loss_of(uae, ref, b, None, None, old[b], adv[b], 0, 1 / 8, c)[0]
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(loss, theta, retain_graph=True)[0], torch.autograd.grad(want, theta)[0])
-    torch.testing.assert_close(torch.autograd.grad(loss, mean)[0], torch.full_like(mean, 0.5 / mean.numel()))
+        loss = loss + decoder_loss(uae, ref, b, old_logp[b], adv[b], 1 / 8, c)
+    same_loss_and_gradient(loss, want, theta)
+    slope = torch.autograd.grad(loss, mean)[0]
+    torch.testing.assert_close(slope, torch.full_like(mean, 0.5 / mean.numel()))

@@ -1,6 +1,8 @@
-"""The reward: preprocessing as the towers expect it, a cosine of the right pairs, a gradient in the reconstruction alone."""
+"""The reward: preprocessing as the towers expect it, a cosine of the right pairs, its gradient."""
 import json
 import math
+import os
+import shutil
 import types
 
 import numpy as np
@@ -11,14 +13,18 @@ from torchvision import transforms as T
 
 import reward
 from reward import BACKBONES, IMAGENET, OPENAI, backbone, clip_reward, preprocess
+from running import refusal
 
-CONFIG = types.SimpleNamespace(clip='local-dir:data/shapes/base/clip', judge='data/shapes/base/judge')
+JUDGE = 'data/shapes/base/judge'
+CONFIG = types.SimpleNamespace(clip='local-dir:data/shapes/base/clip', judge=JUDGE)
 
 
-# --- preprocessing -------------------------------------------------------------------------------------------------
+# --- preprocessing -------------------------------------------------------------------------------
 def structured(h, w):
-    """(h, w, 3) uint8: waves from slow to faster than any small copy can hold, edges, a ramp. Away from 0 and 255, where
-    PIL would clip the overshoot at an edge between its two passes."""
+    """(h, w, 3) uint8: waves from slow to faster than any small copy can hold, edges, a ramp.
+
+    Away from 0 and 255, where PIL would clip the overshoot at an edge between its two passes.
+    """
     i, j = np.mgrid[:h, :w].astype(float)
     red = 128 + 70 * np.sin(0.0012 * i * j / 4)
     green = 60 + 136 * (((i // 3) + (j // 5)) % 2)
@@ -27,21 +33,33 @@ def structured(h, w):
 
 
 def pil(image, mean, std, resize, crop):
-    """The same by torchvision's transforms on a PIL image, as open_clip and the models' own processors do it."""
+    """The same by torchvision's transforms on a PIL image, as the models' own libraries do it."""
     size = (crop, crop) if resize is None else resize
-    steps = [T.Resize(size, T.InterpolationMode.BICUBIC), T.CenterCrop(crop), T.ToTensor(), T.Normalize(mean, std)]
+    steps = [T.Resize(size, T.InterpolationMode.BICUBIC), T.CenterCrop(crop)]
+    steps += [T.ToTensor(), T.Normalize(mean, std)]
     return T.Compose(steps)(Image.fromarray(image))
 
 
-@pytest.mark.parametrize('h, w, how', [
-    (512, 512, dict(OPENAI, resize=224, crop=224)), (512, 512, dict(IMAGENET, resize=256, crop=224)),
-    (427, 640, dict(IMAGENET, resize=256, crop=224)), (512, 384, dict(OPENAI, resize=224, crop=224)),
-    (384, 512, dict(IMAGENET, resize=None, crop=224)), (100, 100, dict(OPENAI, resize=224, crop=224))],
-    ids=lambda a: str(a) if isinstance(a, int) else f"{a['resize']}")
+def batch_of(image):
+    """(h, w, 3) uint8 -> (1, 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+CASES = (
+    (512, 512, dict(OPENAI, resize=224, crop=224)),
+    (512, 512, dict(IMAGENET, resize=256, crop=224)),
+    (427, 640, dict(IMAGENET, resize=256, crop=224)),
+    (512, 384, dict(OPENAI, resize=224, crop=224)),
+    (384, 512, dict(IMAGENET, resize=None, crop=224)),
+    (384, 512, dict(IMAGENET, resize=(256, 240), crop=224)),
+    (100, 100, dict(OPENAI, resize=224, crop=224)))
+
+
+@pytest.mark.parametrize(
+    'h, w, how', CASES, ids=lambda a: str(a) if isinstance(a, int) else f"{a['resize']}")
 def test_preprocess_is_pil_s(h, w, how):
     image = structured(h, w)
-    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
-    got, want = preprocess(x, **how)[0], pil(image, **how)
+    got, want = preprocess(batch_of(image), **how)[0], pil(image, **how)
     assert got.shape == (3, 224, 224)
     assert (got - want).abs().max().item() < 0.05
 
@@ -57,38 +75,132 @@ def test_without_antialias_the_picture_above_is_another_one():
 def test_preprocess_of_the_right_size_only_normalises():
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     got = preprocess(x, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5), 32, 32)
-    want = (x / 2 + 0.5 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.25, 0.5]).view(3, 1, 1)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.5])
+    want = (x / 2 + 0.5 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     torch.testing.assert_close(got, want)
-    assert preprocess(x.sign() * 7, (0., 0., 0.), (1., 1., 1.), 32, 32).unique().tolist() == [0, 1]    # no reward outside the range
-    assert preprocess(x.bfloat16(), (0., 0., 0.), (1., 1., 1.), 32, 32).dtype == torch.float32
+    plain = dict(mean=(0., 0., 0.), std=(1., 1., 1.), resize=32, crop=32)
+    values = preprocess(x.sign() * 7, **plain).unique().tolist()
+    assert values == [0, 1], 'no reward outside the range'
+    assert preprocess(x.bfloat16(), **plain).dtype == torch.float32
 
 
 def test_tiny_towers_preprocess_as_their_folders_say():
     with open('data/shapes/base/clip/open_clip_config.json') as f:
         cfg = json.load(f)
     pre, side = cfg['preprocess_cfg'], cfg['model_cfg']['vision_cfg']['image_size']
-    assert {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in backbone('clip', CONFIG).pre.items()} == dict(
-        mean=tuple(pre['mean']), std=tuple(pre['std']), resize=side, crop=side, corner=math.floor)
-    with open('data/shapes/base/judge/preprocessor_config.json') as f:
+    clip = dict(backbone('clip', CONFIG).pre)
+    clip['mean'], clip['std'] = tuple(clip['mean']), tuple(clip['std'])
+    assert clip == dict(mean=tuple(pre['mean']), std=tuple(pre['std']), resize=side, crop=side,
+                        corner=math.floor)
+    with open(f'{JUDGE}/preprocessor_config.json') as f:
         p = json.load(f)
-    assert backbone('judge', CONFIG).pre == dict(mean=p['image_mean'], std=p['image_std'], resize=None, crop=p['size']['height'], mode='bicubic', corner=math.floor)
+    assert backbone('judge', CONFIG).pre == dict(
+        mean=p['image_mean'], std=p['image_std'], resize=None, crop=p['size']['height'],
+        mode='bicubic', corner=math.floor)
 
 
-def test_a_folder_s_own_preprocessing(tmp_path):
-    """As transformers reads it: shortest side and centre crop, or one size to squash to; what cannot be followed is refused."""
-    path, norm = tmp_path / 'preprocessor_config.json', dict(image_mean=[0, 0, 0], image_std=[1, 1, 1])
-    path.write_text(json.dumps(dict(norm, size=dict(shortest_edge=256), crop_size=dict(height=224, width=224), resample=3)))
-    assert reward.own_preprocessing(path) == dict(mean=[0, 0, 0], std=[1, 1, 1], resize=256, crop=224, mode='bicubic', corner=math.floor)
-    path.write_text(json.dumps(dict(norm, size=dict(height=224, width=224), resample=2)))
-    assert reward.own_preprocessing(path) == dict(mean=[0, 0, 0], std=[1, 1, 1], resize=None, crop=224, mode='bilinear', corner=math.floor)
-    for text in ('{}', '[', json.dumps(dict(norm, size=224)), json.dumps(dict(norm, size=dict(shortest_edge=224)))):
+# --- a model's own preprocessor_config.json ------------------------------------------------------
+NORM = dict(image_mean=[0, 0, 0], image_std=[1, 1, 1])
+SQUARE = dict(height=224, width=224)
+SHORTEST = dict(NORM, size=dict(shortest_edge=256), crop_size=SQUARE, resample=3)
+SQUASHED = dict(NORM, size=SQUARE, resample=2)
+FOLLOWED = dict(mean=[0, 0, 0], std=[1, 1, 1], crop=224, corner=math.floor)
+BICUBIC = dict(FOLLOWED, resize=256, mode='bicubic')
+BILINEAR = dict(FOLLOWED, resize=None, mode='bilinear')
+
+
+@pytest.mark.parametrize('written, want', [
+    (SHORTEST, BICUBIC),
+    (SQUASHED, BILINEAR),
+    (dict(SHORTEST, do_resize=True, do_center_crop=True, do_normalize=True), BICUBIC),
+    (dict(SHORTEST, do_rescale=True, rescale_factor=0.00392156862745098), BICUBIC),
+    (dict(SHORTEST, do_normalize=False, image_mean=[.5] * 3), BICUBIC),
+    (dict(SHORTEST, size=dict(height=256, width=240)), dict(BICUBIC, resize=(256, 240))),
+    (dict(SQUASHED, crop_size=SQUARE, do_center_crop=True), BILINEAR),
+    (dict(SQUASHED, crop_size=dict(height=200, width=200), do_center_crop=False), BILINEAR),
+    (dict(SQUASHED, crop_size=None, do_center_crop=None, do_resize=None), BILINEAR)])
+def test_a_folder_s_own_preprocessing(tmp_path, written, want):
+    """As transformers reads it: shortest side, or a size to squash to, then a centre crop."""
+    path = tmp_path / 'preprocessor_config.json'
+    path.write_text(json.dumps(written))
+    assert reward.own_preprocessing(path) == want
+
+
+def test_without_normalisation_values_stay_between_0_and_1(tmp_path):
+    path = tmp_path / 'preprocessor_config.json'
+    path.write_text(json.dumps(dict(size=SQUARE, do_normalize=False)))
+    x = torch.rand(1, 3, 224, 224) * 2 - 1
+    got = preprocess(x, **reward.own_preprocessing(path))
+    torch.testing.assert_close(got, x / 2 + 0.5)
+
+
+def without(fields, gone):
+    return {field: value for field, value in fields.items() if field != gone}
+
+
+@pytest.mark.parametrize('written, field', [
+    (NORM, 'size'),
+    ({}, 'image_mean'),
+    (dict(NORM, size=224), 'size'),
+    (dict(NORM, size=dict(height=224, width=200)), 'size'),
+    (dict(NORM, size=dict(shortest_edge=256, longest_edge=300), crop_size=SQUARE), 'size'),
+    (dict(NORM, size=dict(shortest_edge=224)), 'do_center_crop'),
+    (dict(SHORTEST, do_center_crop=False), 'do_center_crop'),
+    (dict(SQUASHED, do_center_crop=True), 'crop_size'),
+    (dict(SHORTEST, crop_size=224), 'crop_size'),
+    (dict(SHORTEST, crop_size=dict(height=224, width=200)), 'crop_size'),
+    (dict(SHORTEST, crop_size=dict(height=300, width=300)), 'crop_size'),
+    (dict(SHORTEST, do_resize=False), 'do_resize'),
+    (dict(SHORTEST, do_rescale=False), 'do_rescale'),
+    (dict(SHORTEST, rescale_factor=1 / 127.5), 'rescale_factor'),
+    (dict(SHORTEST, resample=0), 'resample'),
+    (dict(SHORTEST, resample=1), 'resample'),
+    (without(SHORTEST, 'image_mean'), 'image_mean'),
+    (without(SHORTEST, 'image_std'), 'image_std')])
+def test_what_cannot_be_followed_is_refused_with_file_and_field(tmp_path, written, field):
+    path = tmp_path / 'preprocessor_config.json'
+    path.write_text(json.dumps(written))
+    message = refusal(reward.own_preprocessing, path)
+    assert message.startswith(f'{path}: {field}=')
+
+
+@pytest.mark.parametrize('text', ['[', '[]', '3', None])
+def test_a_file_that_is_no_object_is_refused(tmp_path, text):
+    path = tmp_path / 'preprocessor_config.json'
+    if text is not None:
         path.write_text(text)
-        with pytest.raises(SystemExit) as stop:
-            reward.own_preprocessing(path)
-        assert str(path) in str(stop.value) and '\n' not in str(stop.value)
+    assert str(path) in refusal(reward.own_preprocessing, path)
 
 
-# --- the cosine ----------------------------------------------------------------------------------------------------
+def test_a_judge_without_its_preprocessing_is_refused(tmp_path):
+    """Not measured through another model's preprocessing."""
+    folder = str(tmp_path / 'judge')
+    shutil.copytree(JUDGE, folder)
+    c = types.SimpleNamespace(clip='', judge=folder)
+    assert backbone('judge', c).pre['crop'] == 32
+    os.remove(f'{folder}/preprocessor_config.json')
+    message = refusal(backbone, 'judge', c)
+    assert folder in message and 'preprocessor_config.json' in message
+
+
+def test_a_judge_from_the_hub_gets_its_own_preprocessing(tmp_path, monkeypatch):
+    """From the hub's cache, where a download would leave it; nothing is asked of the network."""
+    snapshot = tmp_path / 'cache' / 'models--us--judge' / 'snapshots' / ('0' * 40)
+    shutil.copytree(JUDGE, snapshot)
+    refs = tmp_path / 'cache' / 'models--us--judge' / 'refs'
+    refs.mkdir()
+    (refs / 'main').write_text('0' * 40)
+    for module in ('huggingface_hub.constants', 'transformers.utils.hub.constants'):
+        monkeypatch.setattr(f'{module}.HF_HUB_CACHE', str(tmp_path / 'cache'))
+        monkeypatch.setattr(f'{module}.HF_HUB_OFFLINE', True)
+    c = types.SimpleNamespace(clip='', judge='us/judge')
+    assert backbone('judge', c).pre == backbone('judge', CONFIG).pre
+    os.remove(snapshot / 'preprocessor_config.json')
+    message = refusal(backbone, 'judge', c)
+    assert 'us/judge' in message and 'preprocessor_config.json' in message
+
+
+# --- the cosine ----------------------------------------------------------------------------------
 @pytest.fixture(scope='module', params=['clip', 'judge'])
 def tower(request):
     return backbone(request.param, CONFIG)
@@ -118,7 +230,8 @@ def test_symmetric_and_in_range(tower, x, x_hat):
 def test_it_is_the_cosine_of_the_features(tower, x, x_hat):
     f, g = tower.features(x), tower.features(x_hat)
     torch.testing.assert_close(f.norm(dim=-1), torch.ones(len(x)))
-    torch.testing.assert_close(clip_reward(x, x_hat, tower), torch.cosine_similarity(f, g), atol=1e-5, rtol=0)
+    cosines = torch.cosine_similarity(f, g)
+    torch.testing.assert_close(clip_reward(x, x_hat, tower), cosines, atol=1e-5, rtol=0)
 
 
 def test_row_i_is_scored_against_row_i(tower, x, x_hat):
@@ -126,7 +239,8 @@ def test_row_i_is_scored_against_row_i(tower, x, x_hat):
     for i in range(len(x)):
         assert abs(clip_reward(x[i:i + 1], x_hat[i:i + 1], tower).item() - r[i].item()) < 1e-5
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(clip_reward(x[order], x_hat[order], tower), r[order], atol=1e-5, rtol=0)
+    permuted = clip_reward(x[order], x_hat[order], tower)
+    torch.testing.assert_close(permuted, r[order], atol=1e-5, rtol=0)
     assert (clip_reward(x, x_hat[order], tower) - r).abs().min() > 1e-4
     mixed = x_hat.clone()
     mixed[1] = x[1]
@@ -135,30 +249,40 @@ def test_row_i_is_scored_against_row_i(tower, x, x_hat):
 
 
 def test_groups_share_their_source(tower, x, x_hat):
-    """P pictures against P*G reconstructions in contiguous groups: each source goes through the tower once."""
+    """P pictures, P*G reconstructions in contiguous groups: each source is looked at once."""
     seen = []
-    handle = tower.tower.register_forward_hook(lambda m, args, kwargs, out: seen.append(len((*args, *kwargs.values())[0])), with_kwargs=True)
+
+    def count(module, args, kwargs, out):
+        image, = (*args, *kwargs.values())
+        seen.append(len(image))
+
+    handle = tower.tower.register_forward_hook(count, with_kwargs=True)
     r = clip_reward(x[:2], x_hat, tower)
     handle.remove()
     assert seen == [2, 4]
-    torch.testing.assert_close(r, clip_reward(x[:2].repeat_interleave(2, 0), x_hat, tower), atol=1e-6, rtol=1e-5)
+    repeated = clip_reward(x[:2].repeat_interleave(2, 0), x_hat, tower)
+    torch.testing.assert_close(r, repeated, atol=1e-6, rtol=1e-5)
 
 
 def test_gradient_in_the_reconstruction_alone(tower, x, x_hat):
     x, x_hat = x.clone().requires_grad_(), x_hat.clone().requires_grad_()
     r = clip_reward(x, x_hat, tower)
     r.sum().backward()
-    assert x.grad is None and x_hat.grad.isfinite().all() and x_hat.grad.abs().amax((1, 2, 3)).min() > 0
-    assert not any(p.requires_grad or p.grad is not None for p in tower.parameters()) and not tower.training
+    assert x.grad is None and x_hat.grad.isfinite().all()
+    assert x_hat.grad.abs().amax((1, 2, 3)).min() > 0
+    assert not any(p.requires_grad or p.grad is not None for p in tower.parameters())
+    assert not tower.training
     with torch.no_grad():                                               # and uphill is uphill
         step = x_hat + 0.5 * x_hat.grad / x_hat.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         assert clip_reward(x, step, tower).mean() > r.mean()
 
 
 def test_the_default_tower_is_the_tiny_clip(x, x_hat):
-    torch.testing.assert_close(clip_reward(x, x_hat), clip_reward(x, x_hat, backbone('clip', CONFIG)))
+    by_default = clip_reward(x, x_hat)
+    torch.testing.assert_close(by_default, clip_reward(x, x_hat, backbone('clip', CONFIG)))
     assert len(reward._default) == 1
-    assert (clip_reward(x, x_hat) - clip_reward(x, x_hat, backbone('judge', CONFIG))).abs().max() > 1e-3
+    by_judge = clip_reward(x, x_hat, backbone('judge', CONFIG))
+    assert (by_default - by_judge).abs().max() > 1e-3
 
 
 def test_unknown_backbone_names_those_there_are():

@@ -1,5 +1,7 @@
-"""model.sde_step: an ODE step without noise, a Gaussian with its own log-density with it, and, where the velocity is
-known exactly, a sampler of the right distribution."""
+"""model.sde_step: an ODE step without noise, a Gaussian with its own log-density with it.
+
+And, where the velocity is known exactly, a sampler of the right distribution.
+"""
 import math
 import types
 
@@ -11,14 +13,20 @@ from model import sde_step
 
 KINDS = ('flow', 'cps')
 kinds = pytest.mark.parametrize('kind', KINDS)
+SHAPE = (3, 4, 6, 6)
 
 
-def latents(*shape, seed=0):
+def latents(seed=0):
+    """z, v and a noise, each (3, 4, 6, 6)."""
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape or (3, 4, 6, 6), generator=g) for _ in range(3)]
+    return [torch.randn(SHAPE, generator=g) for _ in range(3)]
 
 
-# --- one step ------------------------------------------------------------------------------------------------------
+def flat(std):
+    return std.flatten().tolist()
+
+
+# --- one step -------------------------------------------------------------------------------------
 @kinds
 @pytest.mark.parametrize('s, s_next', [(1.0, 0.9), (0.7, 0.4), (0.2, 0.0), (1.0, 0.0)])
 def test_no_noise_is_the_euler_step(kind, s, s_next):
@@ -26,7 +34,17 @@ def test_no_noise_is_the_euler_step(kind, s, s_next):
     z_next, logp, mean, std = sde_step(z, v, s, s_next, kind, 0.0, noise=noise)
     torch.testing.assert_close(z_next, z + (s_next - s) * v, atol=1e-5, rtol=0)
     torch.testing.assert_close(mean, z_next)
-    assert torch.equal(logp, torch.zeros(3)) and not std.any()
+    assert torch.equal(logp, torch.zeros(3))
+    assert not std.any()
+
+
+def in_form(s, form):
+    """A noise level as a float, () or (B,)."""
+    if form == 'float':
+        return s
+    if form == 'scalar':
+        return torch.tensor(s)
+    return torch.tensor(s).expand(3)
 
 
 @kinds
@@ -34,15 +52,18 @@ def test_no_noise_is_the_euler_step(kind, s, s_next):
 @pytest.mark.parametrize('form', ['float', 'scalar', 'batch'])
 def test_logp_is_the_mean_log_density(kind, s, s_next, form):
     z, v, noise = latents()
-    if form != 'float':
-        s, s_next = (torch.tensor(a).expand([3] * (form == 'batch')) for a in (s, s_next))
+    s, s_next = in_form(s, form), in_form(s_next, form)
     z_next, logp, mean, std = sde_step(z, v, s, s_next, kind, 0.7, noise=noise)
-    assert logp.shape == (3,) and z_next.shape == mean.shape == z.shape and std.shape == (3, 1, 1, 1) and (std > 0).all()
+    assert logp.shape == (3,)
+    assert z_next.shape == mean.shape == z.shape
+    assert std.shape == (3, 1, 1, 1)
+    assert (std > 0).all()
     torch.testing.assert_close(z_next, mean + std * noise)
-    want = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(z_next).mean((1, 2, 3))
-    torch.testing.assert_close(logp, want, atol=1e-5, rtol=1e-5)
+    density = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(z_next)
+    torch.testing.assert_close(logp, density.mean((1, 2, 3)), atol=1e-5, rtol=1e-5)
     scored = sde_step(z, v, s, s_next, kind, 0.7, z_next=z_next)
-    assert torch.equal(scored[1], logp) and torch.equal(scored[0], z_next)
+    assert torch.equal(scored[1], logp)
+    assert torch.equal(scored[0], z_next)
     other = sde_step(z, v, s, s_next, kind, 0.7, z_next=z_next + 3 * std)[1]
     assert (other < logp).all()
 
@@ -53,48 +74,61 @@ def test_sigmas_of_a_batch_are_each_sample_s_own(kind):
     s, s_next = torch.tensor([1.0, 0.6, 0.3]), torch.tensor([0.8, 0.5, 0.0])
     whole = sde_step(z, v, s, s_next, kind, 0.7, noise=noise)
     for i in range(3):
-        one = sde_step(z[i:i + 1], v[i:i + 1], s[i].item(), s_next[i].item(), kind, 0.7, noise=noise[i:i + 1])
-        for a, b in zip(one, whole):
-            torch.testing.assert_close(a, b[i:i + 1], atol=1e-6, rtol=1e-5)
+        b = slice(i, i + 1)
+        one = sde_step(z[b], v[b], s[i].item(), s_next[i].item(), kind, 0.7, noise=noise[b])
+        for alone, together in zip(one, whole):
+            torch.testing.assert_close(alone, together[b], atol=1e-6, rtol=1e-5)
 
 
 def test_flow_mean_and_std():
-    """Drift v - sigma^2/2 score, score = -E[eps | z] / s; diffusion sigma = noise_level sqrt(s / (1 - s))."""
+    """Drift v - sigma^2/2 score, score = -E[eps | z] / s.
+
+    Diffusion sigma = noise_level sqrt(s / (1 - s)).
+    """
     z, v, _ = latents()
     for s, s_next in ((0.9, 0.7), (0.5, 0.45), (0.3, 0.0)):
         sigma2 = 0.7 ** 2 * s / (1 - s)
         score = -(z + (1 - s) * v) / s
+        want = z + (s_next - s) * (v - sigma2 / 2 * score)
         _, _, mean, std = sde_step(z, v, s, s_next, 'flow', 0.7)
-        torch.testing.assert_close(mean, z + (s_next - s) * (v - sigma2 / 2 * score), atol=1e-5, rtol=1e-5)
-        assert std.flatten().tolist() == pytest.approx([math.sqrt(sigma2 * (s - s_next))] * 3, rel=1e-5)
+        torch.testing.assert_close(mean, want, atol=1e-5, rtol=1e-5)
+        assert flat(std) == pytest.approx([math.sqrt(sigma2 * (s - s_next))] * 3, rel=1e-5)
 
 
-def test_flow_at_pure_noise_borrows_the_next_sigma():
+@pytest.mark.parametrize('s, s_next', [
+    (1.0, 0.75),
+    (torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0.75, 0.75, 0.2])),
+], ids=['float', 'batch'])
+def test_flow_at_pure_noise_borrows_the_next_sigma(s, s_next):
     """sigma is infinite at s = 1; there sqrt(1 / (1 - s_next)) stands in, in mean and std."""
     z, v, noise = latents()
-    for s in (1.0, torch.tensor([1.0, 1.0, 0.5])):
-        z_next, logp, mean, std = sde_step(z, v, s, 0.75 if isinstance(s, float) else torch.tensor([0.75, 0.75, 0.2]), 'flow', 0.6, noise=noise)
-        assert all(t.isfinite().all() for t in (z_next, logp, mean, std))
-        assert std.flatten()[:2].tolist() == pytest.approx([0.6 * math.sqrt(1 / 0.25) * math.sqrt(0.25)] * 2, rel=1e-5)
-        want = z - 0.25 * (v + 0.6 ** 2 / 0.25 / 2 * z)
-        torch.testing.assert_close(mean[:2], want[:2], atol=1e-5, rtol=1e-5)
+    z_next, logp, mean, std = sde_step(z, v, s, s_next, 'flow', 0.6, noise=noise)
+    for t in (z_next, logp, mean, std):
+        assert t.isfinite().all()
+    sigma = 0.6 * math.sqrt(1 / 0.25)
+    assert flat(std)[:2] == pytest.approx([sigma * math.sqrt(0.25)] * 2, rel=1e-5)
+    want = z - 0.25 * (v + sigma ** 2 / 2 * z)
+    torch.testing.assert_close(mean[:2], want[:2], atol=1e-5, rtol=1e-5)
 
 
 def test_cps_mean_and_std():
-    """Image and noise estimate mixed again at s_next, a share sin(noise_level pi / 2) of the noise fresh."""
+    """Image and noise estimate mixed at s_next, a share sin(noise_level pi / 2) of it fresh."""
     z, v, _ = latents()
     for s, s_next in ((1.0, 0.8), (0.5, 0.4)):
         _, _, mean, std = sde_step(z, v, s, s_next, 'cps', 0.8)
         fresh = s_next * math.sin(0.4 * math.pi)
-        assert std.flatten().tolist() == pytest.approx([fresh] * 3, rel=1e-5)
-        want = (1 - s_next) * (z - s * v) + math.sqrt(s_next ** 2 - fresh ** 2) * (z + (1 - s) * v)
+        assert flat(std) == pytest.approx([fresh] * 3, rel=1e-5)
+        image, noise = z - s * v, z + (1 - s) * v
+        want = (1 - s_next) * image + math.sqrt(s_next ** 2 - fresh ** 2) * noise
         torch.testing.assert_close(mean, want, atol=1e-5, rtol=1e-5)
 
 
 def test_cps_last_step_has_no_density():
     z, v, noise = latents()
     z_next, logp, mean, std = sde_step(z, v, 0.2, 0.0, 'cps', 0.9, noise=noise)
-    assert not std.any() and torch.equal(logp, torch.zeros(3)) and torch.equal(z_next, mean)
+    assert not std.any()
+    assert torch.equal(logp, torch.zeros(3))
+    assert torch.equal(z_next, mean)
     torch.testing.assert_close(mean, z - 0.2 * v)
 
 
@@ -104,9 +138,10 @@ def test_gradient_goes_through_the_mean_only(kind):
     v.requires_grad_()
     s, s_next = 0.6, 0.5
     z_next, logp, mean, std = sde_step(z, v, s, s_next, kind, 0.7, noise=noise)
-    assert not z_next.requires_grad                                     # a sample is data
+    assert not z_next.requires_grad              # a sample is data
     got = torch.autograd.grad(logp.sum(), v, retain_graph=True)[0]
-    want = torch.autograd.grad(mean, v, grad_outputs=(noise / std).detach() / v[0].numel())[0]
+    slope = (noise / std).detach() / v[0].numel()
+    want = torch.autograd.grad(mean, v, grad_outputs=slope)[0]
     assert got.abs().max() > 1e-4
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-3)
     given = z_next.clone().requires_grad_()
@@ -124,25 +159,38 @@ def test_gradient_is_finite_where_std_is_zero(kind):
     for level in (0.0, 0.7):
         logp = sde_step(z, v, s, s_next, kind, level, z_next=z)[1]
         grad = torch.autograd.grad(logp.sum(), v)[0]
-        assert grad.isfinite().all() and bool(grad.any()) == (level > 0)
+        assert grad.isfinite().all()
+        assert bool(grad.any()) == (level > 0)
 
 
 @kinds
 def test_float32_whatever_comes_in(kind):
     z, v, noise = (t.bfloat16() for t in latents())
-    out = sde_step(z, v, torch.tensor(0.7, dtype=torch.bfloat16), 0.3, kind, 0.7, noise=noise)
-    assert all(t.dtype == torch.float32 for t in out)
-    assert all(t.dtype == torch.float32 for t in sde_step(z, v, 0.7, 0.3, kind, 0.7, z_next=noise))
+    s = torch.tensor(0.7, dtype=torch.bfloat16)
+    drawn = sde_step(z, v, s, 0.3, kind, 0.7, noise=noise)
+    scored = sde_step(z, v, 0.7, 0.3, kind, 0.7, z_next=noise)
+    for t in (*drawn, *scored):
+        assert t.dtype == torch.float32
     exact = sde_step(z.double(), v.double(), 0.7, 0.3, kind, 0.7, noise=noise.float())
-    torch.testing.assert_close(sde_step(z, v, 0.7, 0.3, kind, 0.7, noise=noise.float())[2], exact[2])
+    single = sde_step(z, v, 0.7, 0.3, kind, 0.7, noise=noise.float())
+    torch.testing.assert_close(single[2], exact[2])
 
 
 @kinds
 def test_generator_makes_it_reproducible(kind):
     z, v, _ = latents()
-    a, b, other = (sde_step(z, v, 0.7, 0.5, kind, generator=torch.Generator().manual_seed(seed))[0] for seed in (5, 5, 6))
-    assert torch.equal(a, b) and not torch.equal(a, other)
-    assert (a[0] - a[1]).abs().max() > 0 and (sde_step(z[:1].expand(3, -1, -1, -1), v[:1].expand(3, -1, -1, -1), 0.7, 0.5, kind)[0].std(0) > 0).all()
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return sde_step(z, v, 0.7, 0.5, kind, generator=generator)[0]
+
+    a, b, other = draw(5), draw(5), draw(6)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, other)
+    assert (a[0] - a[1]).abs().max() > 0
+    same_z, same_v = z[:1].expand(SHAPE), v[:1].expand(SHAPE)
+    members = sde_step(same_z, same_v, 0.7, 0.5, kind)[0]
+    assert (members.std(0) > 0).all()
 
 
 def test_unknown_kind():
@@ -151,32 +199,46 @@ def test_unknown_kind():
         sde_step(z, v, 0.7, 0.5, 'euler')
 
 
-# --- many steps ----------------------------------------------------------------------------------------------------
+# --- many steps -----------------------------------------------------------------------------------
 MU, SD = 0.8, 0.5
 
 
 def exact_velocity(z, s):
-    """E[eps - z_0 | z_s] for z_0 ~ N(MU, SD^2): z_s is Gaussian, so the conditional mean is linear in it."""
+    """E[eps - z_0 | z_s] for z_0 ~ N(MU, SD^2): z_s is Gaussian, so the mean is linear in it."""
     var = (1 - s) ** 2 * SD ** 2 + s ** 2
-    return -MU + (s - (1 - s) * SD ** 2) / var * (z - (1 - s) * MU)
+    slope = (s - (1 - s) * SD ** 2) / var
+    return -MU + slope * (z - (1 - s) * MU)
 
 
 def moments(noise_level, sigmas):
-    """Mean and variance that `flow` ends with, exactly: with this velocity a step is affine in z and in the noise."""
+    """Mean and variance that `flow` ends with, exactly.
+
+    With this velocity a step is affine in z and in the noise.
+    """
     mean, var, two = 0.0, 1.0, torch.tensor([[0.0], [1.0]])
     for s, s_next in zip(sigmas, sigmas[1:]):
-        _, _, at, std = sde_step(two, exact_velocity(two, s), s, s_next, 'flow', noise_level)
-        offset, slope = at[0].item(), (at[1] - at[0]).item()
-        mean, var = offset + slope * mean, slope ** 2 * var + std[0].item() ** 2
+        v = exact_velocity(two, s)
+        _, _, ends, std = sde_step(two, v, s, s_next, 'flow', noise_level)
+        offset = ends[0].item()
+        slope = (ends[1] - ends[0]).item()
+        mean = offset + slope * mean
+        var = slope ** 2 * var + std[0].item() ** 2
     return mean, var
 
 
 @pytest.mark.parametrize('noise_level', [0.7, 0.3, 0.0])
 def test_sampler_ends_in_the_data_s_distribution(noise_level):
-    """1-D Gaussian data and the exact velocity: the SDE has the ODE's marginals, so both end with the data's moments."""
+    """1-D Gaussian data and the exact velocity: the SDE has the ODE's marginals.
+
+    So both end with the data's moments.
+    """
     mean, var = moments(noise_level, torch.linspace(1, 0, 201).tolist())
     assert mean == pytest.approx(MU, rel=0.02)
     assert var == pytest.approx(SD ** 2, rel=0.02)
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
 
 
 @pytest.mark.parametrize('noise_level', [0.7, 0.0])
@@ -185,37 +247,49 @@ def test_samples_have_those_moments(noise_level):
     sigmas = torch.linspace(1, 0, 26).tolist()
     start = z = torch.randn(100, 1000, generator=g)
     for s, s_next in zip(sigmas, sigmas[1:]):
-        z = sde_step(z, exact_velocity(z, s), s, s_next, 'flow', noise_level, generator=g)[0]
+        v = exact_velocity(z, s)
+        z = sde_step(z, v, s, s_next, 'flow', noise_level, generator=g)[0]
     mean, var = moments(noise_level, sigmas)
-    assert z.mean().item() == pytest.approx(mean, abs=0.01) and z.var().item() == pytest.approx(var, rel=0.02)
-    corr = torch.corrcoef(torch.stack([start.flatten(), z.flatten()]))[0, 1]
-    assert corr > 0.99 if noise_level == 0 else corr < 0.95             # the noise did something
+    assert z.mean().item() == pytest.approx(mean, abs=0.01)
+    assert z.var().item() == pytest.approx(var, rel=0.02)
+    if noise_level == 0:
+        assert correlation(start, z) > 0.99
+    else:
+        assert correlation(start, z) < 0.95                 # the noise did something
 
 
 def test_cps_keeps_the_schedule_s_noise():
-    """A point mass and its exact velocity: after each step what is left of the noise has std s_next, not more."""
+    """A point mass and its exact velocity: after each step what is left of the noise is s_next.
+
+    In standard deviations, and not more.
+    """
     g = torch.Generator().manual_seed(0)
     z0 = torch.tensor([[-1.5], [0.3], [2.0]])
     z = torch.randn(3, 20000, generator=g)
     sigmas = torch.linspace(1, 0, 11).tolist()
     for s, s_next in zip(sigmas, sigmas[1:]):
-        before, z = z, sde_step(z, (z - z0) / s, s, s_next, 'cps', 0.8, generator=g)[0]
+        before = z - (1 - s) * z0
+        z = sde_step(z, (z - z0) / s, s, s_next, 'cps', 0.8, generator=g)[0]
         rest = z - (1 - s_next) * z0
         if s_next:
             assert rest.std().item() == pytest.approx(s_next, rel=0.01)
-            assert torch.corrcoef(torch.stack([(before - (1 - s) * z0).flatten(), rest.flatten()]))[0, 1] < 0.5
+            assert correlation(before, rest) < 0.5
     torch.testing.assert_close(z, z0.expand_as(z), atol=1e-5, rtol=0)
 
 
-# --- which steps ---------------------------------------------------------------------------------------------------
+# --- which steps ----------------------------------------------------------------------------------
 @pytest.mark.parametrize('S, W, n', [(8, 7, 3), (8, 20, 3), (10, 3, 3), (10, 2, 5), (10, 9, 9)])
 def test_window_never_holds_the_last_step(S, W, n):
     c = types.SimpleNamespace(sample_steps=S, sde_window=W, train_steps=n, seed=0)
-    seen = set()
+    length = min(W, S - 1)
+    met = set()
     for step in range(60):
         (first, end), trained = window(step, c)
-        assert 0 <= first < end < S and end - first == min(W, S - 1)
-        assert trained == sorted(set(trained)) and len(trained) == min(n, end - first) and set(trained) <= set(range(end - first))
+        assert 0 <= first < end < S
+        assert end - first == length
+        assert trained == sorted(set(trained))
+        assert len(trained) == min(n, length)
+        assert set(trained) <= set(range(length))
         assert window(step, c) == ((first, end), trained)
-        seen |= {first + t for t in trained}
-    assert seen >= set(range(min(W, S - 1)))
+        met |= {first + t for t in trained}
+    assert met >= set(range(length))

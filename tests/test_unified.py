@@ -1,20 +1,27 @@
-"""Unified-Bench: the official layout and rules, each backbone as its own library runs it, and refusals instead of a mean over fewer.
+"""Unified-Bench: the official layout and rules, refusals instead of a mean over fewer.
 
-The three backbones that are too large to ship stand here as random ones of the same classes, loaded by the same code.
+Each backbone is compared with its own library. The three that are too large to ship stand here as
+random ones of the same classes, loaded by the same code.
 """
 import json
 import math
 import os
 import shutil
+import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import config
 import eval_unified
+import evaluate
 import reward
+from bench import unified
+from data import images
 from data.shapes import scenes as world
+from model import UAE
 from running import refusal
 from test_reward import structured
 
@@ -23,25 +30,32 @@ QUICK = ['--bench=unified', '--device=cpu', '--eval_steps=2', '--caption_len=6']
 
 @pytest.fixture(scope='session')
 def standins(tmp_path_factory):
-    """{name: folder} of tiny random models with the real ones' classes, input size and preprocessing."""
-    from transformers import CLIPConfig, CLIPModel, DINOv3ViTConfig, DINOv3ViTModel, Dinov2Config, Dinov2Model
-    root, small = tmp_path_factory.mktemp('backbones'), dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    """{name: folder} of tiny random models with the real ones' classes and input size."""
+    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+    root = tmp_path_factory.mktemp('backbones')
+    tiny = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    small = dict(tiny, intermediate_size=64)
     torch.manual_seed(0)
     vision = dict(small, image_size=224, patch_size=32)
-    models = dict(longclip=CLIPModel(CLIPConfig(vision_config=vision, text_config=dict(small, vocab_size=50, max_position_embeddings=248), projection_dim=24)),
-                  dinov2=Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=28)),
-                  dinov3=DINOv3ViTModel(DINOv3ViTConfig(**small, image_size=224, patch_size=32, num_register_tokens=4)))
+    text = dict(small, vocab_size=50, max_position_embeddings=248)
+    longclip = CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)
+    dinov2 = Dinov2Config(**tiny, image_size=224, patch_size=28)
+    dinov3 = DINOv3ViTConfig(**small, image_size=224, patch_size=32, num_register_tokens=4)
+    models = dict(longclip=CLIPModel(longclip), dinov2=Dinov2Model(dinov2),
+                  dinov3=DINOv3ViTModel(dinov3))
     for name, model in models.items():
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(0.1 * torch.randn_like(p))           # as initialised all pictures look alike to them
+                p.add_(0.1 * torch.randn_like(p))     # as initialised all pictures look alike
         model.save_pretrained(root / name)
     return {name: str(root / name) for name in models}
 
 
 @pytest.fixture
 def four(standins):
-    return '--backbones=clip,' + ','.join(f'{name}={folder}' for name, folder in standins.items())
+    named = [f'{name}={folder}' for name, folder in standins.items()]
+    return '--backbones=clip,' + ','.join(named)
 
 
 def picture(seed, h, w):
@@ -49,33 +63,47 @@ def picture(seed, h, w):
     return np.roll(structured(h, w), 7 * seed, (0, 1)) // (1 + seed % 2) + 10 * seed
 
 
-def folder_of(path, images):
+def folder_of(path, pictures):
     path.mkdir(parents=True, exist_ok=True)
-    for name, pixels in images.items():
+    for name, pixels in pictures.items():
         Image.fromarray(pixels.astype(np.uint8)).save(path / name)
     return path
+
+
+def tensor_of(path):
+    """x (1, 3, H, W) of an image file."""
+    pixels = torch.from_numpy(np.array(Image.open(path)))
+    return pixels.permute(2, 0, 1)[None] / 127.5 - 1
 
 
 @pytest.fixture
 def bench(tmp_path):
     """Three scenes as references in the official layout."""
     rng = np.random.default_rng(3)
-    folder_of(tmp_path / 'bench' / 'Image', {f'{i}.png': world.draw(world.random_scene(rng)) for i in range(3)})
+    drawn = {f'{i}.png': world.draw(world.random_scene(rng)) for i in range(3)}
+    folder_of(tmp_path / 'bench' / 'Image', drawn)
     return tmp_path / 'bench'
 
 
 @pytest.fixture
 def others(tmp_path):
-    """References of several shapes and somebody's reconstructions, named by each of the three rules, one of no reference."""
+    """References of several shapes and somebody's reconstructions.
+
+    They are named by each of the three rules; one belongs to no reference.
+    """
     root = tmp_path / 'others'
-    folder_of(root / 'Image', {'0.png': picture(0, 300, 500), '1.png': picture(1, 427, 320), '10.png': picture(2, 256, 256)})
-    folder_of(root / 'example_image', {'0.png': picture(3, 240, 240), '1.jpg': picture(4, 256, 256), 'recon_10.png': picture(5, 224, 256), 'x.png': picture(6, 64, 64)})
+    folder_of(root / 'Image', {
+        '0.png': picture(0, 300, 500), '1.png': picture(1, 427, 320),
+        '10.png': picture(2, 256, 256)})
+    folder_of(root / 'example_image', {
+        '0.png': picture(3, 240, 240), '1.jpg': picture(4, 256, 256),
+        'recon_10.png': picture(5, 224, 256), 'x.png': picture(6, 64, 64)})
     return root
 
 
-def run(out, data, *words):
+def run(out, data, *flags):
     """eval_unified.py in this process -> (unified.json, report.json)."""
-    eval_unified.main([*QUICK, f'--data={data}', f'--out_dir={out}', *words])
+    eval_unified.main([*QUICK, f'--data={data}', f'--out_dir={out}', *flags])
     return tuple(json.loads((out / f'{name}.json').read_text()) for name in ('unified', 'report'))
 
 
@@ -84,94 +112,139 @@ def official_processors():
     from transformers import DINOv3ViTImageProcessor
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    bit = BitImageProcessorPil(size=dict(shortest_edge=256), crop_size=dict(height=224, width=224), resample=3,
-                               image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
-    return dict(clip=CLIPImageProcessorPil(size=dict(shortest_edge=224), crop_size=dict(height=224, width=224)), dinov2=bit,
-                dinov3=DINOv3ViTImageProcessor(size=dict(height=224, width=224)))
+    square = dict(height=224, width=224)
+    clip = CLIPImageProcessorPil(size=dict(shortest_edge=224), crop_size=square)
+    bit = BitImageProcessorPil(
+        size=dict(shortest_edge=256), crop_size=square, resample=3,
+        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+    return dict(clip=clip, dinov2=bit, dinov3=DINOv3ViTImageProcessor(size=square))
 
 
-# --- the backbones ---------------------------------------------------------------------------------------------------
+# --- the backbones -------------------------------------------------------------------------------
 @pytest.mark.parametrize('h, w', [(512, 512), (427, 640), (640, 427), (301, 512), (100, 100)])
 @pytest.mark.parametrize('name', ['clip', 'longclip', 'dinov2', 'dinov3'])
 def test_preprocessing_is_that_of_the_model_s_own_library(name, h, w):
-    image = structured(h, w)
-    how = dict(reward.OPENAI, resize=224, crop=224, corner=math.floor) if name == 'clip' else reward.BACKBONES[name][2]
-    got = reward.preprocess(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1, **how)[0]
+    pixels = structured(h, w)
+    image = Image.fromarray(pixels)
+    how = reward.BACKBONES[name][2]
+    if name == 'clip':
+        how = dict(reward.OPENAI, resize=224, crop=224, corner=math.floor)
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    got = reward.preprocess(x, **how)[0]
     if name == 'longclip':
         from open_clip import image_transform
-        want = image_transform(224, False, mean=reward.OPENAI['mean'], std=reward.OPENAI['std'])(Image.fromarray(image))
+        want = image_transform(224, False, **reward.OPENAI)(image)
     else:
-        want = official_processors()[name](images=Image.fromarray(image), return_tensors='pt')['pixel_values'][0]
+        processor = official_processors()[name]
+        want = processor(images=image, return_tensors='pt')['pixel_values'][0]
     assert got.shape == want.shape and (got - want).abs().max() < 0.03
 
 
+def official_features(name, model, pixels):
+    """LongCLIP: the projected vector, not the hidden state; the DINOs: the CLS token."""
+    if name == 'longclip':
+        return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+    return model(pixel_values=pixels).last_hidden_state[:, 0]
+
+
 def test_features_are_the_official_ones(standins):
-    """LongCLIP: the projected vector, not the hidden state; the DINOs: the CLS token, not a register or a patch."""
+    """Not a register or a patch, not a hidden state."""
     from transformers import AutoModel
     x = torch.rand(2, 3, 224, 224) * 2 - 1
     for name, folder in standins.items():
-        tower, model = reward.Backbone(name, '', '', source=folder), AutoModel.from_pretrained(folder).eval()
+        tower = reward.Backbone(name, '', '', source=folder)
+        model = AutoModel.from_pretrained(folder).eval()
         pixels = reward.preprocess(x, **reward.BACKBONES[name][2])
         with torch.no_grad():
-            if name == 'longclip':
-                want = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-            else:
-                want = model(pixel_values=pixels).last_hidden_state[:, 0]
-            torch.testing.assert_close(tower.features(x), torch.nn.functional.normalize(want, dim=-1), atol=1e-5, rtol=0)
+            want = official_features(name, model, pixels)
+            unit = torch.nn.functional.normalize(want, dim=-1)
+            torch.testing.assert_close(tower.features(x), unit, atol=1e-5, rtol=0)
         assert want.shape[1] == (24 if name == 'longclip' else 32)
 
 
 def test_scores_are_those_of_the_official_recipe(others, standins, four, tmp_path, capsys):
-    """Each pair through the libraries' own processors, PIL image by PIL image, cosine, plain means."""
+    """Each pair by the libraries' own processors, image by image, cosine, plain means."""
     from transformers import AutoModel
     found, report = run(tmp_path / 'out', others, four, f'--generated={others}/example_image')
     pairs = {'0.png': '0.png', '1.jpg': '1.png', 'recon_10.png': '10.png'}
-    processors = dict(official_processors(), longclip=official_processors()['clip'])
+    processors = official_processors()
+    processors['longclip'] = processors['clip']
     means = {}
     for name, folder in standins.items():
         model, cosines = AutoModel.from_pretrained(folder).eval(), {}
-        for made, ref in pairs.items():
-            f = []
-            for path in (others / 'Image' / ref, others / 'example_image' / made):
-                pixels = processors[name](images=Image.open(path).convert('RGB'), return_tensors='pt')['pixel_values']
+        for made, reference in pairs.items():
+            features = []
+            for path in (others / 'Image' / reference, others / 'example_image' / made):
+                image = Image.open(path).convert('RGB')
+                pixels = processors[name](images=image, return_tensors='pt')['pixel_values']
                 with torch.no_grad():
-                    f.append(model.get_image_features(pixel_values=pixels).pooler_output if name == 'longclip' else model(pixel_values=pixels).last_hidden_state[:, 0])
-            cosines[made] = torch.cosine_similarity(*f).item()
+                    if name == 'longclip':
+                        f = model.get_image_features(pixel_values=pixels).pooler_output
+                    else:
+                        f = model(pixel_values=pixels).last_hidden_state[:, 0]
+                features.append(f)
+            cosines[made] = torch.cosine_similarity(*features).item()
         got = found['similarities_by_model'][name]
         assert got.keys() == {*pairs, 'x.png'} and got['x.png'] is None
         assert max(cosines.values()) < 0.98, 'pictures that this tower can tell apart'
         assert all(abs(got[made] - cosines[made]) < 4e-3 for made in pairs), name
         means[name] = sum(got[made] for made in pairs) / 3
-    means['clip'] = sum(found['similarities_by_model']['clip'][made] for made in pairs) / 3
-    assert {k: round(v, 6) for k, v in found['summary']['average_scores_by_model'].items()} == {k: round(v, 6) for k, v in means.items()}
-    assert abs(found['summary']['overall_average'] - sum(means.values()) / 4) < 1e-9
-    assert abs(report['summary']['overall'] - sum(means.values()) / 4) < 1e-9 and report['standard_error'] == {}
+    clip = found['similarities_by_model']['clip']
+    means['clip'] = sum(clip[made] for made in pairs) / 3
+    averages = found['summary']['average_scores_by_model']
+    assert ({name: round(value, 6) for name, value in averages.items()}
+            == {name: round(value, 6) for name, value in means.items()})
+    overall = sum(means.values()) / 4
+    assert abs(found['summary']['overall_average'] - overall) < 1e-9
+    assert abs(report['summary']['overall'] - overall) < 1e-9
+    assert report['standard_error'] == {}
     assert 'x.png belongs to no reference' in capsys.readouterr().out
 
 
-# --- the official script's JSON and rules ------------------------------------------------------------------------------
+# --- the official script's JSON and rules --------------------------------------------------------
 def test_json_has_the_official_keys_and_statistics():
-    found = reward.unified_score(dict(clip={'0.jpg': 0.5, '1.jpg': 0.75, 'x.jpg': None}, dinov2={'0.jpg': -0.25, '1.jpg': 0.5, 'x.jpg': None}))
-    assert found == dict(
-        model_types=['clip', 'dinov2'], similarities_by_model=dict(clip={'0.jpg': 0.5, '1.jpg': 0.75, 'x.jpg': None}, dinov2={'0.jpg': -0.25, '1.jpg': 0.5, 'x.jpg': None}),
-        statistics_by_model=dict(clip=dict(total_images=3, valid_pairs=2, average_similarity=0.625, min_similarity=0.5, max_similarity=0.75),
-                                 dinov2=dict(total_images=3, valid_pairs=2, average_similarity=0.125, min_similarity=-0.25, max_similarity=0.5)),
-        summary=dict(models_used=['clip', 'dinov2'], average_scores_by_model=dict(clip=0.625, dinov2=0.125), overall_average=0.375,
-                     best_model=('clip', 0.625), worst_model=('dinov2', 0.125)))
+    scores = dict(clip={'0.jpg': 0.5, '1.jpg': 0.75, 'x.jpg': None},
+                  dinov2={'0.jpg': -0.25, '1.jpg': 0.5, 'x.jpg': None})
+    assert unified.unified_score(scores) == dict(
+        model_types=['clip', 'dinov2'],
+        similarities_by_model=dict(
+            clip={'0.jpg': 0.5, '1.jpg': 0.75, 'x.jpg': None},
+            dinov2={'0.jpg': -0.25, '1.jpg': 0.5, 'x.jpg': None}),
+        statistics_by_model=dict(
+            clip=dict(total_images=3, valid_pairs=2, average_similarity=0.625,
+                      min_similarity=0.5, max_similarity=0.75),
+            dinov2=dict(total_images=3, valid_pairs=2, average_similarity=0.125,
+                        min_similarity=-0.25, max_similarity=0.5)),
+        summary=dict(
+            models_used=['clip', 'dinov2'], overall_average=0.375,
+            average_scores_by_model=dict(clip=0.625, dinov2=0.125),
+            best_model=('clip', 0.625), worst_model=('dinov2', 0.125)))
 
 
-@pytest.mark.parametrize('name, ref', [('1.jpg', '1.jpg'), ('1.png', '1.jpg'), ('recon_1.png', '1.jpg'), ('recon_10.jpg', '10.jpg'), ('a.b.png', 'a.b.png'),
-                                       ('recon_a.b.jpg', 'a.b.png'), ('01.jpg', None), ('1', '1.jpg'), ('recon1.jpg', None), ('x_recon_1.jpg', None), ('recon_recon_1.jpg', None)])
-def test_a_file_belongs_to_the_reference_of_its_name_or_stem(name, ref):
-    refs = ['1.jpg', '10.jpg', 'a.b.png']
-    rest = [(r, r) for r in refs if r != ref]
-    found = reward.pair([(name, 'mine'), *rest, *([] if ref else [])], refs, 'picture')
-    assert found == {r: 'mine' if r == ref else r for r in refs}
+@pytest.mark.parametrize('name, reference', [
+    ('1.jpg', '1.jpg'), ('1.png', '1.jpg'), ('recon_1.png', '1.jpg'), ('recon_10.jpg', '10.jpg'),
+    ('a.b.png', 'a.b.png'), ('recon_a.b.jpg', 'a.b.png'), ('01.jpg', None), ('1', '1.jpg'),
+    ('recon1.jpg', None), ('x_recon_1.jpg', None), ('recon_recon_1.jpg', None)])
+def test_a_file_belongs_to_the_reference_of_its_name_or_stem(name, reference):
+    references = ['1.jpg', '10.jpg', 'a.b.png']
+    rest = [(r, r) for r in references if r != reference]
+    found = unified.match_files([(name, 'mine'), *rest], references, 'picture')
+    assert found == {r: 'mine' if r == reference else r for r in references}
 
 
 def test_the_same_name_goes_before_the_same_stem():
-    refs = ['1.jpg', '1.png']
-    assert reward.pair([('1.png', 'b'), ('1.jpg', 'a')], refs, 'picture') == {'1.jpg': 'a', '1.png': 'b'}
+    files = [('1.png', 'b'), ('1.jpg', 'a')]
+    found = unified.match_files(files, ['1.jpg', '1.png'], 'picture')
+    assert found == {'1.jpg': 'a', '1.png': 'b'}
+
+
+def test_of_two_references_that_fit_a_file_belongs_to_the_first():
+    """As officially, where the references are gone through in order."""
+    first = ['1.jpg', 'recon_1.jpg']
+    files = [('recon_1.png', 'a'), ('recon_1.jpg', 'b')]
+    assert unified.match_files(files, first, 'picture') == {'1.jpg': 'a', 'recon_1.jpg': 'b'}
+    files = [('1.png', 'a'), ('recon_1.png', 'b')]
+    assert unified.match_files(files, first[::-1], 'picture') == {'1.jpg': 'a', 'recon_1.jpg': 'b'}
 
 
 def test_missing_and_double_reconstructions_are_refused(others, four, tmp_path):
@@ -179,18 +252,25 @@ def test_missing_and_double_reconstructions_are_refused(others, four, tmp_path):
     for name in ('1.jpg', 'recon_10.png'):
         os.remove(folder / name)
     message = refusal(run, tmp_path / 'out', others, four, f'--generated={folder}')
-    assert '2 of 3' in message and '1.png' in message and '10.png' in message and ' 0.png' not in message
+    assert '2 of 3' in message and '1.png' in message and '10.png' in message
+    assert ' 0.png' not in message
     assert not (tmp_path / 'out' / 'unified.json').exists()
     Image.new('RGB', (64, 64)).save(folder / 'recon_0.png')
     message = refusal(run, tmp_path / 'out', others, four, f'--generated={folder}')
     assert f'{folder}/0.png' in message and f'{folder}/recon_0.png' in message
 
 
-def test_fewer_backbones_than_asked_are_refused_before_anything_is_drawn(bench, standins, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_unified, 'UAE', lambda *a: pytest.fail('drawn before the backbones were there'))
+def test_fewer_backbones_than_asked_are_refused_before_anything_is_drawn(
+        bench, standins, tmp_path, monkeypatch):
+    def too_soon(*args):
+        pytest.fail('drawn before the backbones were there')
+
+    monkeypatch.setattr(unified, 'UAE', too_soon)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    message = refusal(run, tmp_path / 'out', bench, f'--backbones=clip,dinov2={standins["dinov2"]},dinov3={tmp_path}/nowhere')
-    assert 'dinov3' in message and f'{tmp_path}/nowhere' in message and 'dinov2' not in message.split(':')[1]
+    nowhere = f'{tmp_path}/nowhere'
+    names = f'--backbones=clip,dinov2={standins["dinov2"]},dinov3={nowhere}'
+    message = refusal(run, tmp_path / 'out', bench, names)
+    assert 'dinov3' in message and nowhere in message and 'dinov2' not in message.split(':')[1]
     assert 'clip comes twice' in refusal(run, tmp_path / 'out', bench, '--backbones=clip,clip')
     assert 'clap' in refusal(run, tmp_path / 'out', bench, '--backbones=clip,clap')
 
@@ -198,47 +278,61 @@ def test_fewer_backbones_than_asked_are_refused_before_anything_is_drawn(bench, 
 def test_a_backbone_that_would_be_partly_random_is_refused(standins, tmp_path):
     from safetensors.torch import load_file, save_file
     shutil.copytree(standins['dinov3'], tmp_path / 'half')
-    tensors = load_file(tmp_path / 'half' / 'model.safetensors')
+    path = tmp_path / 'half' / 'model.safetensors'
+    tensors = load_file(path)
     gone = next(k for k in sorted(tensors) if 'layer.1' in k)
-    save_file({k: v for k, v in tensors.items() if k != gone}, tmp_path / 'half' / 'model.safetensors', metadata=dict(format='pt'))
+    del tensors[gone]
+    save_file(tensors, path, metadata=dict(format='pt'))
     message = refusal(reward.Backbone, 'dinov3', '', '', 'cpu', str(tmp_path / 'half'))
     assert gone in message and str(tmp_path / 'half') in message
-    shutil.copytree('data/shapes/base/clip', tmp_path / 'clip', ignore=shutil.ignore_patterns('*.safetensors', '*.bin'))
+    without = shutil.ignore_patterns('*.safetensors', '*.bin')
+    shutil.copytree('data/shapes/base/clip', tmp_path / 'clip', ignore=without)
     for source in ('ViT-L-14-quickgelu', 'no-such-model:openai', f'local-dir:{tmp_path}/clip'):
         assert source in refusal(reward.Backbone, 'clip', source, '')
 
 
-# --- our own captions and images ---------------------------------------------------------------------------------------
+# --- our own captions and images -----------------------------------------------------------------
 CLIP = '--backbones=clip,judge'
 
 
 def test_what_is_written_and_that_it_is_ours(bench, tmp_path, capsys):
-    """Official layout, captions by our encoder, images of its own decoder; the score is that of the files."""
+    """Official layout, captions by our encoder, images by its decoder; scored are the files."""
     out = tmp_path / 'out'
-    found, report = run(out, bench, CLIP, '--eval_temperature=0.7', '--seed=5')
+    sampled = ['--eval_temperature=0.7', '--seed=5']
+    found, report = run(out, bench, CLIP, *sampled)
     names = ['0.png', '1.png', '2.png']
     assert sorted(os.listdir(out / 'example_image')) == names
-    c = eval_unified.config.parse(eval_unified.keys, {}, [*QUICK, '--eval_temperature=0.7', '--seed=5'], 'x.py')
-    uae = eval_unified.UAE(c)
+    c = config.parse(eval_unified.keys, {}, [*QUICK, *sampled], 'x.py')
+    uae = UAE(c)
     tower = reward.backbone('judge', c)
     for i, name in enumerate(names):
-        x = torch.from_numpy(np.array(Image.open(bench / 'Image' / name))).permute(2, 0, 1)[None] / 127.5 - 1
-        texts, _, x_hat = eval_unified.reconstruct(uae, x, [i], 0.7, seed=(5,))
+        x = tensor_of(bench / 'Image' / name)
+        texts, _, x_hat = evaluate.reconstruct(uae, x, [i], 0.7, seed=(5,))
         assert report['captions'][name] == texts[0]
-        made = torch.from_numpy(np.array(Image.open(out / 'example_image' / name))).permute(2, 0, 1)[None] / 127.5 - 1
+        made = tensor_of(out / 'example_image' / name)
         assert (made - x_hat).abs().max() < 0.6 / 127.5
-        assert abs(found['similarities_by_model']['judge'][name] - reward.clip_reward(x, made, tower).item()) < 1e-5
-    told = [eval_unified.reconstruct(uae, x, [0], 3.0, drawn=False, seed=seed)[0] for seed in ((5,), (6,), (5,))]
+        score = found['similarities_by_model']['judge'][name]
+        assert abs(score - reward.clip_reward(x, made, tower).item()) < 1e-5
+    told = []
+    for seed in ((5,), (6,), (5,)):
+        texts, _, _ = evaluate.reconstruct(uae, x, [0], 3.0, drawn=False, seed=seed)
+        told.append(texts)
     assert told[0] == told[2] != told[1], 'another seed samples another caption'
     sheet = np.array(Image.open(out / 'contact_sheet.png').convert('RGB'))
     wanted = np.array(Image.open(bench / 'Image' / '0.png'))[0, 0]
-    assert sheet.shape[0] > 400 and (sheet == wanted).all(-1).sum() > 500, 'the first scene is on the sheet, in its colours'
+    assert sheet.shape[0] > 400
+    assert (sheet == wanted).all(-1).sum() > 500, 'the first scene, in its colours'
     assert 'overall' in capsys.readouterr().out
 
 
 def test_seeds_give_mean_and_standard_error_and_images_are_drawn_once(bench, tmp_path, monkeypatch):
-    out, drawn, really = tmp_path / 'out', [], eval_unified.draw
-    monkeypatch.setattr(eval_unified, 'draw', lambda *a, **kw: drawn.append(a[3]) or really(*a, **kw))
+    out, drawn, really = tmp_path / 'out', [], evaluate.draw_captions
+
+    def counted(uae, y, mask, rows, *args):
+        drawn.append(rows)
+        return really(uae, y, mask, rows, *args)
+
+    monkeypatch.setattr(evaluate, 'draw_captions', counted)
     _, one = run(out, bench, CLIP)
     assert drawn == [[0], [1], [2]]
     before = (out / 'example_image' / '1.png').read_bytes()
@@ -247,68 +341,107 @@ def test_seeds_give_mean_and_standard_error_and_images_are_drawn_once(bench, tmp
     _, three = run(out, bench, CLIP, '--seeds=3')
     assert drawn == [[1], [0], [1], [2], [0], [1], [2]], 'the lost one and the new seeds'
     assert (out / 'example_image' / '1.png').read_bytes() == before
-    assert len({(out / f'example_image{k}' / '1.png').read_bytes() for k in ('', '_1', '_2')}) == 3
-    rows = [json.loads((out / f'unified{k}.json').read_text())['summary'] for k in ('', '_1', '_2')]
-    assert rows[0]['overall_average'] == one['summary']['overall']
-    overall = np.array([row['overall_average'] for row in rows])
+    files = [out / f'example_image{k}' / '1.png' for k in ('', '_1', '_2')]
+    assert len({file.read_bytes() for file in files}) == 3
+    results = [json.loads((out / f'unified{k}.json').read_text()) for k in ('', '_1', '_2')]
+    overall = np.array([result['summary']['overall_average'] for result in results])
+    assert overall[0] == one['summary']['overall']
     assert abs(three['summary']['overall'] - overall.mean()) < 1e-12
-    assert abs(three['standard_error']['overall'] - overall.std(ddof=1) / 3 ** 0.5) < 1e-12 and three['standard_error']['clip'] > 0
+    error = overall.std(ddof=1) / 3 ** 0.5
+    assert abs(three['standard_error']['overall'] - error) < 1e-12
+    assert three['standard_error']['clip'] > 0
     drawn.clear()
     assert run(out, bench, CLIP, '--seeds=3')[1] == three and not drawn
-    for word in ('--eval_steps=3', '--seed=4', '--eval_temperature=1'):
-        message = refusal(run, out, bench, CLIP, word)
-        assert str(out) in message and word[2:].split('=')[0] in message
+    for flag in ('--eval_steps=3', '--seed=4', '--eval_temperature=1'):
+        message = refusal(run, out, bench, CLIP, flag)
+        assert str(out) in message and flag[2:].split('=')[0] in message
 
 
 def test_other_people_s_captions_through_our_decoder(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_unified, 'reconstruct', lambda *a, **kw: pytest.fail('our encoder captioned'))
-    lines = [dict(image=f'/elsewhere/{i}.{"jpg" if i else "png"}', caption=f'small red circle top-{side} , gray background .') for i, side in enumerate(('left', 'right', 'left'))]
-    (tmp_path / 'c.jsonl').write_text('\n'.join(map(json.dumps, lines[::-1])) + '\n\n')
-    _, report = run(tmp_path / 'out', bench, CLIP, f'--captions={tmp_path}/c.jsonl', '--caption_len=12')
+    def ours(*args, **how):
+        pytest.fail('our encoder captioned')
+
+    monkeypatch.setattr(unified, 'reconstruct', ours)
+    names = ('0.png', '1.jpg', '2.jpg')
+    lines = []
+    for name, side in zip(names, ('left', 'right', 'left')):
+        caption = f'small red circle top-{side} , gray background .'
+        lines.append(dict(image=f'/elsewhere/{name}', caption=caption))
+    file = tmp_path / 'c.jsonl'
+    file.write_text('\n'.join(map(json.dumps, lines[::-1])) + '\n\n')
+    flags = [f'--captions={file}', '--caption_len=12']
+    _, report = run(tmp_path / 'out', bench, CLIP, *flags)
     assert report['captions'] == {f'{i}.png': line['caption'] for i, line in enumerate(lines)}
-    c = eval_unified.config.parse(eval_unified.keys, {}, [*QUICK, '--caption_len=12'], 'x.py')
-    uae = eval_unified.UAE(c)
+    c = config.parse(eval_unified.keys, {}, [*QUICK, '--caption_len=12'], 'x.py')
+    uae = UAE(c)
     y, mask, _ = uae.tokens([lines[1]['caption']])
-    made = torch.from_numpy(np.array(Image.open(tmp_path / 'out' / 'example_image' / '1.png'))).permute(2, 0, 1) / 127.5 - 1
-    assert (made - eval_unified.draw(uae, y, mask, [1], seed=(c.seed,))[0]).abs().max() < 0.6 / 127.5
+    made = tensor_of(tmp_path / 'out' / 'example_image' / '1.png')
+    drawn = evaluate.draw_captions(uae, y, mask, [1], seed=(c.seed,))
+    assert (made - drawn).abs().max() < 0.6 / 127.5
+
+
+GOOD = '{"image": "0.png", "caption": "a"}\n'
 
 
 @pytest.mark.parametrize('text, said', [
-    ('{"image": "0.png", "caption": "a"}\n{"image": "1.png"\n', 'line 2'), ('{"image": "0.png"}\n', 'line 1'), ('[1]\n', 'line 1'), ('{"image": 3, "caption": "a"}\n', 'line 1'),
-    ('{"image": "0.png", "caption": ["a"]}\n', 'line 1'), ('{"image": "0.png", "caption": "a"}\n\n7\n', 'line 3'),
-    ('{"image": "0.png", "caption": "a"}\n{"image": "d/0.jpg", "caption": "b"}\n', 'line 2'),
-    ('{"image": "0.png", "caption": "a"}\n{"image": "2.png", "caption": "b"}\n', '1 of 3 references have no caption, and a mean over the others is no score: 1.png')])
+    (GOOD + '{"image": "1.png"\n', 'line 2'),
+    ('{"image": "0.png"}\n', 'line 1'),
+    ('[1]\n', 'line 1'),
+    ('{"image": 3, "caption": "a"}\n', 'line 1'),
+    ('{"image": "0.png", "caption": ["a"]}\n', 'line 1'),
+    (GOOD + '\n7\n', 'line 3'),
+    (GOOD + '{"image": "d/0.jpg", "caption": "b"}\n', 'line 2'),
+    (GOOD + '{"image": "2.png", "caption": "b"}\n',
+     '1 of 3 references have no caption, and a mean over the others is no score: 1.png')])
 def test_captions_that_cannot_be_used_are_named_with_file_and_line(bench, tmp_path, text, said):
-    (tmp_path / 'c.jsonl').write_text(text)
-    message = refusal(run, tmp_path / 'out', bench, CLIP, f'--captions={tmp_path}/c.jsonl')
-    assert said in message and (f'{tmp_path}/c.jsonl {said}' in message or 'of 3' in message)
+    file = tmp_path / 'c.jsonl'
+    file.write_text(text)
+    message = refusal(run, tmp_path / 'out', bench, CLIP, f'--captions={file}')
+    assert said in message and (f'{file} {said}' in message or 'of 3' in message)
 
 
 def test_references_of_any_shape_are_seen_whole_and_a_jpeg_stays_one(tmp_path, monkeypatch):
-    """Scaled to the area the encoder was trained at; a 2:1 picture stays 2:1; scored at its own size."""
-    folder_of(tmp_path / 'b' / 'Image', {'wide.jpg': picture(0, 60, 120), 'tall.webp': picture(1, 90, 45)})
-    assert eval_unified.picture(tmp_path / 'b/Image/wide.jpg', 32 * 32).shape == (1, 3, 23, 45)
-    assert eval_unified.picture(tmp_path / 'b/Image/wide.jpg').shape == (1, 3, 60, 120)
-    shapes, really = [], eval_unified.reconstruct
-    monkeypatch.setattr(eval_unified, 'reconstruct', lambda uae, x, *a, **kw: shapes.append(tuple(x.shape[2:])) or really(uae, x, *a, **kw))
+    """Scaled to the area the encoder was trained at; 2:1 stays 2:1; scored at its own size."""
+    root = tmp_path / 'b' / 'Image'
+    folder_of(root, {'wide.jpg': picture(0, 60, 120), 'tall.webp': picture(1, 90, 45)})
+    assert images.picture(root / 'wide.jpg', 32 * 32).shape == (1, 3, 23, 45)
+    assert images.picture(root / 'wide.jpg').shape == (1, 3, 60, 120)
+    shapes, really = [], unified.reconstruct
+
+    def watched(uae, x, *args, **how):
+        shapes.append(tuple(x.shape[2:]))
+        return really(uae, x, *args, **how)
+
+    monkeypatch.setattr(unified, 'reconstruct', watched)
     run(tmp_path / 'out', tmp_path / 'b', CLIP)
     assert shapes == [(45, 23), (23, 45)], 'what the encoder was shown'
-    made = {p.name: Image.open(p) for p in (tmp_path / 'out' / 'example_image').iterdir()}
-    assert {name: (im.format, im.size) for name, im in made.items()} == {'wide.jpg': ('JPEG', (32, 32)), 'tall.webp': ('WEBP', (32, 32))}
+    made = {}
+    for path in (tmp_path / 'out' / 'example_image').iterdir():
+        with Image.open(path) as image:
+            made[path.name] = image.format, image.size
+    assert made == {'wide.jpg': ('JPEG', (32, 32)), 'tall.webp': ('WEBP', (32, 32))}
 
 
-@pytest.mark.parametrize('words, said', [
-    (['--bench=unify'], 'unify'), (['--bench=', '--seeds=3'], 'seeds'), (['--bench=', '--captions=x'], 'captions'), (['--seeds=0'], 'seeds'),
-    (['--generated=x', '--captions=x'], '--generated'), (['--generated=x', '--seeds=2'], '--generated'), (['--generated=no/such'], 'no/such'),
-    (['--captions=no/such.jsonl'], 'no/such.jsonl'), (['--data=shapes'], 'shapes/Image')])
-def test_words_that_make_no_sense(bench, tmp_path, words, said):
-    assert said in refusal(run, tmp_path / 'out', bench, CLIP, *words)
+@pytest.mark.parametrize('flags, said', [
+    (['--bench=unify'], 'unify'),
+    (['--bench=', '--seeds=3'], 'seeds'),
+    (['--bench=', '--captions=x'], 'captions'),
+    (['--seeds=0'], 'seeds'),
+    (['--generated=x', '--captions=x'], '--generated'),
+    (['--generated=x', '--seeds=2'], '--generated'),
+    (['--generated=no/such'], 'no/such'),
+    (['--captions=no/such.jsonl'], 'no/such.jsonl'),
+    (['--data=shapes'], 'shapes/Image')])
+def test_flags_that_make_no_sense(bench, tmp_path, flags, said):
+    assert said in refusal(run, tmp_path / 'out', bench, CLIP, *flags)
 
 
 def test_damaged_pictures_are_named_and_what_was_drawn_stays(bench, tmp_path):
-    (bench / 'Image' / '1.png').write_bytes((bench / 'Image' / '0.png').read_bytes()[:-40])
+    whole = (bench / 'Image' / '0.png').read_bytes()
+    (bench / 'Image' / '1.png').write_bytes(whole[:-40])
     assert f'{bench}/Image/1.png' in refusal(run, tmp_path / 'out', bench, CLIP)
-    assert os.listdir(tmp_path / 'out' / 'example_image') == ['0.png'] and not (tmp_path / 'out' / 'report.json').exists()
+    assert os.listdir(tmp_path / 'out' / 'example_image') == ['0.png']
+    assert not (tmp_path / 'out' / 'report.json').exists()
     Image.new('RGB', (1000, 8)).save(bench / 'Image' / '1.png')
     assert 'too long' in refusal(run, tmp_path / 'out', bench, CLIP)
     (bench / 'empty' / 'Image').mkdir(parents=True)
@@ -319,3 +452,36 @@ def test_a_sheet_shows_any_text(tmp_path):
     x = [torch.zeros(3, 20, 30), torch.ones(3, 8, 8)]
     eval_unified.contact_sheet([x, x], ['from $5_{ to $6', 'a ' * 200], tmp_path / 'sheet.png')
     assert Image.open(tmp_path / 'sheet.png').size[1] > 200
+
+
+# --- the evaluation on held-out images -----------------------------------------------------------
+def test_towers_that_are_there_are_not_loaded_again(monkeypatch):
+    loaded = []
+
+    def load(source, c, device):
+        loaded.append(source)
+        return f'a new {source}'
+
+    monkeypatch.setattr(evaluate, 'backbone', load)
+    c, here = types.SimpleNamespace(reward='dinov2'), types.SimpleNamespace(device='cpu')
+    for towers, missing in ((None, ['dinov2', 'judge']), (dict(reward='mine'), ['judge']),
+                            (dict(judge='mine'), ['dinov2']), (dict(reward='a', judge='b'), [])):
+        loaded.clear()
+        given = dict(towers or {})
+        found = evaluate.Evaluator(None, {}, c, here, towers).towers
+        assert loaded == missing and set(found) == {'reward', 'judge'}
+        assert all(found[name] is tower for name, tower in given.items())
+        assert towers is None or towers == given, "the caller's dict is left alone"
+
+
+def test_images_in_several_chunks_score_like_all_at_once(uae, x, monkeypatch):
+    """Every image once and in order, its randomness its own."""
+    c = types.SimpleNamespace(**dict(vars(uae.c), reward='clip', eval_steps=2))
+    here = types.SimpleNamespace(rank=0, world=1, device='cpu', master=True)
+    held = dict(x=x, names=list('abcd'), scenes=None)
+    at_once, _ = evaluate.Evaluator(uae, held, c, here)()
+    monkeypatch.setattr(evaluate, 'EVAL_BATCH', 3)
+    summary, records = evaluate.Evaluator(uae, held, c, here)()
+    assert [record['name'] for record in records] == list('abcd')
+    assert summary.keys() == at_once.keys()
+    assert all(abs(summary[name] - at_once[name]) < 1e-4 for name in summary)

@@ -1,4 +1,7 @@
-"""walkthrough.ipynb: short, stored with its pictures, no helper of its own; run here cell by cell, without Jupyter, it shows what it says."""
+"""walkthrough.ipynb: short, stored with its pictures, no helper of its own.
+
+Run here cell by cell, without Jupyter, it shows what it says.
+"""
 import ast
 import base64
 import contextlib
@@ -35,7 +38,7 @@ def colours(png):
 
 @pytest.fixture(scope='module')
 def ran():
-    """The notebook's names after a run of all its cells, with `printed` and `figures`, the colours of each."""
+    """The notebook's names after all its cells; `printed`; `figures`, the colours of each."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -48,24 +51,29 @@ def ran():
             figures.append(colours(png))
         plt.close('all')
 
-    with pytest.MonkeyPatch.context() as patch, plt.rc_context(), contextlib.redirect_stdout(io.StringIO()) as printed:
+    printed, patches = io.StringIO(), pytest.MonkeyPatch.context()
+    with patches as patch, plt.rc_context(), contextlib.redirect_stdout(printed):
         patch.setattr(plt, 'show', show)
         for i, cell in enumerate(CODE):
-            exec(compile(source(cell), f'walkthrough.ipynb, code cell {i + 1}', 'exec'), names)
+            code = compile(source(cell), f'walkthrough.ipynb, code cell {i + 1}', 'exec')
+            exec(code, names)
     return dict(names, printed=printed.getvalue(), figures=figures)
 
 
-# --- the file ------------------------------------------------------------------------------------------------------
+# --- the file ------------------------------------------------------------------------------------
 def test_short_and_stored_as_executed():
     assert len(CELLS) < 40
     assert [cell['execution_count'] for cell in CODE] == list(range(1, len(CODE) + 1)), AGAIN
-    assert {out['output_type'] for out in OUTPUTS} == {'stream', 'display_data'}, 'an error, or a value that nobody printed, is stored'
+    kinds = {out['output_type'] for out in OUTPUTS}
+    assert kinds == {'stream', 'display_data'}, 'an error, or a value that nobody printed'
     assert all(cell['outputs'] for cell in CODE), 'a code cell that shows nothing'
     assert os.path.getsize(PATH) < 700_000
 
 
 def test_nothing_of_the_machine_is_stored():
-    assert not any(cell['metadata'] or any(out.get('metadata') for out in cell.get('outputs', [])) for cell in CELLS)
+    for cell in CELLS:
+        assert not cell['metadata']
+        assert not any(out.get('metadata') for out in cell.get('outputs', []))
     assert all(out.get('name', 'stdout') == 'stdout' for out in OUTPUTS)
     text = STORED + ''.join(map(source, CELLS))
     assert not re.search(r'(^|[\s\'"=(])/\w+/\w+|[A-Z]:\\|\.venv|site-packages|0x[0-9a-f]{6}', text)
@@ -73,21 +81,34 @@ def test_nothing_of_the_machine_is_stored():
 
 def test_no_helpers():
     tree = ast.parse('\n'.join(map(source, CODE)))
-    assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)) for node in ast.walk(tree))
-    imported = {node.module if isinstance(node, ast.ImportFrom) else alias.name for node in ast.walk(tree)
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    assert imported == {'copy', 'math', 'matplotlib.pyplot', 'torch', 'common', 'config', 'eval_unified', 'grpo_decoder', 'grpo_encoder', 'data.shapes', 'model', 'reward'}
+    imported = set()
+    for node in ast.walk(tree):
+        assert not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    assert imported == {
+        'copy', 'math', 'matplotlib.pyplot', 'torch', 'common', 'config', 'evaluate',
+        'grpo_decoder', 'grpo_encoder', 'data.shapes', 'model', 'reward'}
 
 
 def test_the_papers_symbols_are_quoted():
     text = ''.join(source(cell) for cell in CELLS if cell['cell_type'] == 'markdown')
-    for symbol in ('y ~ pi_phi(y | x)', 'c = g(h_T)', 'x_hat ~ p_theta(. | c)', 'R_i = cos(f_I(x), f_I(x_hat_i))', 'A_i = (R_i - mean_j R_j)', 'pi_phi_old', 'clip(ratio'):
+    for symbol in (
+            'y ~ pi_phi(y | x)', 'c = g(h_T)', 'x_hat ~ p_theta(. | c)',
+            'R_i = cos(f_I(x), f_I(x_hat_i))', 'A_i = (R_i - mean_j R_j)', 'pi_phi_old',
+            'clip(ratio'):
         assert symbol in text, symbol
 
 
-# --- the run -------------------------------------------------------------------------------------------------------
+# --- the run -------------------------------------------------------------------------------------
 def test_the_stored_pictures_and_words_are_those_of_this_code(ran):
-    stored = [colours(io.BytesIO(base64.b64decode(out['data']['image/png']))) for out in OUTPUTS if out['output_type'] == 'display_data']
+    stored = []
+    for out in OUTPUTS:
+        if out['output_type'] == 'display_data':
+            png = base64.b64decode(out['data']['image/png'])
+            stored.append(colours(io.BytesIO(png)))
     assert len(stored) == len(ran['figures']) >= 10, AGAIN
     assert min(stored) > 20 and min(ran['figures']) > 20, 'a blank picture'
     for start in ('the truth:', 'y =', 'flow z_0'):
@@ -97,11 +118,15 @@ def test_the_stored_pictures_and_words_are_those_of_this_code(ran):
 
 def test_stations_one_to_five(ran):
     assert (ran['z'] - ran['uae'].draw(ran['start'], ran['cond'], ran['S'])).abs().max() < 1e-5
-    assert len(ran['guess']) == len(ran['noisy']) == ran['S'] and (ran['guess'][-1] - ran['x_hat']).abs().mean() < (ran['guess'][0] - ran['x_hat']).abs().mean()
+    assert len(ran['guess']) == len(ran['noisy']) == ran['S']
+    distance = [(guess - ran['x_hat']).abs().mean() for guess in ran['guess']]
+    assert distance[-1] < distance[0]
     np.testing.assert_allclose(ran['p'].sum(1), 1, atol=1e-5)
     recorded = ran['uae'].sample_captions(ran['uae'].see(ran['x']), 1, 0.0)[2][0, :ran['T']]
     torch.testing.assert_close(ran['best'][:, 0].log(), recorded, atol=1e-4, rtol=0)
-    own, true, other, ceiling = clip_reward(ran['x'].expand_as(ran['four']), ran['four'], ran['clip']).tolist()
+    source_of_each = ran['x'].expand_as(ran['four'])
+    scores = clip_reward(source_of_each, ran['four'], ran['clip'])
+    own, true, other, ceiling = scores.tolist()
     assert other < true < ceiling + 0.02 and own < ceiling
 
 
@@ -111,7 +136,8 @@ def test_the_group(ran):
     assert abs(adv.sum()) < 1e-4 and abs(adv.std() - 1) < 0.01
     assert (adv[0].argsort() == r[0].argsort()).all()
     seen_again = clip_reward(ran['x'].expand_as(ran['X_hat']), ran['X_hat'], ran['clip'])
-    torch.testing.assert_close(seen_again, r[0], atol=1e-4, rtol=0)          # the images shown are the images rewarded
+    # the images shown are the images rewarded
+    torch.testing.assert_close(seen_again, r[0], atol=1e-4, rtol=0)
 
 
 def test_the_ratio_is_one_and_teaches(ran):
@@ -119,19 +145,24 @@ def test_the_ratio_is_one_and_teaches(ran):
     assert diff.abs().max() < 1e-5 and (ran['old_logp'] * ran['MASK']).min() < -0.1
     assert (ran['ratio'] - 1).abs().max() < 1e-5
     assert 'number of tokens): True' in ran['printed']
-    assert (ran['leaf'].grad.abs() * ran['MASK']).max() > 1e-3 and not (ran['leaf'].grad * (1 - ran['MASK'])).any()
+    grad = ran['leaf'].grad
+    assert (grad.abs() * ran['MASK']).max() > 1e-3 and not (grad * (1 - ran['MASK'])).any()
     a, b = ran['adv'][0], ran['moved']
     assert b[a.argmax()] > 0 > b[a.argmin()] and torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.5
-    assert not any(p.requires_grad for p in ran['uae'].parameters())         # the step was taken on a copy
+    # the step was taken on a copy
+    assert not any(p.requires_grad for p in ran['uae'].parameters())
 
 
 @pytest.mark.parametrize('kind', ['flow', 'cps'])
 def test_the_fan(ran, kind):
     z0, path, logp = ran['fans'][kind]
     assert logp.shape == (8, 7) and (path[0][:, 0] == path[0][0, 0]).all(), 'one start noise'
-    assert len({round(v, 4) for v in z0.flatten(1).norm(dim=1).tolist()}) == 8, 'eight different ends'
-    again = ran['uae'].step_logp(path, list(range(7)), ran['true'], 8, kind, ran['d'].noise_level, 0)[0]
+    norms = z0.flatten(1).norm(dim=1).tolist()
+    assert len({round(norm, 4) for norm in norms}) == 8, 'eight different ends'
+    steps, noise_level = list(range(7)), ran['d'].noise_level
+    again = ran['uae'].step_logp(path, steps, ran['true'], 8, kind, noise_level, 0)[0]
     assert (again - logp).abs().max() < 1e-5 and (ran['std'] > 0).all()
-    line, = re.findall(rf'^{kind} +\|logp - old_logp\| <= (\S+) +ratio_max (\S+)', ran['printed'], re.M)
+    pattern = rf'^{kind} +\|logp - old_logp\| <= (\S+) +ratio_max (\S+)'
+    line, = re.findall(pattern, ran['printed'], re.M)
     assert float(line[0]) < 1e-5 and abs(float(line[1]) - 1) < 1e-5
     assert ran['rewards'][kind].std() > 1e-3

@@ -1,0 +1,132 @@
+"""What the stages and the benchmarks measure with: image -> caption -> image, and its scores.
+
+Sampling is the ODE. Start noise and the captions' uniforms are functions of an image's index alone:
+two models, or one model at two steps, are compared on the same randomness. Beside the tower that is
+the reward stands one that never is (`judge`). In the embedded world captions and images are counted
+too, against the truth about each scene.
+"""
+import json
+
+import torch
+from tqdm import tqdm
+
+import common
+from reward import backbone, clip_reward
+
+
+@torch.no_grad()
+def reconstruct(uae, x, rows, temperature=0.0, drawn=True, seed=()):
+    """x (n, 3, R, R) -> captions (list of n), token counts (n,), x_hat (n, 3, R, R).
+
+    rows: the n images' indices; they and `seed`, a tuple, decide all randomness. Temperature 0 is
+    greedy. x_hat is None if not `drawn`.
+    """
+    seen = uae.see(x)
+    u = common.uniform((uae.c.caption_len,), rows, 'eval', 'token', *seed).to(uae.device)
+    y, mask, _ = uae.sample_captions(seen, 1, temperature, u)
+    lengths = ((y != uae.end) * mask).sum(1)                 # the end token does not count
+    x_hat = None
+    if drawn:
+        x_hat = draw_captions(uae, y, mask, rows, seen, seed)
+    return uae.texts(y, mask), lengths, x_hat
+
+
+@torch.no_grad()
+def draw_captions(uae, y, mask, rows, seen=None, seed=()):
+    """Captions y, mask (n, T) -> images (n, 3, R, R); the same start noise as in `reconstruct`."""
+    z = common.normal(uae.latent_shape(), rows, 'eval', 'start', *seed).to(uae.device)
+    cond = uae.condition(y, mask, seen)
+    z = uae.draw(z, cond, uae.c.eval_steps)
+    return uae.to_image(z).clamp(-1, 1)
+
+
+class Evaluator:
+    """Scores a UAE on fixed held-out images; every rank takes a share of them.
+
+    held: the images, from data.images.open_data. towers: of 'reward' and 'judge' those that are
+    loaded already, for example {'reward': tower}; the others are loaded here.
+    """
+
+    def __init__(self, uae, held, c, run, towers=None):
+        self.uae, self.held, self.c, self.run = uae, held, c, run
+        self.towers = dict(towers or {})
+        for name, source in (('reward', c.reward), ('judge', 'judge')):
+            if name not in self.towers:
+                self.towers[name] = backbone(source, c, run.device)
+
+    def records(self, rows):
+        """One dict for each of these images: caption, scores, what an oracle reads in it."""
+        x = self.held['x'][rows].to(self.uae.device)
+        texts, lengths, x_hat = reconstruct(self.uae, x, rows, self.c.eval_temperature)
+        records = []
+        for row, text, length in zip(rows, texts, lengths.tolist()):
+            name = self.held['names'][row]
+            records.append(dict(row=row, name=name, caption=text, caption_len=length))
+
+        measured = dict(mse=(x - x_hat).square().flatten(1).mean(1))
+        for name, tower in self.towers.items():
+            measured[name] = clip_reward(x, x_hat, tower)
+        for name, values in measured.items():
+            for record, value in zip(records, values.tolist()):
+                record[name] = value
+
+        if self.held['scenes']:
+            self.read_scenes(records, rows, x, x_hat)
+        return records
+
+    def read_scenes(self, records, rows, x, x_hat):
+        """Adds what an oracle reads in x_hat and in an image of the true caption, and a caption
+        sampled at temperature 1: the policy itself, as training samples it."""
+        from data.shapes import scenes as world
+        truth = [world.caption(self.held['scenes'][row]) for row in rows]
+        y, mask, _ = self.uae.tokens(truth)
+        from_truth = draw_captions(self.uae, y, mask, rows, self.uae.see(x))
+        sampled, _, _ = reconstruct(self.uae, x, rows, 1.0, drawn=False)
+        read_own = world.read(x_hat.cpu())
+        read_true = world.read(from_truth.cpu())
+        for k, record in enumerate(records):
+            record.update(read_own=read_own[k], read_true=read_true[k], sampled=sampled[k])
+
+    def __call__(self):
+        """-> (summary {name: number}, records of all images in order); the same on every rank."""
+        mine = list(range(self.run.rank, len(self.held['x']), self.run.world))
+        records = []
+        for start in range(0, len(mine), self.c.eval_batch):
+            records += self.records(mine[start:start + self.c.eval_batch])
+        records = common.gather_objects(records, self.run)
+        records.sort(key=lambda record: record['row'])
+
+        summary = {}
+        for name in ('reward', 'judge', 'mse', 'caption_len'):
+            summary[name] = sum(record[name] for record in records) / len(records)
+        if self.held['scenes']:
+            summary.update(count_world(records, self.held['scenes']))
+        return summary, records
+
+    def every(self, step, last=False):
+        """Evaluates every c.eval_every updates and at the end; prints, appends to eval.jsonl."""
+        due = self.c.eval_every and (last or step % self.c.eval_every == 0)
+        if not due:
+            return
+        summary, _ = self()
+        if self.run.master:
+            numbers = ' '.join(f'{name} {value:.3f}' for name, value in summary.items())
+            tqdm.write(f'eval {step:4d} | {numbers}')
+            with open(f'{self.c.out_dir}/eval.jsonl', 'a') as f:
+                f.write(json.dumps(dict(step=step, **summary)) + '\n')
+
+
+def count_world(records, scenes):
+    """Truth, recall and exactness of sampled and of greedy captions, and how much of its scene the
+    oracle reads in an image (t2i) of the own caption and of the true one."""
+    from data.shapes import scenes as world
+    scenes = [scenes[record['row']] for record in records]
+    counts = {}
+    for prefix, field in (('caption_', 'sampled'), ('greedy_caption_', 'caption')):
+        scores = world.caption_scores([record[field] for record in records], scenes)
+        for name, value in scores.items():
+            counts[prefix + name] = value
+    for name in ('own', 'true'):
+        readings = [record[f'read_{name}'] for record in records]
+        counts[f't2i_{name}'] = world.t2i_of_readings(readings, scenes)
+    return counts
