@@ -9,8 +9,8 @@ from typing import Callable, NamedTuple
 import torch
 from transformers import DynamicCache
 
-import common
 import grpo_decoder
+from policy import next_state
 
 
 class Call(NamedTuple):
@@ -46,7 +46,8 @@ class Networks:
         self.uae = uae
         self.tower = stage.tower
         self.G = stage.G
-        self.language_model = uae.encoder.model.language_model
+        self.language_model = uae.language_model
+        self.text_encoder = uae.text_encoder or uae.language_model
         blank = torch.zeros(3, c.resolution, c.resolution, dtype=torch.uint8)
         pixels = uae.processor.image_processor(images=[blank], return_tensors='pt')
         self.pixels = pixels['pixel_values'].to(uae.device)
@@ -87,7 +88,7 @@ class Networks:
         self.uae.head(h)
         for t in range(T - 1):
             position = self.prompt_len + t
-            h = common.next_state(self.language_model, self.embedded(n, 1), position, cache)
+            h = next_state(self.language_model, self.embedded(n, 1), position, cache)
             self.uae.head(h)
 
     def scores(self, n):
@@ -98,8 +99,8 @@ class Networks:
 
     def text(self, n):
         """Captions to conditions (n, cond_len, D)."""
-        out = self.language_model(inputs_embeds=self.embedded(n, self.c.cond_len),
-                                  attention_mask=self.attend.expand(n, -1), use_cache=False)
+        out = self.text_encoder(inputs_embeds=self.embedded(n, self.c.cond_len),
+                                attention_mask=self.attend.expand(n, -1), use_cache=False)
         return self.uae.projector(out.last_hidden_state.to(self.uae.projector.up.weight.dtype))
 
     # --- the others ------------------------------------------------------------------------------
@@ -126,15 +127,11 @@ class Networks:
 
 
 # --- what a step needs from them -----------------------------------------------------------------
-def micro_batches(B, G, size):
-    """Samples of a rollout's micro-batch, which holds whole groups, and of an update's."""
+def whole_groups(B, G, size):
+    """Rows of common.group_slices, of a number of samples that they divide."""
     if not size:
-        return B, B
-    whole_groups = max(1, size // G) * G
-    of_rollout = min(B, whole_groups)
-    if size < G:
-        return of_rollout, min(B, size)
-    return of_rollout, of_rollout
+        return B
+    return min(B, max(1, size // G) * G)
 
 
 def network_calls(stage):
@@ -144,16 +141,14 @@ def network_calls(stage):
         raise SystemExit('the bare networks are known for --condition=text --reward=clip '
                          '--checkpointing=False')
     networks = Networks(stage)
-    B = len(stage.x) * stage.G
-    rows, part = micro_batches(B, stage.G, c.micro_batch)
+    P, G = len(stage.x), stage.G
+    calls = [Call('vision tower', P, networks.vision, 1, False)]
     if stage.name == 'cold_start':
-        calls = cold_start_calls(networks, B, part)
+        calls += cold_start_calls(networks, P)
     elif stage.name == 'grpo_encoder':
-        calls = rollout_calls(networks, B, rows, captions=stage.G)
-        calls += grpo_encoder_calls(networks, B // part, part)
+        calls += grpo_encoder_calls(networks, P, G)
     else:
-        calls = rollout_calls(networks, B, rows, captions=1)
-        calls += grpo_decoder_calls(networks, B // part, part)
+        calls += grpo_decoder_calls(networks, P, G)
     return [call for call in calls if call.times]
 
 
@@ -162,16 +157,17 @@ def rows_of_a_denoising_step(c, rows):
     return 2 * rows if c.guidance != 1.0 else rows
 
 
-def cold_start_calls(net, B, part):
-    c, updates = net.c, B // part
+def cold_start_calls(net, P):
+    c = net.c
     S, K = c.sample_steps, c.grad_steps
+    part = whole_groups(P, 1, c.micro_batch)
+    updates = P // part
     unconditional = updates * K if c.guidance != 1.0 else 0
     to_condition = partial(net.decoder, condition_grad=True)
     to_both = partial(net.decoder, condition_grad=True, latent_grad=True)
     before = rows_of_a_denoising_step(c, part)
     return [
-        Call('vision tower', B, net.vision, 1, False),
-        Call('captions token by token', B, net.captions, 1, False),
+        Call('captions token by token', P, net.captions, 1, False),
         Call('caption to condition', part, net.text, updates, True),
         Call('decoder', before, net.decoder, updates * (S - K), False),
         Call('decoder', part, to_condition, updates, True),
@@ -183,18 +179,16 @@ def cold_start_calls(net, B, part):
     ]
 
 
-def rollout_calls(net, B, rows, captions):
-    """A rollout of GRPO with so many captions of an image."""
-    c, rollouts = net.c, B // rows
-    images = rows // net.G
+def drawing_calls(net, B, G, captions):
+    """A rollout's drawings and rewards; captions: how many of an image are drawn."""
+    c = net.c
+    rows = whole_groups(B, G, c.micro_batch)
     drawn = min(rows, c.micro_batch or rows)        # the VAE goes by micro_batch in any case
-    written = images * captions
-    write = partial(net.captions, G=captions)
+    rollouts = B // rows
+    images = rows // G
     denoised = rows_of_a_denoising_step(c, rows)
     return [
-        Call('vision tower', images, net.vision, rollouts, False),
-        Call('captions token by token', written, write, rollouts, False),
-        Call('caption to condition', written, net.text, rollouts, False),
+        Call('caption to condition', images * captions, net.text, rollouts, False),
         Call('decoder', denoised, net.decoder, rollouts * c.sample_steps, False),
         Call('vae', drawn, net.vae, B // drawn, False),
         Call('reward tower', images, net.reward, rollouts, False),
@@ -202,21 +196,39 @@ def rollout_calls(net, B, rows, captions):
     ]
 
 
-def grpo_encoder_calls(net, updates, part):
-    of_reference = updates if net.c.kl else 0
+def update_rows(B, G, size):
+    """Rows of common.sample_slices, of a number of samples that they divide."""
+    if size and size < G:
+        return min(B, size)
+    return whole_groups(B, G, size)
+
+
+def grpo_encoder_calls(net, P, G):
+    c, B = net.c, P * G
+    written = whole_groups(B, G, c.caption_batch)
+    write = partial(net.captions, G=G)
+    part = update_rows(B, G, c.micro_batch)
+    updates = B // part
+    of_reference = updates if c.kl else 0
     return [
+        Call('captions token by token', written, write, B // written, False),
+        *drawing_calls(net, B, G, captions=G),
         Call('captions at once', part, net.scores, updates, True),
         Call('captions at once', part, net.scores, of_reference, False),
     ]
 
 
-def grpo_decoder_calls(net, updates, part):
+def grpo_decoder_calls(net, P, G):
     """The trained steps are replayed in one pass."""
-    c = net.c
-    _, trained = grpo_decoder.window(0, c)
+    c, B = net.c, P * G
+    _, trained = grpo_decoder.window(net.uae.sigmas(c.sample_steps), 0, c)
+    part = update_rows(B, G, c.micro_batch)
     rows = len(trained) * part
+    updates = B // part
     of_reference = updates if c.kl else 0
     return [
+        Call('captions token by token', P, net.captions, 1, False),
+        *drawing_calls(net, B, G, captions=1),
         Call('decoder', rows, net.decoder, updates, True),
         Call('decoder', rows_of_a_denoising_step(c, rows), net.decoder, of_reference, False),
     ]

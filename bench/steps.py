@@ -3,20 +3,20 @@
 Captions are exactly caption_len tokens: the end token is forbidden.
 """
 import collections
-import contextlib
 import statistics
 import time
 
 import torch
 
+import checkpoint
 import cold_start
 import common
 import config
 import grpo_decoder
 import grpo_encoder
 from data.images import open_data
-from model import UAE
-from reward import OPENAI, Backbone, backbone
+from reward import backbone
+from tools import plan
 
 SCRIPTS = dict(cold_start=cold_start, grpo_encoder=grpo_encoder, grpo_decoder=grpo_decoder)
 TRAINED = dict(
@@ -75,44 +75,15 @@ def shortened(architecture, layers):
     return found
 
 
-@contextlib.contextmanager
-def fewer_layers(layers):
-    """Inside, the published architectures have at most that many layers; 0 = all of them."""
-    published = dict(config.architectures)
-    if layers:
-        config.architectures.update(shortened(published, layers))
-    try:
-        yield
-    finally:
-        config.architectures.update(published)
-
-
-class RandomTower(Backbone):
-    """The reward's tower with the weights that it comes with."""
-
-    def __init__(self, tower):
-        torch.nn.Module.__init__(self)
-        side = tower.image_size[0]
-        self.library = 'open_clip'
-        self.tower = tower
-        self.pre = dict(OPENAI, resize=side, crop=side)
-
-
 def random_models(c, layers, device):
-    """UAE and reward tower in the published sizes of c's models; the tokenizer is the tiny one."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    from transformers import AutoProcessor
-    with fewer_layers(layers):
-        uae, tower, _ = common.skeleton(c, device)
-    uae.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    uae.processor = common.load(AutoProcessor, config.shared['encoder'])
-    uae.tokenizer = uae.processor.tokenizer
-    pixels = uae.processor.image_processor
-    pixels.patch_size = uae.encoder.config.vision_config.patch_size
-    pixels.size = dict(shortest_edge=1, longest_edge=2 ** 30)
-    uae.end = uae.tokenizer.convert_tokens_to_ids('<|im_end|>')
-    uae.templates()
-    return uae.to(device), RandomTower(tower)
+    """UAE and reward tower in the published sizes of c's models; layers: see `shortened`, 0 = all.
+
+    The tokenizer is the tiny one.
+    """
+    known = plan.ARCHITECTURES
+    if layers:
+        known = shortened(known, layers)
+    return plan.skeleton(c, device, known), plan.random_tower(c.reward, c, device, known)
 
 
 # --- a stage and its step ------------------------------------------------------------------------
@@ -138,7 +109,7 @@ class Stage:
         self.c = c
         self.G = getattr(c, 'group', 1)
         self.open_models(random, layers, run.device)
-        self.optimiser = torch.optim.AdamW(self.params, lr=c.lr, weight_decay=0.0, fused=True)
+        self.optimiser = common.Optimiser(self.params, c)
         self.train = None
         if not random:
             self.train, _ = open_data(c, run)
@@ -153,7 +124,7 @@ class Stage:
         if random:
             self.uae, self.tower = random_models(c, layers, device)
         else:
-            self.uae = UAE(c, device)
+            self.uae = checkpoint.open_uae(c, device)
             self.tower = backbone(c.reward, c, device)
         self.uae.forbidden[self.uae.end] = True
         self.params = self.uae.train_only(*TRAINED[self.name])
@@ -198,69 +169,50 @@ class Stage:
 # Each step as its script does it, without data, optimiser and log: yields the name of each part
 # that is done, and leaves the gradients.
 def cold_start_step(stage):
-    c, uae = stage.c, stage.uae
-    z = common.normal(uae.latent_shape(), stage.index, c.seed, 'start', 0).to(uae.device)
-    u = common.uniform((c.caption_len,), stage.index, c.seed, 'token', 0).to(uae.device)
-    with torch.no_grad():
-        seen = uae.see(stage.x)
-        y, mask, _ = uae.sample_captions(seen, 1, c.cold_temperature, u)
+    c = stage.c
+    seen, batch = cold_start.caption(stage.uae, stage.x, stage.index, 0, c)
     yield 'rollout'
-    for part, rows, _ in common.group_slices(seen, 1, c.micro_batch):
-        loss = uae(cold_start.loss_of, stage.tower, stage.x[rows], part, y[rows], mask[rows],
-                   z[rows], 1 / c.prompts, c)
+    for _, rows, _ in common.group_slices(len(stage.x), 1, c.micro_batch):
+        part, seen_part = common.take(batch, rows), common.take(seen, rows)
+        loss = stage.uae(cold_start.loss_of, stage.tower, seen_part, part, 1 / c.prompts, c)
         loss.backward()
     yield 'update'
 
 
-def encoder_rollout(stage):
-    """What grpo_encoder.rollout returns, for all images of the step: seen, y, mask, logp, r."""
-    c = stage.c
-    parts = []
-    for images in common.image_slices(len(stage.x), c.group, c.micro_batch):
-        x, index = stage.x[images], stage.index[images]
-        parts.append(grpo_encoder.rollout(stage.uae, stage.tower, x, index, 0, c))
-    seen_parts, *others = zip(*parts)
-    seen = tuple(torch.cat(tensors) for tensors in zip(*seen_parts))
-    return seen, *(torch.cat(tensors) for tensors in others)
-
-
 def grpo_encoder_step(stage):
-    c = stage.c
-    seen, y, mask, old_logp, r = encoder_rollout(stage)
-    adv = grpo_encoder.group_advantage(r, c.adv_std).flatten()
-    weight, count = grpo_encoder.token_weights(mask, c)
+    c, uae = stage.c, stage.uae
+    seen, batch, r = grpo_encoder.rollout(uae, stage.tower, stage.x, stage.index, 0, c)
+    batch['adv'] = grpo_encoder.group_advantage(r, c.adv_std).flatten()
     yield 'rollout'
-    for part, rows, _ in common.group_slices(seen, c.group, c.micro_batch):
-        ref_logp = old_logp[rows]
-        if c.kl:
-            with torch.no_grad():
-                ref_logp = stage.reference.caption_logp(part, y[rows], c.temperature)
-        loss, _ = stage.uae(grpo_encoder.loss_of, part, y[rows], weight[rows], old_logp[rows],
-                            ref_logp, adv[rows], 1 / count, c)
+    batch['old_logp'] = batch['recorded']
+    batch['weight'], count = grpo_encoder.token_weights(batch['mask'], c)
+    if stage.reference:
+        batch['ref_logp'] = grpo_encoder.reference_logp(stage.reference, seen, batch['y'], c)
+    for images, rows, _ in common.sample_slices(len(stage.x), c.group, c.micro_batch):
+        part, seen_part = common.take(batch, rows), common.take(seen, images)
+        loss, _, _ = uae(grpo_encoder.loss_of, seen_part, part, 1 / count, True, c)
         loss.backward()
     yield 'update'
 
 
 def decoder_rollout(stage):
-    """What the update needs of grpo_decoder.rollout: cond, path, old_logp, advantages (B,)."""
-    c = stage.c
-    parts = []
-    for images in common.image_slices(len(stage.x), c.group, c.micro_batch):
-        x, index = stage.x[images], stage.index[images]
-        drawn = grpo_decoder.rollout(stage.uae, stage.tower, x, index, 0, c, stage.negative)
-        parts.append(drawn)
-    cond, *path, old_logp, r, _ = [torch.cat(tensors) for tensors in zip(*parts)]
-    return cond, path, old_logp, grpo_decoder.group_advantage(r).flatten()
+    """The batch of grpo_decoder.loss_of."""
+    batch, r, _ = grpo_decoder.rollout(stage.uae, stage.tower, stage.x, stage.index, 0, stage.c,
+                                       stage.negative)
+    batch['adv'] = grpo_decoder.group_advantage(r).flatten()
+    batch['old_logp'] = batch['recorded']
+    return batch
 
 
 def grpo_decoder_step(stage):
     c = stage.c
-    cond, path, old_logp, adv = decoder_rollout(stage)
+    batch = decoder_rollout(stage)
     yield 'rollout'
-    for _, rows, _ in common.group_slices((stage.x,), c.group, c.micro_batch):
-        z, z_next, *v0 = [latents[rows] for latents in path]
-        loss, _ = stage.uae(grpo_decoder.loss_of, stage.reference, cond[rows], z, z_next,
-                            old_logp[rows], adv[rows], 0, 1 / len(adv), c, stage.negative, v0)
+    share = 1 / len(batch['adv'])
+    for _, rows, _ in common.sample_slices(len(stage.x), c.group, c.micro_batch):
+        part = common.take(batch, rows)
+        loss, _, _ = stage.uae(grpo_decoder.loss_of, stage.reference, part, 0, share, True, c,
+                               stage.negative)
         loss.backward()
     yield 'update'
 
@@ -272,9 +224,8 @@ STEPS = dict(
 )
 
 
-def take_step(stage):
-    """The stage's optimiser on the gradients that a step has left."""
-    common.optimise(stage.optimiser, stage.params, 0, stage.c)
+def forget_gradients(stage):
+    stage.optimiser.adamw.zero_grad(set_to_none=True)
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -287,7 +238,7 @@ def measure(stage, step=None):
     spent = stage.spent
     spent.clear()
     spent['data'] = seconds(stage.data)
-    stage.optimiser.zero_grad(set_to_none=True)
+    forget_gradients(stage)
     first = last = clock()
     for part in step(stage):
         now = clock()

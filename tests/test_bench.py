@@ -8,15 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import common
 import config
 import grpo_decoder
 from bench import speed, steps
 from bench.networks import network_calls
 from bench.steps import Stage, measure
 from conftest import at
+from policy import next_state
 from running import STAGES, refusal, tiny
 from tests.peers import flow_grpo, full_logits
+from tools import plan
 
 SMALL = ['--prompts=2', '--group=2', '--temperature=3', '--caption_len=6', '--sample_steps=4',
          '--sde_window=2', '--train_steps=2', '--eval_images=4', '--device=cpu']
@@ -123,7 +124,7 @@ def test_one_more_token_is_the_language_model_s_own_forward(uae, seen, dtype):
         plain, _, _ = own.prefill(seen, 2)
         for t in range(y.shape[1]):
             x = own.embed(y[:, t:t + 1])
-            a = common.next_state(language_model, x, start + t, fast)
+            a = next_state(language_model, x, start + t, fast)
             positions = torch.full((3, 8, 1), start + t)
             out = language_model(inputs_embeds=x, position_ids=positions, past_key_values=plain,
                                  use_cache=True)
@@ -166,7 +167,7 @@ def test_the_reference_is_compiled_too(monkeypatch):
         blocks.append(options)
 
     monkeypatch.setattr(torch.nn.Module, 'compile', spy)
-    grpo_decoder.compile_blocks(net, None)
+    grpo_decoder.compile_blocks(net)
     assert len(blocks) == 2
     grpo_decoder.compile_blocks(net, net)
     assert len(blocks) == 6
@@ -206,24 +207,16 @@ def test_every_stage_on_random_weights(tmp_path, capsys):
         assert f'{name}: 2 x' in text
 
 
-class Asked(Exception):
-    """Carries the architectures that models with random weights are made of."""
-
-
 def test_published_sizes_with_fewer_layers(monkeypatch):
-    """--layers cuts every network of a published architecture; widths and what config.py knows
-    stay."""
-    def skeleton(c, device):
-        raise Asked(dict(config.architectures))
-
-    monkeypatch.setattr(common, 'skeleton', skeleton)
+    """--layers cuts every network of a published architecture; widths and what is known stay."""
+    monkeypatch.setattr(plan, 'skeleton', lambda c, device, known: known)
+    monkeypatch.setattr(plan, 'random_tower', lambda name, c, device, known: known)
     c = config.parse({}, {}, ['--preset=medium'], 'x.py')
-    with pytest.raises(Asked) as asked:
-        steps.random_models(c, 2, 'cpu')
-    (cut,) = asked.value.args
+    cut, of_tower = steps.random_models(c, 2, 'cpu')
+    assert cut == of_tower
     decoder = cut[c.decoder]['transformer']
     encoder = cut[c.encoder]
-    known = config.architectures[c.decoder]['transformer']
+    known = plan.ARCHITECTURES[c.decoder]['transformer']
     assert decoder['num_layers'] == 2
     assert list(decoder['dual_attention_layers']) == [0, 1]
     assert decoder['num_attention_heads'] == known['num_attention_heads']
@@ -232,6 +225,8 @@ def test_published_sizes_with_fewer_layers(monkeypatch):
     assert encoder['vision_config']['depth'] == 2
     assert encoder['text_config']['hidden_size'] == 2048
     assert encoder['image_token_id'] == 151655
+    whole, _ = steps.random_models(c, 0, 'cpu')
+    assert whole == plan.ARCHITECTURES
 
 
 @pytest.mark.parametrize('flag, said', [

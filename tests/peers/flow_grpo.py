@@ -13,23 +13,23 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, ROOT)
 os.chdir(ROOT)
 import grpo_decoder
-import model
 from bench.speed import parse, table, write_report
 from bench.steps import Stage, decoder_rollout, in_turn, measure
+from policy import sde_step
 
 PRINTED = ('rollout', 'update', 'total', 'vae', 'reward')
 
 
-def replay(stage, uae, cond, path, j):
+def replay(stage, uae, batch, j):
     """The j-th noisy step by itself: z_next, logp (B,), mean, std.
 
     One forward pass of 2B rows for both branches of the guidance; the unconditional half has a
     gradient too, and is then detached.
     """
-    c = stage.c
-    z, z_next = path[0][:, j], path[1][:, j]
-    noisy, _ = grpo_decoder.window(0, c)
+    c, cond = stage.c, batch['cond']
+    z, z_next = batch['z'][:, j], batch['z_next'][:, j]
     sigmas = uae.sigmas(c.sample_steps)
+    noisy, _ = grpo_decoder.window(sigmas, 0, c)
     s, s_next = sigmas[noisy[0] + j], sigmas[noisy[0] + j + 1]
     if c.guidance == 1.0:
         v = uae.velocity(z, s, cond)
@@ -37,7 +37,7 @@ def replay(stage, uae, cond, path, j):
         both = torch.cat([stage.negative.expand_as(cond), cond])
         v0, v = uae.velocity(torch.cat([z, z]), s, both).chunk(2)
         v = v0.detach() + c.guidance * (v - v0.detach())
-    return model.sde_step(z, v, s, s_next, c.sde, c.noise_level, z_next=z_next)
+    return sde_step(z, v, s, s_next, c.sde, c.noise_level, z_next=z_next)
 
 
 def step(stage):
@@ -47,17 +47,18 @@ def step(stage):
     in the rollout and the whole update.
     """
     c = stage.c
-    cond, path, old_logp, adv = decoder_rollout(stage)
+    batch = decoder_rollout(stage)
     yield 'rollout'
 
-    _, trained = grpo_decoder.window(0, c)
+    _, trained = grpo_decoder.window(stage.uae.sigmas(c.sample_steps), 0, c)
     for j in trained:
-        _, logp, mean, std = replay(stage, stage.uae, cond, path, j)
-        loss, _ = grpo_decoder.policy_loss(logp[:, None], old_logp[:, j:j + 1], adv,
+        _, logp, mean, std = replay(stage, stage.uae, batch, j)
+        old_logp = batch['old_logp'][:, j:j + 1]
+        loss, _ = grpo_decoder.policy_loss(logp[:, None], old_logp, batch['adv'],
                                            clip=c.clip_range)
         if c.kl:
             with torch.no_grad():
-                _, _, ref_mean, _ = replay(stage, stage.reference, cond, path, j)
+                _, _, ref_mean, _ = replay(stage, stage.reference, batch, j)
             loss = loss + c.kl * grpo_decoder.kl_gauss(mean, ref_mean, std)
         (loss / len(trained)).backward()
     yield 'update'

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 os.chdir(ROOT)
-import model
 from bench.speed import parse, table, write_report
 from bench.steps import Stage, seconds
+from policy import token_logp
 
 V = 151936                      # tokens of the real vocabulary
 d = 128
@@ -44,7 +44,7 @@ def naive_logp(h, head, y, temperature, forbidden):
     return F.log_softmax(logits, -1).gather(-1, y[..., None])[..., 0]
 
 
-WAYS = dict(token_logp=model.token_logp, naive=naive_logp)
+WAYS = dict(token_logp=token_logp, naive=naive_logp)
 
 
 def compare(argv):

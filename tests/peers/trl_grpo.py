@@ -31,7 +31,7 @@ from PIL import Image
 import common
 import grpo_encoder
 from bench.speed import table
-from bench.steps import Stage, clock, key_of, seconds, take_step
+from bench.steps import Stage, clock, forget_gradients, key_of, seconds
 from tests.peers.full_logits import peak
 
 
@@ -50,10 +50,6 @@ def widened(encoder, vocab):
     return type(encoder)(config).eval()
 
 
-def optimiser_of(stage):
-    return torch.optim.AdamW(stage.params, lr=stage.c.lr, weight_decay=0.0, fused=True)
-
-
 def open_stage(argv, vocab):
     """Stage 2 whose captioner has another vocabulary, if one is asked for."""
     stage = Stage('grpo_encoder', argv)
@@ -61,7 +57,7 @@ def open_stage(argv, vocab):
     uae.encoder = widened(uae.encoder, vocab)
     uae.requires_grad_(False)
     stage.params = uae.train_only('encoder')
-    stage.optimiser = optimiser_of(stage)
+    stage.optimiser = common.Optimiser(stage.params, stage.c)
     uae.forbidden = torch.zeros(uae.head.weight.shape[0], dtype=torch.bool)
     uae.forbidden[uae.tokenizer.all_special_ids] = True
     return stage
@@ -84,13 +80,14 @@ def our_loss(stage, y=None):
             old_logp = uae.caption_logp(seen, y)
     r = torch.tensor(reward_of(y.tolist())).view(-1, stage.G)
     adv = grpo_encoder.group_advantage(r).flatten()
-    loss, _ = uae(grpo_encoder.loss_of, seen, y, mask, old_logp, old_logp, adv, 1 / mask.sum(), c)
+    batch = dict(y=y, weight=mask, recorded=old_logp, old_logp=old_logp, adv=adv)
+    loss, _, _ = uae(grpo_encoder.loss_of, seen, batch, 1 / mask.sum(), True, c)
     loss.backward()
 
 
 def our_step(stage):
     our_loss(stage)
-    take_step(stage)
+    stage.optimiser.step(0)
 
 
 def trainer_of(captioner, stage, steps, callbacks=()):
@@ -167,7 +164,7 @@ def gradients_differ(stage, captioner):
     trainer.current_gradient_accumulation_steps = 1
     trainer.compute_loss(captioner, inputs).backward()
 
-    stage.optimiser.zero_grad()
+    forget_gradients(stage)
     our_loss(stage, y)
     their_parameters = dict(captioner.model.language_model.named_parameters())
     ours = []
@@ -201,7 +198,7 @@ def main(argv):
     encoder.load_state_dict(start.state_dict())
     trainer, _ = trainer_of(copy.deepcopy(start), stage, 1)
     out['trl_peak_bytes'] = peak(trainer.train, stage.x.device)
-    stage.optimiser = optimiser_of(stage)
+    stage.optimiser = common.Optimiser(stage.params, stage.c)
     out['ours_peak_bytes'] = peak(lambda: our_step(stage), stage.x.device)
 
     encoder.load_state_dict(start.state_dict())
