@@ -21,19 +21,35 @@ base: setup
 bench: demo
 	$(PY) eval_t2i.py --init_from=base,out/demo/cold_start,out/demo/grpo_encoder,out/demo/grpo_decoder
 
-# published sizes, random weights, no recomputation, sized for a card of 80 GB (others: ARGS="--micro_batch=1"): SD3.5-medium, then -large, with Qwen2.5-VL-3B
-FULL = bench.py --random=True --steps=5 --checkpointing=False --guidance=1.0 --json=out/bench
+# published sizes, random weights, no recomputation: SD3.5-medium, then -large, with Qwen2.5-VL-3B;
+# sized for a card of 80 GB (others: ARGS="--micro_batch=1")
+FULL = bench/speed.py --random=True --steps=5 --checkpointing=False --guidance=1.0
+COLD_START = --stage=cold_start --prompts=4 --micro_batch=1
+GRPO_ENCODER = --stage=grpo_encoder --prompts=8 --group=4 --micro_batch=8
+GRPO_DECODER = --stage=grpo_decoder --prompts=4 --group=8 --micro_batch=4 --sde_window=3 \
+    --train_steps=1
+OF_MEDIUM = --preset=medium --json=out/bench/medium
+OF_LARGE = --preset=paper --json=out/bench/paper
 bench-gpu: setup
-	@for preset in medium paper; do for run in "cold_start --prompts=4 --micro_batch=1" "grpo_encoder --prompts=8 --group=4 --micro_batch=8" \
-	    "grpo_decoder --prompts=4 --group=8 --micro_batch=4 --sde_window=3 --train_steps=1"; do set -- $$run; stage=$$1; shift; \
-	    $(PY) $(FULL)/$$preset-$$stage.json --preset=$$preset --stage=$$stage $$* $(ARGS) || exit 1; done; done
+	$(PY) $(FULL) $(OF_MEDIUM)-cold_start.json $(COLD_START) $(ARGS)
+	$(PY) $(FULL) $(OF_MEDIUM)-grpo_encoder.json $(GRPO_ENCODER) $(ARGS)
+	$(PY) $(FULL) $(OF_MEDIUM)-grpo_decoder.json $(GRPO_DECODER) $(ARGS)
+	$(PY) $(FULL) $(OF_LARGE)-cold_start.json $(COLD_START) $(ARGS)
+	$(PY) $(FULL) $(OF_LARGE)-grpo_encoder.json $(GRPO_ENCODER) $(ARGS)
+	$(PY) $(FULL) $(OF_LARGE)-grpo_decoder.json $(GRPO_DECODER) $(ARGS)
 
-# stages 2 and 3 in turn, R rounds, an evaluation after each: make rounds R=2 FROM=out/cold_start ARGS="--preset=paper --data=/data/photos"
+# stages 2 and 3 in turn, R rounds, an evaluation after each:
+# make rounds R=2 FROM=out/cold_start ARGS="--preset=paper --data=/data/photos"
 R ?= 2
 OUT ?= out/rounds
 rounds: setup
-	@last=$(FROM); for r in $$(seq 1 $(R)); do \
-	    $(PY) grpo_encoder.py --init_from=$$last --seed=$$r --out_dir=$(OUT)/encoder_$$r --resume $(ARGS) && \
-	    $(PY) grpo_decoder.py --init_from=$(OUT)/encoder_$$r --seed=$$r --out_dir=$(OUT)/decoder_$$r --resume $(ARGS) && \
-	    $(PY) eval_unified.py --init_from=$(OUT)/decoder_$$r --out_dir=$(OUT)/eval_$$r $(ARGS) || exit 1; \
-	    last=$(OUT)/decoder_$$r; done
+	@last=$(FROM); \
+	for r in $$(seq 1 $(R)); do \
+	    $(PY) grpo_encoder.py --init_from=$$last --out_dir=$(OUT)/encoder_$$r \
+	        --seed=$$r --resume $(ARGS) && \
+	    $(PY) grpo_decoder.py --init_from=$(OUT)/encoder_$$r --out_dir=$(OUT)/decoder_$$r \
+	        --seed=$$r --resume $(ARGS) && \
+	    $(PY) eval_unified.py --init_from=$(OUT)/decoder_$$r --out_dir=$(OUT)/eval_$$r \
+	        $(ARGS) || exit 1; \
+	    last=$(OUT)/decoder_$$r; \
+	done

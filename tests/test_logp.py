@@ -23,14 +23,20 @@ def score(uae, seen, y, temperature=1.0):
     return uae.caption_logp(seen, y, temperature)
 
 
+PATH = ('z', 'z_next', 'v0')                     # v0 where there is guidance
+
+
 def draw_steps(uae, z, cond, noise, kind, window, neg=None):
     """A drawing whose steps in `window` are noisy: z_0, path, logp."""
-    return uae.draw_sde(z, cond, S, noise, kind, 0.7, window, neg)
+    z_0, stored = uae.draw_sde(z, cond, S, noise, kind, 0.7, window, neg)
+    path = [stored[name] for name in PATH if name in stored]
+    return z_0, path, stored['recorded']
 
 
 def score_steps(uae, path, steps, cond, kind, first, neg=None):
     """The stored steps scored again: logp, mean, std."""
-    return uae.step_logp(path, steps, cond, S, kind, 0.7, first, neg)
+    stored = dict(zip(PATH, path))
+    return uae.step_logp(stored, steps, cond, S, kind, 0.7, first, neg)
 
 
 def rows_of(seen, rows):
@@ -69,8 +75,8 @@ def test_recorded_equals_rescored(uae, seen, temperature):
 def test_micro_batches_change_nothing(uae, seen, sampled, size):
     y, mask, logp = sampled
     rows, parts = [], []
-    for part_seen, b, last in common.group_slices(seen, G, size):
-        part = score(uae, part_seen, y[b])
+    for images, b, last in common.sample_slices(P, G, size):
+        part = score(uae, common.take(seen, images), y[b])
         parts.append(part)
         rows += range(b.start, b.stop)
         assert last == (b.stop == P * G)

@@ -11,7 +11,7 @@ import torch
 from grpo_decoder import window
 from model import sde_step
 
-KINDS = ('flow', 'cps')
+KINDS = ('flow', 'cps', 'cps_exact')
 kinds = pytest.mark.parametrize('kind', KINDS)
 SHAPE = (3, 4, 6, 6)
 
@@ -60,6 +60,8 @@ def test_logp_is_the_mean_log_density(kind, s, s_next, form):
     assert (std > 0).all()
     torch.testing.assert_close(z_next, mean + std * noise)
     density = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(z_next)
+    if kind == 'cps':                            # its authors drop the constants, 2 std^2 too
+        density = -(z_next - mean) ** 2
     torch.testing.assert_close(logp, density.mean((1, 2, 3)), atol=1e-5, rtol=1e-5)
     scored = sde_step(z, v, s, s_next, kind, 0.7, z_next=z_next)
     assert torch.equal(scored[1], logp)
@@ -141,6 +143,8 @@ def test_gradient_goes_through_the_mean_only(kind):
     assert not z_next.requires_grad              # a sample is data
     got = torch.autograd.grad(logp.sum(), v, retain_graph=True)[0]
     slope = (noise / std).detach() / v[0].numel()
+    if kind == 'cps':
+        slope = 2 * (std * noise).detach() / v[0].numel()
     want = torch.autograd.grad(mean, v, grad_outputs=slope)[0]
     assert got.abs().max() > 1e-4
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-3)

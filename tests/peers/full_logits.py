@@ -1,11 +1,25 @@
-"""Stage 2's caption log-prob beside the plain way, all logits at once: python bench.py --peer=full_logits."""
+"""Stage 2's caption log-prob beside the plain way, all logits at once.
+
+    python tests/peers/full_logits.py --prompts=2 --group=4
+
+Takes the keys of bench/speed.py and of grpo_encoder.py.
+"""
 import itertools
+import os
+import sys
 
 import torch
 import torch.nn.functional as F
 
-import bench
-import model
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, ROOT)
+os.chdir(ROOT)
+from bench.speed import parse, table, write_report
+from bench.steps import Stage, seconds
+from policy import token_logp
+
+V = 151936                      # tokens of the real vocabulary
+d = 128
 
 
 def peak(call, device):
@@ -15,32 +29,62 @@ def peak(call, device):
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
-    events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == '[memory]')
-    return max(itertools.accumulate(nbytes for _, nbytes in events))
+    changes = []
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            changes.append((event.start_ns(), event.nbytes()))
+    return max(itertools.accumulate(nbytes for _, nbytes in sorted(changes)))
 
 
-def compare(b, words):
-    """Peak of the caption log-prob and its gradient, all logits at once against model.token_logp: rows of the stage, a vocabulary of 152k."""
-    c = bench.prepare(b, 'grpo_encoder', words).c
-    d, V, B = 128, 151936, c.prompts * c.group
+def naive_logp(h, head, y, temperature, forbidden):
+    logits = (head(h) / temperature).masked_fill(forbidden, float('-inf'))
+    return F.log_softmax(logits, -1).gather(-1, y[..., None])[..., 0]
+
+
+WAYS = dict(token_logp=token_logp, naive=naive_logp)
+
+
+def compare(argv):
+    """Peak of the caption log-prob and its gradient on rows of the stage, V = 152k."""
+    c = Stage('grpo_encoder', argv).c
+    B, T = c.prompts * c.group, c.caption_len
     head = torch.nn.Linear(d, V, bias=False)
-    h, y = torch.randn(B, c.caption_len, d), torch.randint(V, (B, c.caption_len))
+    states = torch.randn(B, T, d)
+    y = torch.randint(V, (B, T))
     forbidden = torch.arange(V) >= V - 300
-    out, grads = {}, {}
-
-    def naive():
-        logits = (head(h_) / c.temperature).masked_fill(forbidden, float('-inf'))
-        return F.log_softmax(logits, -1).gather(-1, y[..., None])[..., 0]
-
-    for name, way in (('token_logp', lambda: model.token_logp(h_, head, y, c.temperature, forbidden)), ('naive', naive)):
-        h_, head.weight.grad = h.clone().requires_grad_(), torch.zeros_like(head.weight)
+    out = {}
+    gradients = {}
+    for name, way in WAYS.items():
+        h = states.clone().requires_grad_()
+        head.weight.grad = torch.zeros_like(head.weight)
         took = []
-        out[f'{name} bytes'] = peak(lambda: took.append(bench.seconds(lambda: way().clamp(min=-100).mean().backward())), h.device)
+
+        def logp_and_gradient():
+            logp = way(h, head, y, c.temperature, forbidden)
+            logp.clamp(min=-100).mean().backward()
+
+        def timed():
+            took.append(seconds(logp_and_gradient))
+
+        out[f'{name} bytes'] = peak(timed, h.device)
         out[f'{name} seconds'] = took[0]
-        grads[name] = torch.cat([h_.grad.flatten(), head.weight.grad.flatten()])
+        gradients[name] = torch.cat([h.grad.flatten(), head.weight.grad.flatten()])
+
     out['ratio'] = out['token_logp bytes'] / out['naive bytes']
-    out['gradients differ by'] = ((grads['token_logp'] - grads['naive']).norm() / grads['naive'].norm()).item()
-    bench.table(f'caption log-prob, {B} x {c.caption_len} tokens, V = {V}, d = {d}', {k: {'': v} for k, v in out.items()})
+    ours, naive = gradients['token_logp'], gradients['naive']
+    out['gradients differ by'] = ((ours - naive).norm() / naive.norm()).item()
+    title = f'caption log-prob, {B} x {T} tokens, V = {V}, d = {d}'
+    table(title, {name: {'': value} for name, value in out.items()})
     return out
+
+
+def main(argv):
+    options, of_stages = parse(argv, __file__)
+    write_report(options, argv, compare(of_stages))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

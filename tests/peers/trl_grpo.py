@@ -1,21 +1,26 @@
-"""Stage 2's captioner beside TRL's GRPOTrainer: captions per second, gradients on the same completions, peak memory.
+"""Stage 2's captioner beside TRL's GRPOTrainer: speed, gradients, peak memory.
 
 TRL lives in an environment of its own, never in requirements.txt (from the repository's root):
-    python3 -m venv out/trlenv && out/trlenv/bin/pip install -r requirements.txt trl==1.16.0
-    taskset -c 1 env OMP_NUM_THREADS=1 out/trlenv/bin/python tests/peers/trl_grpo.py --prompts=8 --group=8 --caption_len=24
-    ...                                                                              --prompts=2 --group=8 --caption_len=32
-    ...                                                                              --prompts=8 --group=8 --caption_len=24 --vocab=151936
 
-The same tiny Qwen2.5-VL, processor, pictures, prompt and reward callable (the share of distinct tokens of a caption: the decoder would weigh the same on
-both sides), completions of exactly caption_len tokens, float32, beta 0, loss_type grpo, one update per rollout, AdamW, vision tower frozen on both
-sides. A step of each in turn; optimiser included, data left out. Prints medians and writes JSON to the path given as --json=PATH.
+    python3 -m venv out/trlenv
+    out/trlenv/bin/pip install -r requirements.txt trl==1.16.0
+    export OMP_NUM_THREADS=1
+    TRL="taskset -c 1 out/trlenv/bin/python tests/peers/trl_grpo.py"
+    $TRL --prompts=8 --group=8 --caption_len=24
+    $TRL --prompts=2 --group=8 --caption_len=32
+    $TRL --prompts=8 --group=8 --caption_len=24 --vocab=151936
+
+The same on both sides: tiny Qwen2.5-VL, processor, pictures, prompt and reward callable (the share
+of distinct tokens of a caption: the decoder would weigh the same on both sides), completions of
+exactly caption_len tokens, float32, beta 0, loss_type grpo, one update per rollout, AdamW, vision
+tower frozen. A step of each in turn; optimiser included, data left out. Prints captions per second,
+the distance of the gradients on the same completions and peak memory, medians, and writes JSON to
+the path given as --json=PATH.
 """
 import copy
-import json
 import os
 import statistics
 import sys
-import types
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
@@ -23,126 +28,186 @@ os.chdir(ROOT)
 import torch
 from PIL import Image
 
-import bench
 import common
 import grpo_encoder
+from bench.speed import table
+from bench.steps import Stage, clock, forget_gradients, key_of, seconds
 from tests.peers.full_logits import peak
 
 
-def reward_of(ids):
+def reward_of(completions):
     """The share of distinct tokens of each caption: lists of ids -> floats."""
-    return [len(set(map(int, row))) / len(row) for row in ids]
+    return [len(set(map(int, ids))) / len(ids) for ids in completions]
 
 
 def widened(encoder, vocab):
     """The same architecture with another vocabulary, random weights."""
     if not vocab:
         return encoder
-    cfg = copy.deepcopy(encoder.config)
-    cfg.text_config.vocab_size = vocab
+    config = copy.deepcopy(encoder.config)
+    config.text_config.vocab_size = vocab
     torch.manual_seed(0)
-    return type(encoder)(cfg).eval()
+    return type(encoder)(config).eval()
 
 
-def ours_step(m, optimise=True, y=None):
-    """One step of stage 2 with `reward_of` for the decoder and its reward; y: completions given instead of sampled."""
-    c, uae, B = m.c, m.uae, len(m.x) * m.G
+def open_stage(argv, vocab):
+    """Stage 2 whose captioner has another vocabulary, if one is asked for."""
+    stage = Stage('grpo_encoder', argv)
+    uae = stage.uae
+    uae.encoder = widened(uae.encoder, vocab)
+    uae.requires_grad_(False)
+    stage.params = uae.train_only('encoder')
+    stage.optimiser = common.Optimiser(stage.params, stage.c)
+    uae.forbidden = torch.zeros(uae.head.weight.shape[0], dtype=torch.bool)
+    uae.forbidden[uae.tokenizer.all_special_ids] = True
+    return stage
+
+
+def our_loss(stage, y=None):
+    """The gradient of stage 2 with `reward_of` in the place of the decoder and its reward.
+
+    y: completions given instead of sampled.
+    """
+    c, uae = stage.c, stage.uae
+    B = len(stage.x) * stage.G
+    mask = torch.ones(B, c.caption_len)
     with torch.no_grad():
-        seen = uae.see(m.x)
-        old, mask = None, torch.ones(B, c.caption_len)
+        seen = uae.see(stage.x)
         if y is None:
             u = common.uniform((c.caption_len,), range(B), c.seed, 'token', 0)
-            y, mask, old = uae.sample_captions(seen, m.G, 1.0, u)
+            y, mask, old_logp = uae.sample_captions(seen, stage.G, 1.0, u)
         else:
-            old = uae.caption_logp(seen, y)
-    adv = grpo_encoder.group_advantage(torch.tensor(reward_of(y.tolist())).view(-1, m.G)).flatten()
-    uae(grpo_encoder.loss_of, seen, y, mask, old, old, adv, 1 / mask.sum(), c)[0].backward()
-    if optimise:
-        common.optimise(m.opt, m.params, 0, c)
+            old_logp = uae.caption_logp(seen, y)
+    r = torch.tensor(reward_of(y.tolist())).view(-1, stage.G)
+    adv = grpo_encoder.group_advantage(r).flatten()
+    batch = dict(y=y, weight=mask, recorded=old_logp, old_logp=old_logp, adv=adv)
+    loss, _, _ = uae(grpo_encoder.loss_of, seen, batch, 1 / mask.sum(), True, c)
+    loss.backward()
 
 
-def trainer_of(model, m, steps, callbacks=()):
-    """TRL's trainer on the same pictures; `steps` updates."""
+def our_step(stage):
+    our_loss(stage)
+    stage.optimiser.step(0)
+
+
+def trainer_of(captioner, stage, steps, callbacks=()):
+    """TRL's trainer on the same pictures, for so many updates, and its data set."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
-    P, G, T = len(m.x), m.G, m.c.caption_len
-    special = m.uae.tokenizer.all_special_ids
-    pictures = [Image.fromarray(((x + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()) for x in m.x]
-    prompt = [dict(role='user', content=[dict(type='text', text=m.c.caption_prompt), dict(type='image')])]
-    args = GRPOConfig(output_dir='out/bench/trl', use_cpu=True, bf16=False, report_to='none', save_strategy='no', logging_strategy='no', disable_tqdm=True,
-                      per_device_train_batch_size=P * G, num_generations=G, max_completion_length=T, max_steps=steps, beta=0.0, loss_type='grpo', num_iterations=1,
-                      learning_rate=m.c.lr, lr_scheduler_type='constant', max_grad_norm=m.c.grad_clip, temperature=1.0, top_p=1.0, top_k=0, shuffle_dataset=False,
-                      gradient_checkpointing=False, generation_kwargs=dict(min_new_tokens=T, suppress_tokens=special), remove_unused_columns=False)
-    model.requires_grad_(False)
-    model.model.language_model.requires_grad_(True)
-    data = Dataset.from_dict(dict(prompt=[prompt] * P, image=pictures))
-    return GRPOTrainer(model, lambda completion_ids, **_: reward_of(completion_ids), args=args, train_dataset=data, processing_class=m.uae.processor,
-                       callbacks=list(callbacks)), data
+    c = stage.c
+    T = c.caption_len
+    special = stage.uae.tokenizer.all_special_ids
+    pictures = []
+    for x in stage.x:
+        pixels = ((x + 1) * 127.5).round().clamp(0, 255).byte()
+        pictures.append(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+    content = [dict(type='text', text=c.caption_prompt), dict(type='image')]
+    prompt = [dict(role='user', content=content)]
+    args = GRPOConfig(
+        output_dir='out/bench/trl', use_cpu=True, bf16=False, report_to='none',
+        save_strategy='no', logging_strategy='no', disable_tqdm=True,
+        per_device_train_batch_size=len(stage.x) * stage.G, num_generations=stage.G,
+        max_completion_length=T, max_steps=steps, beta=0.0, loss_type='grpo', num_iterations=1,
+        learning_rate=c.lr, lr_scheduler_type='constant', max_grad_norm=c.grad_clip,
+        temperature=1.0, top_p=1.0, top_k=0, shuffle_dataset=False,
+        gradient_checkpointing=False, remove_unused_columns=False,
+        generation_kwargs=dict(min_new_tokens=T, suppress_tokens=special))
+    captioner.requires_grad_(False)
+    captioner.model.language_model.requires_grad_(True)
+
+    def reward(completion_ids, **others):
+        return reward_of(completion_ids)
+
+    data = Dataset.from_dict(dict(prompt=[prompt] * len(pictures), image=pictures))
+    trainer = GRPOTrainer(captioner, reward, args=args, train_dataset=data,
+                          processing_class=stage.uae.processor, callbacks=list(callbacks))
+    return trainer, data
 
 
-def speed(m, model, steps):
+def speed(stage, captioner, steps):
     """Seconds of a step of each, in turn: TRL's own loop, our step after each of its steps."""
     from transformers import TrainerCallback
-    trl, ours = [], []
+    theirs = []
+    ours = []
 
     class Turn(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start = bench.clock()
+        def on_step_begin(self, *args, **others):
+            self.start = clock()
 
-        def on_step_end(self, *_, **__):
-            trl.append(bench.clock() - self.start)
-            ours.append(bench.seconds(lambda: ours_step(m)))
+        def on_step_end(self, *args, **others):
+            theirs.append(clock() - self.start)
+            ours.append(seconds(our_step, stage))
 
-    trainer_of(model, m, steps + 2, [Turn()])[0].train()
-    return trl[2:], ours[2:]
+    trainer, _ = trainer_of(captioner, stage, steps + 2, [Turn()])
+    trainer.train()
+    return theirs[2:], ours[2:]
 
 
-def gradients(m, model):
+def gradients_differ(stage, captioner):
     """Relative Euclidean distance of the language model's gradients on the same completions."""
-    B, T = len(m.x) * m.G, m.c.caption_len
-    allowed = (~m.uae.forbidden).nonzero().flatten()
-    y = allowed[torch.randint(len(allowed), (B, T), generator=torch.Generator().manual_seed(0))]
-    m.uae.forbidden.fill_(False)                 # TRL's normaliser has every token
-    trainer, data = trainer_of(model, m, 1)
-    trainer._generate_single_turn = lambda *_, **__: (y.tolist(), None)
-    model.train(), model.zero_grad(), m.opt.zero_grad()
-    rows = [data[i // m.G] for i in range(B)]
+    uae = stage.uae
+    B, T = len(stage.x) * stage.G, stage.c.caption_len
+    allowed = (~uae.forbidden).nonzero().flatten()
+    draws = torch.Generator().manual_seed(0)
+    y = allowed[torch.randint(len(allowed), (B, T), generator=draws)]
+    uae.forbidden.fill_(False)                   # TRL's normaliser has every token
+
+    trainer, data = trainer_of(captioner, stage, 1)
+    trainer._generate_single_turn = lambda *args, **others: (y.tolist(), None)
+    captioner.train()
+    captioner.zero_grad()
+    rows = [data[i // stage.G] for i in range(B)]
     inputs = trainer._generate_and_score_completions(rows)
-    length = len(m.uae.before_image) + m.uae.see(m.x[:1])[0].shape[1] + len(m.uae.after_image)
-    assert inputs['prompt_ids'].shape[1] == length, 'the prompts differ'
+    image_tokens = uae.see(stage.x[:1])[0].shape[1]
+    prompt_len = len(uae.before_image) + image_tokens + len(uae.after_image)
+    assert inputs['prompt_ids'].shape[1] == prompt_len, 'the prompts differ'
     trainer.current_gradient_accumulation_steps = 1
-    trainer.compute_loss(model, inputs).backward()
-    ours_step(m, False, y)
-    theirs = dict(model.model.language_model.named_parameters())
-    pairs = [(p.grad.flatten().double(), theirs[k].grad.flatten().double()) for k, p in m.uae.encoder.model.language_model.named_parameters()]
-    a, b = (torch.cat(t) for t in zip(*pairs))
+    trainer.compute_loss(captioner, inputs).backward()
+
+    forget_gradients(stage)
+    our_loss(stage, y)
+    their_parameters = dict(captioner.model.language_model.named_parameters())
+    ours = []
+    theirs = []
+    for name, parameter in uae.encoder.model.language_model.named_parameters():
+        ours.append(parameter.grad.flatten().double())
+        theirs.append(their_parameters[name].grad.flatten().double())
+    a, b = torch.cat(ours), torch.cat(theirs)
     return ((a - b).norm() / b.norm()).item()
 
 
 def main(argv):
-    own = dict(w[2:].split('=') for w in argv if w.split('=')[0] in ('--vocab', '--json', '--steps'))
-    words = [w for w in argv if w[2:].split('=')[0] not in own]
-    m = bench.prepare(types.SimpleNamespace(random=False), 'grpo_encoder', words)
-    m.uae.encoder = widened(m.uae.encoder, int(own.get('vocab', 0)))
-    m.uae.requires_grad_(False)
-    m.params = m.uae.train_only('encoder')
-    m.opt = torch.optim.AdamW(m.params, lr=m.c.lr, weight_decay=0.0, fused=True)
-    m.uae.forbidden = torch.zeros(m.uae.head.weight.shape[0], dtype=torch.bool)
-    m.uae.forbidden[m.uae.tokenizer.all_special_ids] = True
-    start = copy.deepcopy(m.uae.encoder)
-    B, out = len(m.x) * m.G, dict(argv=argv, threads=torch.get_num_threads())
-    trl, ours = speed(m, copy.deepcopy(start), int(own.get('steps', 7)))
-    out.update(trl_captions_per_sec=B / statistics.median(trl), ours_captions_per_sec=B / statistics.median(ours),
-               ratio=statistics.median(t / o for t, o in zip(trl, ours)))
-    m.uae.encoder.load_state_dict(start.state_dict())
-    out.update(trl_peak_bytes=peak(trainer_of(copy.deepcopy(start), m, 1)[0].train, m.x.device))
-    m.opt = torch.optim.AdamW(m.params, lr=m.c.lr, weight_decay=0.0, fused=True)
-    out.update(ours_peak_bytes=peak(lambda: ours_step(m), m.x.device))
-    m.uae.encoder.load_state_dict(start.state_dict())
-    out.update(gradients_differ_by=gradients(m, copy.deepcopy(start)))
-    bench.table(f'TRL: {len(m.x)} images x {m.G} captions of {m.c.caption_len} tokens, V = {len(m.uae.forbidden)}', {k: {'': v} for k, v in out.items() if k != 'argv'})
+    own = {}
+    of_stage = []
+    for argument in argv:
+        if key_of(argument) in ('vocab', 'json', 'steps'):
+            own[key_of(argument)] = argument.partition('=')[2]
+        else:
+            of_stage.append(argument)
+    stage = open_stage(of_stage, int(own.get('vocab', 0)))
+    encoder = stage.uae.encoder
+    start = copy.deepcopy(encoder)
+    B = len(stage.x) * stage.G
+    out = dict(threads=torch.get_num_threads())
+
+    theirs, ours = speed(stage, copy.deepcopy(start), int(own.get('steps', 7)))
+    out['trl_captions_per_sec'] = B / statistics.median(theirs)
+    out['ours_captions_per_sec'] = B / statistics.median(ours)
+    out['ratio'] = statistics.median(their / our for their, our in zip(theirs, ours))
+
+    encoder.load_state_dict(start.state_dict())
+    trainer, _ = trainer_of(copy.deepcopy(start), stage, 1)
+    out['trl_peak_bytes'] = peak(trainer.train, stage.x.device)
+    stage.optimiser = common.Optimiser(stage.params, stage.c)
+    out['ours_peak_bytes'] = peak(lambda: our_step(stage), stage.x.device)
+
+    encoder.load_state_dict(start.state_dict())
+    out['gradients_differ_by'] = gradients_differ(stage, copy.deepcopy(start))
+    title = (f'TRL: {len(stage.x)} images x {stage.G} captions of {stage.c.caption_len} tokens, '
+             f'V = {len(stage.uae.forbidden)}')
+    table(title, {name: {'': value} for name, value in out.items()})
     if 'json' in own:
-        common.write_atomic(own['json'], lambda path: common.write_lines(path, [json.dumps(out, indent=1)]))
+        common.write_json(own['json'], dict(out, argv=argv))
 
 
 if __name__ == '__main__':

@@ -1,0 +1,234 @@
+"""The bare networks of a step, called alone on inputs of the step's shapes and dtypes.
+
+The forward and backward passes that the mathematics of a step needs are the least that it can cost:
+bench/speed.py measures a step over their sum. Shapes: see model.py.
+"""
+from functools import partial
+from typing import Callable, NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+import grpo_decoder
+from policy import next_state
+
+
+class Call(NamedTuple):
+    """A network that a step calls `times` times on `rows` rows; run(rows) calls it once."""
+
+    name: str
+    rows: int
+    run: Callable
+    times: int
+    backward: bool
+
+    def label(self):
+        text = f'{self.times} x {self.name}, {self.rows} rows'
+        if self.backward:
+            text += ' and backward'
+        return text
+
+    def repeat(self, uae):
+        """All calls of a step, with their backward passes."""
+        for _ in range(self.times):
+            with torch.set_grad_enabled(self.backward), uae.autocast():
+                out = self.run(self.rows)
+            if self.backward:
+                out.backward(torch.ones_like(out))
+
+
+class Networks:
+    """The networks of a stage, each called with a number of rows n."""
+
+    def __init__(self, stage):
+        c, uae = stage.c, stage.uae
+        self.c = c
+        self.uae = uae
+        self.tower = stage.tower
+        self.G = stage.G
+        self.language_model = uae.language_model
+        self.text_encoder = uae.text_encoder or uae.language_model
+        blank = torch.zeros(3, c.resolution, c.resolution, dtype=torch.uint8)
+        pixels = uae.processor.image_processor(images=[blank], return_tensors='pt')
+        self.pixels = pixels['pixel_values'].to(uae.device)
+        self.grid = pixels['image_grid_thw'].to(uae.device)
+        merged = uae.encoder.config.vision_config.spatial_merge_size ** 2
+        image_tokens = int(self.grid.prod()) // merged
+        self.prompt_len = len(uae.before_image) + image_tokens + len(uae.after_image)
+        text_len = len(uae.before_text) + c.caption_len + len(uae.after_text)
+        self.attend = (torch.arange(c.cond_len, device=uae.device) < text_len).long()
+
+    def embedded(self, n, length):
+        return self.uae.embed(torch.zeros(n, length, dtype=torch.long, device=self.uae.device))
+
+    def noise(self, n, shape, dtype, requires_grad=False):
+        return torch.randn(n, *shape, device=self.uae.device, dtype=dtype,
+                           requires_grad=requires_grad)
+
+    # --- the language model ----------------------------------------------------------------------
+    def cached(self, n, length, start, cache):
+        """States (n, length, d) of new tokens behind those in the cache."""
+        positions = start + torch.arange(length, device=self.uae.device).expand(3, n, length)
+        out = self.language_model(inputs_embeds=self.embedded(n, length), position_ids=positions,
+                                  past_key_values=cache, use_cache=True)
+        return out.last_hidden_state
+
+    def prefill(self, n, G):
+        """The prompt once for G captions: the cache of n rows and their last state (n, 1, d)."""
+        G = min(n, G)
+        cache = DynamicCache(config=self.uae.encoder.config.text_config)
+        h = self.cached(n // G, self.prompt_len, 0, cache)
+        cache.batch_repeat_interleave(G)
+        return cache, h[:, -1:].repeat_interleave(G, 0)
+
+    def captions(self, n, G=1):
+        """n captions token by token, G for each image."""
+        T = self.c.caption_len
+        cache, h = self.prefill(n, G)
+        self.uae.head(h)
+        for t in range(T - 1):
+            position = self.prompt_len + t
+            h = next_state(self.language_model, self.embedded(n, 1), position, cache)
+            self.uae.head(h)
+
+    def scores(self, n):
+        """Logits (n, T, V) of n captions at once."""
+        cache, first = self.prefill(n, self.G)
+        others = self.cached(n, self.c.caption_len, self.prompt_len, cache)
+        return self.uae.head(torch.cat([first, others], 1)[:, :-1])
+
+    def text(self, n):
+        """Captions to conditions (n, cond_len, D)."""
+        out = self.text_encoder(inputs_embeds=self.embedded(n, self.c.cond_len),
+                                attention_mask=self.attend.expand(n, -1), use_cache=False)
+        return self.uae.projector(out.last_hidden_state.to(self.uae.projector.up.weight.dtype))
+
+    # --- the others ------------------------------------------------------------------------------
+    def vision(self, n):
+        pixels = self.pixels.repeat(n, 1)
+        return self.uae.encoder.model.get_image_features(pixels, self.grid.repeat(n, 1))
+
+    def decoder(self, n, condition_grad=False, latent_grad=False):
+        """v (n, C, H, W), its inputs with the gradients that a step asks of them."""
+        decoder = self.uae.decoder
+        width = self.uae.projector.down.out_features
+        z = self.noise(n, self.uae.latent_shape(), decoder.dtype, latent_grad)
+        c = self.noise(n, (self.c.cond_len, width), decoder.dtype, condition_grad)
+        pooled = self.uae.pooled.expand(n, -1).to(decoder.dtype)
+        return decoder(z, c, pooled, torch.ones(n, device=self.uae.device)).sample
+
+    def vae(self, n, grad=False):
+        z = self.noise(n, self.uae.latent_shape(), self.uae.vae.dtype, grad)
+        return self.uae.vae.decode(z).sample
+
+    def reward(self, n, grad=False):
+        side = self.tower.pre['crop']
+        return self.tower.tower(self.noise(n, (3, side, side), torch.float32, grad))
+
+
+# --- what a step needs from them -----------------------------------------------------------------
+def whole_groups(B, G, size):
+    """Rows of common.group_slices, of a number of samples that they divide."""
+    if not size:
+        return B
+    return min(B, max(1, size // G) * G)
+
+
+def network_calls(stage):
+    """What the mathematics of one step needs from the networks: a list of `Call`."""
+    c = stage.c
+    if c.condition != 'text' or c.checkpointing or c.reward != 'clip':
+        raise SystemExit('the bare networks are known for --condition=text --reward=clip '
+                         '--checkpointing=False')
+    networks = Networks(stage)
+    P, G = len(stage.x), stage.G
+    calls = [Call('vision tower', P, networks.vision, 1, False)]
+    if stage.name == 'cold_start':
+        calls += cold_start_calls(networks, P)
+    elif stage.name == 'grpo_encoder':
+        calls += grpo_encoder_calls(networks, P, G)
+    else:
+        calls += grpo_decoder_calls(networks, P, G)
+    return [call for call in calls if call.times]
+
+
+def rows_of_a_denoising_step(c, rows):
+    """Guidance runs both branches in one pass."""
+    return 2 * rows if c.guidance != 1.0 else rows
+
+
+def cold_start_calls(net, P):
+    c = net.c
+    S, K = c.sample_steps, c.grad_steps
+    part = whole_groups(P, 1, c.micro_batch)
+    updates = P // part
+    unconditional = updates * K if c.guidance != 1.0 else 0
+    to_condition = partial(net.decoder, condition_grad=True)
+    to_both = partial(net.decoder, condition_grad=True, latent_grad=True)
+    before = rows_of_a_denoising_step(c, part)
+    return [
+        Call('captions token by token', P, net.captions, 1, False),
+        Call('caption to condition', part, net.text, updates, True),
+        Call('decoder', before, net.decoder, updates * (S - K), False),
+        Call('decoder', part, to_condition, updates, True),
+        Call('decoder with gradient in z', part, to_both, updates * (K - 1), True),
+        Call('decoder', part, net.decoder, unconditional, False),
+        Call('vae', part, partial(net.vae, grad=True), updates, True),
+        Call('reward tower', part, net.reward, updates, False),
+        Call('reward tower', part, partial(net.reward, grad=True), updates, True),
+    ]
+
+
+def drawing_calls(net, B, G, captions):
+    """A rollout's drawings and rewards; captions: how many of an image are drawn."""
+    c = net.c
+    rows = whole_groups(B, G, c.micro_batch)
+    drawn = min(rows, c.micro_batch or rows)        # the VAE goes by micro_batch in any case
+    rollouts = B // rows
+    images = rows // G
+    denoised = rows_of_a_denoising_step(c, rows)
+    return [
+        Call('caption to condition', images * captions, net.text, rollouts, False),
+        Call('decoder', denoised, net.decoder, rollouts * c.sample_steps, False),
+        Call('vae', drawn, net.vae, B // drawn, False),
+        Call('reward tower', images, net.reward, rollouts, False),
+        Call('reward tower', rows, net.reward, rollouts, False),
+    ]
+
+
+def update_rows(B, G, size):
+    """Rows of common.sample_slices, of a number of samples that they divide."""
+    if size and size < G:
+        return min(B, size)
+    return whole_groups(B, G, size)
+
+
+def grpo_encoder_calls(net, P, G):
+    c, B = net.c, P * G
+    written = whole_groups(B, G, c.caption_batch)
+    write = partial(net.captions, G=G)
+    part = update_rows(B, G, c.micro_batch)
+    updates = B // part
+    of_reference = updates if c.kl else 0
+    return [
+        Call('captions token by token', written, write, B // written, False),
+        *drawing_calls(net, B, G, captions=G),
+        Call('captions at once', part, net.scores, updates, True),
+        Call('captions at once', part, net.scores, of_reference, False),
+    ]
+
+
+def grpo_decoder_calls(net, P, G):
+    """The trained steps are replayed in one pass."""
+    c, B = net.c, P * G
+    _, trained = grpo_decoder.window(net.uae.sigmas(c.sample_steps), 0, c)
+    part = update_rows(B, G, c.micro_batch)
+    rows = len(trained) * part
+    updates = B // part
+    of_reference = updates if c.kl else 0
+    return [
+        Call('captions token by token', P, net.captions, 1, False),
+        *drawing_calls(net, B, G, captions=1),
+        Call('decoder', rows, net.decoder, updates, True),
+        Call('decoder', rows_of_a_denoising_step(c, rows), net.decoder, of_reference, False),
+    ]
