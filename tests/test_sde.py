@@ -284,7 +284,8 @@ def test_cps_keeps_the_schedule_s_noise():
 # --- which steps ----------------------------------------------------------------------------------
 @pytest.mark.parametrize('S, W, n', [(8, 7, 3), (8, 20, 3), (10, 3, 3), (10, 2, 5), (10, 9, 9)])
 def test_window_never_holds_the_last_step(S, W, n):
-    c = types.SimpleNamespace(sample_steps=S, sde_window=W, train_steps=n, seed=0)
+    c = types.SimpleNamespace(
+        sample_steps=S, sde_window=W, train_steps=n, seed=0, sde='flow')
     length = min(W, S - 1)
     met = set()
     for step in range(60):
