@@ -79,7 +79,8 @@ def group_advantage(r):
     """
     centred = r - r.mean(1, keepdim=True)
     equal = (r == r[:, :1]).all(1, keepdim=True)
-    return torch.where(equal, 0.0, centred / (r.std(1, keepdim=True) + 1e-4))
+    centred = centred / (r.std(1, keepdim=True) + 1e-4)
+    return torch.where(equal, 0.0, centred)
 
 
 def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
@@ -91,6 +92,7 @@ def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
     if mask is None:
         mask = torch.ones_like(logp)
     count = mask.sum().clamp(min=1e-8)
+    # masked before the exponential: a -inf that does not count must not become a nan
     log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
@@ -111,11 +113,12 @@ def kl_gauss(mean, ref_mean, std):
     return ((mean - ref_mean) ** 2 / (2 * std ** 2)).mean()
 
 
-def window(sigmas, step, c):
+def window(step, c, sigmas=None):
     """(first, last + 1) of this update's noisy steps, and which of them are trained.
 
     The trained ones are sorted offsets from `first`. Never noisy: the last step, whose noise would
-    stay in the image, and steps of cps that end below .02, where its std is hardly more than 0.
+    stay in the image, and steps of cps that end below .02, where its std is hardly more than 0;
+    for these sigmas (S + 1,) is needed.
     """
     last = c.sample_steps - 1
     if c.sde != 'flow':
@@ -147,7 +150,7 @@ def rollout(uae, tower, x, index, step, c, neg=None):
         z = z.repeat_interleave(G, 0)
     else:
         z = common.normal(uae.latent_shape(), member, c.seed, 'start', step)
-    noisy, _ = window(uae.sigmas(c.sample_steps), step, c)
+    noisy, _ = window(step, c, uae.sigmas(c.sample_steps))
     shape = (noisy[1] - noisy[0], *uae.latent_shape())
     noise = common.normal(shape, member, c.seed, 'sde', step)
 
@@ -185,7 +188,7 @@ def loss_of(uae, reference, batch, step, share, first, c, neg=None):
     batch: what `rollout` returns and adv (B,), old_logp (B, W). share: world / samples of the step,
     so that micro-batches and ranks add up. first: whether the weights are still the rollout's.
     """
-    noisy, trained = window(uae.sigmas(c.sample_steps), step, c)
+    noisy, trained = window(step, c, uae.sigmas(c.sample_steps))
     replay = (trained, batch['cond'], c.sample_steps, c.sde, c.noise_level, noisy[0], neg)
     path = dict(z=batch['z'], z_next=batch['z_next'])
     known = path
@@ -211,7 +214,7 @@ def update(uae, ddp, optimiser, reference, batch, step, run, c, neg=None):
     """c.updates optimiser steps on one rollout -> log fields."""
     B = len(batch['adv'])
     batch['old_logp'] = batch['recorded'].clone()
-    _, trained = window(uae.sigmas(c.sample_steps), step, c)
+    _, trained = window(step, c, uae.sigmas(c.sample_steps))
     for k in range(c.updates):
         stats = Stats()
         for _, rows, last in common.sample_slices(B // c.group, c.group, c.micro_batch):

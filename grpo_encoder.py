@@ -107,7 +107,7 @@ def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
     if mask is None:
         mask = torch.ones_like(logp)
     count = mask.sum().clamp(min=1e-8)
-    # masked before the exponential: a -inf behind the end must not become a nan
+    # masked before the exponential: a -inf that does not count must not become a nan
     log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])

@@ -221,7 +221,7 @@ def grpo_encoder_calls(net, P, G):
 def grpo_decoder_calls(net, P, G):
     """The trained steps are replayed in one pass."""
     c, B = net.c, P * G
-    _, trained = grpo_decoder.window(net.uae.sigmas(c.sample_steps), 0, c)
+    _, trained = grpo_decoder.window(0, c, net.uae.sigmas(c.sample_steps))
     part = update_rows(B, G, c.micro_batch)
     rows = len(trained) * part
     updates = B // part

@@ -67,10 +67,10 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.towers, self.modes = [], []
-        self.real_parallel, self.real_optimise = common.parallel, common.optimise
+        self.real_parallel, self.real_step = common.parallel, common.Optimiser.step
         self.real_backbone = reward.Backbone.__init__
         monkeypatch.setattr(common, 'parallel', self.at_start)
-        monkeypatch.setattr(common, 'optimise', self.at_update)
+        monkeypatch.setattr(common.Optimiser, 'step', self.updating())
         monkeypatch.setattr(reward.Backbone, '__init__', self.tower_init())
 
     def at_start(self, uae, run):
@@ -84,10 +84,13 @@ class Watch:
             self.modes.append((part, module.training, torch.is_grad_enabled()))
         return hook
 
-    def at_update(self, opt, params, *args):
-        self.grads = gradient_norms(self.uae)
-        self.optimised = {id(p) for group in opt.param_groups for p in group['params']}
-        return self.real_optimise(opt, params, *args)
+    def updating(self):
+        def step(optimiser, number):
+            self.grads = gradient_norms(self.uae)
+            groups = optimiser.adamw.param_groups
+            self.optimised = {id(p) for group in groups for p in group['params']}
+            return self.real_step(optimiser, number)
+        return step
 
     def tower_init(self):
         def init(tower, *args, **kwargs):
@@ -188,7 +191,8 @@ def test_checkpointing_changes_no_gradient(one_step):
 # --- stage 1 --------------------------------------------------------------------------------------
 def cold_start_loss(uae, tower, x, seen, y, mask, z, share, c):
     """Stage 1's loss of a micro-batch, through the model's own door."""
-    return uae(cold_start.loss_of, tower, x, seen, y, mask, z, share, c)
+    batch = dict(x=x, y=y, mask=mask, z=z)
+    return uae(cold_start.loss_of, tower, seen, batch, share, c)
 
 
 def flat_gradient(module):
@@ -301,12 +305,13 @@ def test_non_finite_gradients_skip_the_step_and_end_the_run(tmp_path):
         out_dir=str(tmp_path),
     )
     p = torch.nn.Parameter(torch.zeros(2))
-    opt = torch.optim.SGD([p], lr=123.0)
+    optimiser = common.Optimiser([p], c)
+    optimiser.adamw = torch.optim.SGD([p], lr=123.0)         # whose steps are easy to follow
     nan, infinity = float('nan'), float('inf')
 
     def step(*grad):
         p.grad = torch.tensor(grad)
-        return common.optimise(opt, [p], 0, c)
+        return optimiser.step(0)
 
     assert step(3.0, 4.0) == dict(grad_norm=5.0, lr=1.0, bad_steps=0)
     assert torch.allclose(p, torch.tensor([-0.6, -0.8])), 'clipped to norm 1, lr of the schedule'

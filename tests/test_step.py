@@ -18,7 +18,7 @@ import grpo_decoder
 import grpo_encoder
 from data.images import open_data
 from data.shapes import scenes
-from eval_unified import Evaluator
+from evaluate import Evaluator
 from model import sde_step
 from reward import backbone, clip_reward
 
@@ -34,8 +34,8 @@ def stage_config(stage, *argv):
 
 def encoder_rollout(uae, tower, x, index, step, c):
     """Stage 2's rollout by name: y, mask, old_logp (B, T), r (P, G)."""
-    _, y, mask, old_logp, r = grpo_encoder.rollout(uae, tower, x, index, step, c)
-    return dict(y=y, mask=mask, old_logp=old_logp, r=r)
+    _, batch, r = grpo_encoder.rollout(uae, tower, x, index, step, c)
+    return dict(y=batch['y'], mask=batch['mask'], old_logp=batch['recorded'], r=r)
 
 
 def decoder_rollout(uae, tower, x, index, step, c):
@@ -46,17 +46,15 @@ def decoder_rollout(uae, tower, x, index, step, c):
     neg = None
     if c.guidance != 1:
         neg = uae.negative()
-    out = grpo_decoder.rollout(uae, tower, x, index, step, c, neg)
-    found = dict(cond=out[0], z=out[1], z_next=out[2], old_logp=out[-3], r=out[-2])
-    if c.guidance != 1:
-        found['v0'] = out[3]
-    return found
+    batch, r, _ = grpo_decoder.rollout(uae, tower, x, index, step, c, neg)
+    return dict(batch, old_logp=batch['recorded'], r=r)
 
 
 def replayed(uae, found, c, step):
     """Mean and standard deviation of every noisy step of a stage 3 rollout without guidance."""
     noisy, _ = grpo_decoder.window(step, c)
-    path, steps = (found['z'], found['z_next']), list(range(noisy[1] - noisy[0]))
+    path = dict(z=found['z'], z_next=found['z_next'])
+    steps = list(range(noisy[1] - noisy[0]))
     how = (c.sample_steps, c.sde, c.noise_level, noisy[0])
     _, mean, std = uae.step_logp(path, steps, found['cond'], *how)
     return mean, std
@@ -337,9 +335,9 @@ class Recorder:
 
     def __init__(self, monkeypatch, spoil=None):
         self.updates, self.passes, self.spoil = [], [], spoil
-        self.real_parallel, self.real_optimise = common.parallel, common.optimise
+        self.real_parallel, self.real_step = common.parallel, common.Optimiser.step
         monkeypatch.setattr(common, 'parallel', self.at_start)
-        monkeypatch.setattr(common, 'optimise', self.at_update)
+        monkeypatch.setattr(common.Optimiser, 'step', self.updating())
 
     def at_start(self, uae, run):
         self.uae = uae
@@ -359,14 +357,16 @@ class Recorder:
     def state(self):
         return {key: value.clone() for key, value in self.uae.state_dict().items()}
 
-    def at_update(self, opt, params, *rest):
-        update = types.SimpleNamespace(before=self.state(), passes=self.passes)
-        update.grads = {key: p.grad.clone() for key, p in self.trained.items()}
-        self.passes = []
-        update.taken = self.real_optimise(opt, params, *rest)
-        update.after = self.state()
-        self.updates.append(update)
-        return update.taken
+    def updating(self):
+        def step(optimiser, number):
+            update = types.SimpleNamespace(before=self.state(), passes=self.passes)
+            update.grads = {key: p.grad.clone() for key, p in self.trained.items()}
+            self.passes = []
+            update.taken = self.real_step(optimiser, number)
+            update.after = self.state()
+            self.updates.append(update)
+            return update.taken
+        return step
 
     def back_to(self, update):
         """Gives the model the weights that an update began with, and no gradients."""
@@ -454,7 +454,7 @@ def test_the_stored_branch_spares_the_first_update_its_passes(monkeypatch, tmp_p
     extra = (f'--micro_batch={micro_batch}', '--updates=2', '--guidance=3', *SHORT)
     recorder, c = train(grpo_decoder, monkeypatch, tmp_path / 'out', *extra)
     first, second = recorder.updates
-    rollouts = len(common.image_slices(IMAGES, GROUP, micro_batch))
+    rollouts = len(list(common.group_slices(IMAGES, GROUP, micro_batch)))
     live = second.passes.count(True)             # one a micro-batch
     assert live >= rollouts
     assert first.passes == [False] * rollouts * c.sample_steps + [True] * live

@@ -29,7 +29,7 @@ def replay(stage, uae, batch, j):
     c, cond = stage.c, batch['cond']
     z, z_next = batch['z'][:, j], batch['z_next'][:, j]
     sigmas = uae.sigmas(c.sample_steps)
-    noisy, _ = grpo_decoder.window(sigmas, 0, c)
+    noisy, _ = grpo_decoder.window(0, c, sigmas)
     s, s_next = sigmas[noisy[0] + j], sigmas[noisy[0] + j + 1]
     if c.guidance == 1.0:
         v = uae.velocity(z, s, cond)
@@ -50,7 +50,7 @@ def step(stage):
     batch = decoder_rollout(stage)
     yield 'rollout'
 
-    _, trained = grpo_decoder.window(stage.uae.sigmas(c.sample_steps), 0, c)
+    _, trained = grpo_decoder.window(0, c, stage.uae.sigmas(c.sample_steps))
     for j in trained:
         _, logp, mean, std = replay(stage, stage.uae, batch, j)
         old_logp = batch['old_logp'][:, j:j + 1]
