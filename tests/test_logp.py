@@ -557,6 +557,13 @@ def ids_of(params):
     return {id(p) for p in params}
 
 
+def a_copy(uae, lora, rank):
+    """A copy of the model with adapters, or of the one without."""
+    if rank:
+        return copy.deepcopy(lora)
+    return copy.deepcopy(uae)
+
+
 @pytest.mark.parametrize('rank', [0, 4])
 def test_reference_of_the_encoder(uae, lora, seen, sampled, rank):
     """Before an update KL is 0; an update moves the policy and not the reference.
@@ -564,7 +571,7 @@ def test_reference_of_the_encoder(uae, lora, seen, sampled, rank):
     The reference shares all that is not trained.
     """
     y, mask, _ = sampled
-    u = copy.deepcopy(lora if rank else uae)
+    u = a_copy(uae, lora, rank)
     params = u.train_only('encoder')
     ref = u.reference('encoder')
     logp, ref_logp = score(u, seen, y), score(ref, seen, y)
@@ -587,7 +594,7 @@ def test_reference_of_the_encoder(uae, lora, seen, sampled, rank):
 
 @pytest.mark.parametrize('rank', [0, 4])
 def test_reference_of_the_decoder(uae, lora, cond, rank):
-    u = copy.deepcopy(lora if rank else uae)
+    u = a_copy(uae, lora, rank)
     params = u.train_only('decoder')
     ref = u.reference('decoder')
     z, noise = noises(u, 2)
