@@ -146,9 +146,20 @@ def open_uae(c, device='cpu', new_projector=False):
     uae = UAE(c, encoder, projector, decoder, vae, scheduler, processor, pooled, device)
     uae.release = release                       # its checkpoints' adapters stand on that release
     uae.source = source
+    check_resolution(uae)
     if c.text_encoder != 'live':
         load_text_encoder(uae, f'{start}/{TEXT_ENCODER}')
     return uae.to(device)
+
+
+def check_resolution(uae):
+    """Refuses a resolution that the VAE, the transformer's patches or the encoder cannot take."""
+    R, vision = uae.c.resolution, uae.encoder.config.vision_config
+    step = 2 ** (len(uae.vae.config.block_out_channels) - 1) * uae.decoder.config.patch_size
+    least = vision.patch_size * vision.spatial_merge_size
+    if R % step or R < 2 * least:
+        raise SystemExit(f'--resolution={R}: expected a multiple of {step} (VAE and patches of the '
+                         f'transformer), at least {2 * least} (patches of the encoder)')
 
 
 def load_towers(c, start, release):

@@ -29,7 +29,7 @@ import config
 from data.images import open_data
 from evaluate import Evaluator
 from log import Log, Stats, caption_fields, count_skipped, progress
-from reward import backbone, clip_reward
+from reward import clip_reward, reward_tower
 from tools.plan import plan
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def main(argv):
                          'which stage 1 would not train: start from an earlier checkpoint')
     params = uae.train_only('encoder', 'projector', 'decoder')
     ddp = common.parallel(uae, run)
-    tower = backbone(c.reward, c, run.device)
+    tower = reward_tower(c, run.device)
     optimiser = common.Optimiser(params, c)
     checkpoint.restore(c, optimiser)
     log = Log(c, run)

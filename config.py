@@ -37,7 +37,7 @@ shared = dict(
     guidance = 1.0,            # classifier-free guidance scale; 1 = off and costs nothing
     sample_steps = 8,          # S, denoising steps of a rollout
     # evaluation: on held-out images, ODE sampling, fixed noise
-    reward = 'clip',           # backbone of the reward, any name of reward.BACKBONES
+    reward = 'clip',           # a name of reward.BACKBONES, or a weighted sum: clip:0.7,dinov2:0.3
     eval_steps = 8,            # denoising steps
     eval_images = 64,          # held-out images
     eval_every = 20,           # updates between evaluations, 0 = never

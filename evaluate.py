@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from reward import backbone, clip_reward
+from reward import backbone, clip_reward, reward_tower
 
 
 @torch.no_grad()
@@ -50,9 +50,10 @@ class Evaluator:
     def __init__(self, uae, held, c, run, towers=None):
         self.uae, self.held, self.c, self.run = uae, held, c, run
         self.towers = dict(towers or {})
-        for name, source in (('reward', c.reward), ('judge', 'judge')):
-            if name not in self.towers:
-                self.towers[name] = backbone(source, c, run.device)
+        if 'reward' not in self.towers:
+            self.towers['reward'] = reward_tower(c, run.device)
+        if 'judge' not in self.towers:
+            self.towers['judge'] = backbone('judge', c, run.device)
 
     def records(self, rows):
         """One dict for each of these images: caption, scores, what an oracle reads in it."""

@@ -39,7 +39,7 @@ import config
 from data.images import open_data
 from evaluate import Evaluator
 from log import Log, Stats, caption_fields, count_skipped, progress, reward_fields
-from reward import backbone, clip_reward
+from reward import clip_reward, reward_tower
 from tools.plan import plan
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def main(argv):
         if reference:
             compile_blocks(reference)
     ddp = common.parallel(uae, run)
-    tower = backbone(c.reward, c, run.device)
+    tower = reward_tower(c, run.device)
     optimiser = common.Optimiser(params, c)
     checkpoint.restore(c, optimiser)
     neg = None

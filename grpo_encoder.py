@@ -40,7 +40,7 @@ from data.images import open_data
 from evaluate import Evaluator
 from log import Log, Stats, caption_fields, count_skipped, progress, reward_fields
 from policy import token_logp
-from reward import backbone, clip_reward
+from reward import clip_reward, reward_tower
 from tools.plan import plan
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def main(argv):
     if c.kl:
         reference = checkpoint.stage_start(uae, ['encoder'], c)
     ddp = common.parallel(uae, run)
-    tower = backbone(c.reward, c, run.device)
+    tower = reward_tower(c, run.device)
     optimiser = common.Optimiser(params, c)
     checkpoint.restore(c, optimiser)
     log = Log(c, run)

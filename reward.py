@@ -142,6 +142,53 @@ def backbone(name, c, device='cpu', source=''):
     return Backbone(library, tower, pre).to(device)
 
 
+class Mixture(nn.Module):
+    """A weighted sum of rewards, sum_k w_k cos(f_k(x), f_k(x_hat)), as one tower.
+
+    The features are those of all towers side by side, each times the root of its weight.
+    """
+
+    def __init__(self, towers, weights):
+        super().__init__()
+        self.towers = nn.ModuleList(towers)
+        self.weights = weights
+
+    def features(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> (B, sum of the towers' d)."""
+        parts = [math.sqrt(w) * tower.features(x) for w, tower in zip(self.weights, self.towers)]
+        return torch.cat(parts, -1)
+
+
+def reward_parts(c):
+    """The key `reward`, NAME or NAME:WEIGHT,NAME:WEIGHT -> {name: weight}.
+
+    Refuses the judge's own tower: it would judge itself.
+    """
+    parts = {}
+    for word in c.reward.split(','):
+        name, _, weight = word.strip().partition(':')
+        try:
+            parts[name] = float(weight or 1)
+        except ValueError:
+            parts[name] = 0.0
+        if not 0 < parts[name] < math.inf:
+            raise SystemExit(f'--reward={c.reward}: expected NAME or NAME:WEIGHT,NAME:WEIGHT with '
+                             'positive weights, for example clip:0.7,dinov2:0.3')
+        if name != 'judge' and describe(name, c)[1] == c.judge:
+            raise SystemExit(f'--reward={c.reward}: {name} is the judge too ({c.judge}), which must '
+                             'be a tower that was not the reward: name another --judge')
+    return parts
+
+
+def reward_tower(c, device='cpu'):
+    """The tower of the key `reward`, or the weighted sum of several."""
+    parts = reward_parts(c)
+    towers = [backbone(name, c, device) for name in parts]
+    if len(towers) == 1:
+        return towers[0]
+    return Mixture(towers, list(parts.values()))
+
+
 def load_open_clip(source):
     """The image tower of an open_clip model, NAME:WEIGHTS or local-dir:FOLDER."""
     import open_clip

@@ -165,7 +165,8 @@ def main(argv):
     run = common.start(c)
     if run.world > 1 and not c.image:
         raise SystemExit('several ranks are for --image; --prompt and --export take one')
-    uae = open_uae(c, run.device)
+    # captions need no projector: photos can be captioned before any training
+    uae = open_uae(c, run.device, new_projector=not c.draw)
     if c.image:
         from_images(uae, c, run)
     elif c.export:

@@ -15,7 +15,7 @@ import config
 import grpo_decoder
 import grpo_encoder
 from data.images import open_data
-from reward import backbone
+from reward import reward_tower
 from tools import plan
 
 SCRIPTS = dict(cold_start=cold_start, grpo_encoder=grpo_encoder, grpo_decoder=grpo_decoder)
@@ -83,7 +83,7 @@ def random_models(c, layers, device):
     known = plan.ARCHITECTURES
     if layers:
         known = shortened(known, layers)
-    return plan.skeleton(c, device, known), plan.random_tower(c.reward, c, device, known)
+    return plan.skeleton(c, device, known), plan.random_reward(c, device, known)
 
 
 # --- a stage and its step ------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class Stage:
             self.uae, self.tower = random_models(c, layers, device)
         else:
             self.uae = checkpoint.open_uae(c, device)
-            self.tower = backbone(c.reward, c, device)
+            self.tower = reward_tower(c, device)
         self.uae.forbidden[self.uae.end] = True
         self.params = self.uae.train_only(*TRAINED[self.name])
         self.negative = None

@@ -106,8 +106,15 @@ def skeleton(c, device='cpu', known=ARCHITECTURES):
     return uae
 
 
+def random_reward(c, device='cpu', known=ARCHITECTURES):
+    """The tower of the key `reward`, or the weighted sum of several, with random weights."""
+    parts = reward.reward_parts(c)
+    towers = [random_tower(name, c, device, known) for name in parts]
+    return reward.Mixture(towers, list(parts.values()))
+
+
 def random_tower(name, c, device='cpu', known=ARCHITECTURES):
-    """The reward's or the judge's tower with random weights, in its published size."""
+    """One backbone with random weights, in its published size."""
     library, source, preprocessing = reward.describe(name, c)
     with torch.device(device):
         if library == 'open_clip':
@@ -274,7 +281,7 @@ def plan(c, trained, loss):
     samples = getattr(c, 'batch', 0) or c.prompts * getattr(c, 'group', 1)
     size = min(samples // world, c.micro_batch or samples)
     uae = skeleton(planned_config(c), 'meta')
-    tower = random_tower(c.reward, c, 'meta')
+    tower = random_reward(c, 'meta')
     judge = random_tower('judge', c, 'meta')
     uae.train_only(*trained)
     uae.recompute_activations()
