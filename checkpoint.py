@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
-from model import Projector, UAE, frozen_copy
+from model import Projector, UAE
+from parts import frozen_copy
 from tools.release import load_release
 
 # every linear layer of the language model, never the vision tower, lm_head or projector; in the
@@ -146,14 +147,18 @@ def open_uae(c, device='cpu', new_projector=False):
     uae = UAE(c, encoder, projector, decoder, vae, scheduler, processor, pooled, device)
     uae.release = release                       # its checkpoints' adapters stand on that release
     uae.source = source
-    check_resolution(uae)
+    check_sizes(uae)
     if c.text_encoder != 'live':
         load_text_encoder(uae, f'{start}/{TEXT_ENCODER}')
     return uae.to(device)
 
 
-def check_resolution(uae):
-    """Refuses a resolution that the VAE, the transformer's patches or the encoder cannot take."""
+def check_sizes(uae):
+    """Refuses a resolution or a cond_len that the models cannot take."""
+    around = len(uae.before_text) + len(uae.after_text)
+    if 0 < uae.c.cond_len <= around:
+        raise SystemExit(f'--cond_len={uae.c.cond_len}: the template around a caption has {around} '
+                         'tokens, expected more, or 0 for no padding')
     R, vision = uae.c.resolution, uae.encoder.config.vision_config
     step = 2 ** (len(uae.vae.config.block_out_channels) - 1) * uae.decoder.config.patch_size
     least = vision.patch_size * vision.spatial_merge_size

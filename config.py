@@ -2,7 +2,7 @@
 
 A script adds its own keys to `shared`; the two dicts together are the whole configuration, and
 `--help` prints their source, so the comments are the manual. Values come from, later wins:
-`shared`, the script's `keys`, the preset (`--preset=tiny|medium|paper`), `--key=value`.
+`shared`, the script's `keys`, the preset (`--preset=tiny|medium|paper|release`), `--key=value`.
 """
 import argparse
 import ast
@@ -32,7 +32,8 @@ shared = dict(
     condition = 'text',        # text | answer | image | text+image: see model.UAE.condition
     text_encoder = '',         # what re-encodes captions: live, the captioner itself | start, the
                                # language model as stage 2 found it; '' = as the checkpoint has it
-    cond_len = 28,             # every condition is padded to this many tokens: SD3 has no text mask
+    cond_len = 28,             # every condition is padded to this many tokens: SD3 has no text mask;
+                               # 0 (evaluation only) = no further than the rows drawn together
     caption_len = 24,          # T, most tokens of a sampled caption, its end token included
     guidance = 1.0,            # classifier-free guidance scale; 1 = off and costs nothing
     sample_steps = 8,          # S, denoising steps of a rollout
@@ -71,6 +72,9 @@ presets['medium'] = dict(
 presets['paper'] = dict(
     presets['medium'], decoder='stabilityai/stable-diffusion-3.5-large', guidance=5.0,
     micro_batch=2)
+presets['release'] = dict(                                      # as the authors' demo runs theirs
+    presets['paper'], resolution=1024, cond_len=0, caption_len=513, eval_steps=40, eval_batch=1,
+    eval_temperature=0.7, micro_batch=1)
 choices = dict(
     condition=('text', 'answer', 'image', 'text+image'), dtype=('float32', 'bfloat16'),
     text_encoder=('', 'live', 'start'), sde=('flow', 'cps', 'cps_exact'),
@@ -78,7 +82,7 @@ choices = dict(
     loss_mean=('token', 'caption', 'constant'))
 # the least and the most that a number may be, of every script's keys
 bounds = dict(
-    resolution=(8, 4096), cond_len=(8, 8192), caption_len=(2, 8192), guidance=(0, 100),
+    resolution=(8, 4096), cond_len=(0, 8192), caption_len=(2, 8192), guidance=(0, 100),
     sample_steps=(1, 1000), eval_steps=(1, 1000), eval_images=(1, 10 ** 6),
     eval_batch=(1, 10 ** 6), eval_every=(0, 10 ** 9), eval_temperature=(0, 10),
     lora_rank=(0, 4096), micro_batch=(0, 10 ** 6), seed=(0, 2 ** 31), save_every=(0, 10 ** 9),
@@ -144,6 +148,9 @@ def check(values):
     if values.get('sde', 'flow') != 'flow' and values['noise_level'] > 1:
         raise ConfigError(f'--noise_level={values["noise_level"]}: with --sde={values["sde"]} '
                           'expected at most 1')
+    if 'lr' in values and not values['cond_len']:
+        raise ConfigError('--cond_len=0: conditions of many lengths cannot be trained on, it is for '
+                          'the evaluation of released weights')
     if os.path.isfile(values['out_dir']):
         raise ConfigError(f'--out_dir={values["out_dir"]}: a file is there, expected a folder')
 

@@ -20,12 +20,12 @@ the models run in; under bfloat16 the logits behind a log-prob are rounded to bf
 """
 import copy
 import math
-from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from parts import Parts
 from policy import choose, next_state, pick_logp, sde_step, token_logp
 
 
@@ -41,18 +41,8 @@ class Projector(nn.Module):
         return self.down(F.gelu(self.up(h)))
 
 
-def frozen_copy(module):
-    """A frozen copy of a module that shares every weight which is not trained.
-
-    With LoRA only the adapters are copied, in full fine-tuning everything that is trained.
-    """
-    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
-    twin = copy.deepcopy(module, shared)
-    return twin.requires_grad_(False)
-
-
 # --- the model -----------------------------------------------------------------------------------
-class UAE(nn.Module):
+class UAE(Parts):
     """Encoder, projector and decoder with everything that samples from them.
 
     c: the configuration (config.py). The parts come built: `checkpoint.open_uae` loads them,
@@ -97,10 +87,6 @@ class UAE(nn.Module):
     def embed(self):
         return self.encoder.get_input_embeddings()
 
-    @property
-    def language_model(self):
-        return self.encoder.model.language_model
-
     def read_templates(self):
         """Token ids around a caption prompt's image, and around a text that is to be drawn."""
         ask = dict(type='text', text=self.c.caption_prompt)
@@ -108,6 +94,8 @@ class UAE(nn.Module):
         self.before_image, self.after_image = self.ids_around(user, '<|image_pad|>')
         text = dict(role='generate', content=[dict(type='text', text='\0')])
         self.before_text, self.after_text = self.ids_around(text, '\0')
+        negative = self.tokenizer(self.c.negative_prompt, add_special_tokens=False).input_ids
+        self.negative_length = min(len(negative), self.c.caption_len - 1)
 
     def ids_around(self, message, mark):
         """Token ids before and after `mark` in a message under the chat template."""
@@ -116,84 +104,6 @@ class UAE(nn.Module):
         before, after = text.split(mark)
         return [self.tokenizer(part, add_special_tokens=False).input_ids
                 for part in (before, after)]
-
-    def train_only(self, *names):
-        """Marks what a stage trains and returns those parameters, float32 masters.
-
-        names: of 'encoder' (the language model without lm_head, but where that is tied to the
-        embedding both move; never the vision tower), 'projector', 'decoder' (the transformer,
-        never the VAE). With LoRA only the adapters. Everything else is frozen, in c.dtype.
-        """
-        parts = dict(encoder=self.language_model, projector=self.projector, decoder=self.decoder)
-        for name in names:
-            for key, p in parts[name].named_parameters():
-                adapted = self.c.lora_rank and name != 'projector'
-                if adapted and 'lora_' not in key:
-                    continue
-                if name == 'decoder' and self.unreachable(key):
-                    continue
-                p.data = p.data.float()
-                p.requires_grad_(True)
-        for module in (self.encoder, self.decoder):
-            for key, p in module.named_parameters():
-                # adapters stay float32 also in a stage that freezes them: the next one trains on
-                if not p.requires_grad and 'lora_' not in key:
-                    p.data = p.data.to(getattr(torch, self.c.dtype))
-        if self.c.checkpointing:
-            self.recompute_activations()
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def recompute_activations(self):
-        """Gradient checkpointing of both transformers; transformers 5 has two names for it."""
-        if hasattr(self.encoder, 'activation_checkpointing_enable'):
-            self.encoder.activation_checkpointing_enable()
-        else:
-            self.encoder.gradient_checkpointing_enable()
-        self.decoder.enable_gradient_checkpointing()
-
-    def unreachable(self, key):
-        """Whether no loss reaches this decoder parameter.
-
-        The last block drops what its text queries attend to, and at tiny size the pooled
-        embedding is zero.
-        """
-        last = f'transformer_blocks.{self.decoder.config.num_layers - 1}.attn.'
-        if key.startswith((last + 'add_q', last + 'norm_added_q')):
-            return True
-        return 'text_embedder.linear_1.w' in key and not self.pooled.any()
-
-    def forward(self, loss, *args, **kwargs):
-        """loss(self, ...) of a stage: the door through which DistributedDataParallel sees it."""
-        if not self.c.checkpointing:
-            return loss(self, *args, **kwargs)
-        towers = (self.language_model, self.decoder)
-        for tower in towers:        # libraries recompute in train mode only; nothing has dropout
-            tower.train()
-        try:
-            return loss(self, *args, **kwargs)
-        finally:
-            for tower in towers:
-                tower.eval()
-
-    @contextmanager
-    def parked(self, *names):
-        """Context in which the parts named ('encoder', 'decoder', 'vae') wait on the CPU."""
-        parts = [getattr(self, name) for name in names]
-        if 'encoder' in names and self.text_encoder:
-            parts.append(self.text_encoder)
-        for part in parts:
-            part.to('cpu')
-        try:
-            yield
-        finally:
-            for part in parts:
-                part.to(self.device)
-
-    def autocast(self):
-        """Matrix work in c.dtype over float32 master weights; nothing to do in float32."""
-        if self.c.dtype == 'float32':
-            return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.c.dtype))
 
     # --- encoder: image -> caption ---------------------------------------------------------------
     def see(self, x):
@@ -339,26 +249,31 @@ class UAE(nn.Module):
         return y.to(self.device), mask.to(self.device), cut
 
     # --- condition: caption -> c -----------------------------------------------------------------
-    def text_condition(self, y, mask):
+    def text_condition(self, y, mask, width=0):
         """The caption re-encoded alone, the image unseen: a true bottleneck. -> (B, cond_len, D).
 
-        Padded on the right to cond_len, so that c is the same alone and in any batch. What does
-        not fit is cut (log field `truncated`).
+        Padded on the right to cond_len, or to `width`, so that c is the same alone and in any
+        batch. What does not fit is cut (log field `truncated`).
         """
-        ids, attend = self.text_ids(y, mask)
+        ids, attend = self.text_ids(y, mask, width)
         language_model = self.text_encoder or self.language_model
         embedded = language_model.get_input_embeddings()(ids)
         out = language_model(inputs_embeds=embedded, attention_mask=attend, use_cache=False)
         return self.project(out.last_hidden_state)
 
-    def text_ids(self, y, mask):
+    def text_ids(self, y, mask, width=0):
         """Captions in the template of a text to be drawn: ids and attention (B, cond_len)."""
-        B, width = len(y), self.c.cond_len
+        spoken = self.spoken(y, mask)
         start = len(self.before_text)
-        room = width - start - len(self.after_text)
-        spoken = self.spoken(y, mask)[:, :room]
+        around = start + len(self.after_text)
+        width = width or self.c.cond_len
+        if not width:       # cond_len 0, as the release: the longest row or the negative prompt
+            longest = spoken.sum(1).max().item()
+            width = around + max(longest, self.negative_length)
+        room = width - around
+        spoken = spoken[:, :room]
         end = start + spoken.sum(1, keepdim=True)               # (B, 1)
-        ids = torch.full((B, width), self.tokenizer.pad_token_id, device=self.device)
+        ids = torch.full((len(y), width), self.tokenizer.pad_token_id, device=self.device)
         ids[:, :start] = torch.tensor(self.before_text, device=self.device)
         caption = torch.where(spoken, y[:, :room], self.tokenizer.pad_token_id)
         ids[:, start:start + spoken.shape[1]] = caption
@@ -381,7 +296,9 @@ class UAE(nn.Module):
         return self.projector(h.to(self.projector.up.weight.dtype))
 
     def pad(self, h):
-        """h (B, n, d) -> (B, cond_len, d), zeros on the right."""
+        """h (B, n, d) -> (B, cond_len, d), zeros on the right; as it is where cond_len is 0."""
+        if not self.c.cond_len:
+            return h
         h = h[:, :self.c.cond_len]
         return F.pad(h, (0, 0, 0, self.c.cond_len - h.shape[1]))
 
@@ -410,11 +327,14 @@ class UAE(nn.Module):
             return torch.cat([self.text_condition(y, mask), c_img], 1)
 
     @torch.no_grad()
-    def negative(self):
-        """Condition (1, same length, D) of the unconditional branch: the negative prompt."""
+    def negative(self, width=0):
+        """Condition (1, cond_len, D) of the unconditional branch: the negative prompt.
+
+        width: the length instead, where cond_len is 0.
+        """
         with self.autocast():
             y, mask, _ = self.tokens([self.c.negative_prompt])
-            c = self.text_condition(y, mask)
+            c = self.text_condition(y, mask, width)
             if self.c.condition != 'text+image':
                 return c
             nothing = torch.zeros(1, c.shape[1], self.projector.up.in_features)
@@ -477,7 +397,9 @@ class UAE(nn.Module):
         Gradients flow through the last grad_steps of the S steps.
         """
         sigmas = self.sigmas(S)
-        neg = self.negative() if self.c.guidance != 1.0 else None
+        neg = None
+        if self.c.guidance != 1.0:
+            neg = self.negative(0 if self.c.cond_len else c.shape[1])
         learning = torch.is_grad_enabled()
         for i in range(S):
             with torch.set_grad_enabled(learning and i >= S - grad_steps):
@@ -554,10 +476,3 @@ class UAE(nn.Module):
         parts = x.to(self.vae.dtype).split(self.c.micro_batch or len(x))
         means = [self.vae.encode(part).latent_dist.mean.float() for part in parts]
         return (torch.cat(means) - (config.shift_factor or 0)) * config.scaling_factor
-
-    def reference(self, name):
-        """A UAE that shares all but one part, which is frozen as it is: the reference policy."""
-        twin = copy.copy(self)
-        twin._modules = dict(self._modules)
-        twin._modules[name] = frozen_copy(getattr(self, name))
-        return twin
