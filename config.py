@@ -32,7 +32,7 @@ shared = dict(
     condition = 'text',        # text | answer | image | text+image: see model.UAE.condition
     text_encoder = '',         # what re-encodes captions: live, the captioner itself | start, the
                                # language model as stage 2 found it; '' = as the checkpoint has it
-    cond_len = 28,             # every condition is padded to this many tokens: SD3 has no text mask;
+    cond_len = 28,             # tokens that every condition is padded to: SD3 has no text mask;
                                # 0 (evaluation only) = no further than the rows drawn together
     caption_len = 24,          # T, most tokens of a sampled caption, its end token included
     guidance = 1.0,            # classifier-free guidance scale; 1 = off and costs nothing
@@ -149,8 +149,8 @@ def check(values):
         raise ConfigError(f'--noise_level={values["noise_level"]}: with --sde={values["sde"]} '
                           'expected at most 1')
     if 'lr' in values and not values['cond_len']:
-        raise ConfigError('--cond_len=0: conditions of many lengths cannot be trained on, it is for '
-                          'the evaluation of released weights')
+        raise ConfigError('--cond_len=0: conditions of many lengths cannot be trained on, it is '
+                          'for the evaluation of released weights')
     if os.path.isfile(values['out_dir']):
         raise ConfigError(f'--out_dir={values["out_dir"]}: a file is there, expected a folder')
 
