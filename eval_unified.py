@@ -24,7 +24,7 @@ import common
 import config
 from bench.unified import backbones, match_files, of_seed, over_seeds, rebuild, score_folder
 from checkpoint import open_uae
-from data.images import image_files, open_data, picture
+from data.images import image_files, load_picture, open_data
 from evaluate import Evaluator, reconstruct
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ def unified(c, run):
         error = f' +- {errors[name]:.4f}' if errors else ''
         print(f'{name:22s} {mean:.4f}{error}')
     shown = list(references)[:SHEET_ROWS]
-    sources = [picture(references[name])[0] for name in shown]
-    images = [picture(pairs[name])[0] for name in shown]
+    sources = [load_picture(references[name])[0] for name in shown]
+    images = [load_picture(pairs[name])[0] for name in shown]
     texts = [textwrap.shorten(captions[name], 400, placeholder=' ...') for name in shown]
     contact_sheet([sources, images], texts, f'{c.out_dir}/contact_sheet.png')
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import common
 import config
 from checkpoint import open_uae
-from data.images import ImageError, keep, open_images
+from data.images import ImageError, open_images, save_image
 from evaluate import draw_captions, reconstruct
 from tools.export import export
 
@@ -49,7 +49,7 @@ def from_prompt(uae, c):
         print(f'warning: the prompt has more than caption_len - 1 = {most} tokens and was cut')
     x_hat = draw_captions(uae, y, mask, rows=[c.seed])
     path = f'{c.out_dir}/prompt.png'
-    keep(x_hat[0].clamp(-1, 1), path)
+    save_image(x_hat[0].clamp(-1, 1), path)
     print(path)
 
 
@@ -138,7 +138,7 @@ def caption_batch(uae, c, images, wanted, pictures):
     if c.draw:
         side_by_side = torch.cat([x, x_hat], 3).clamp(-1, 1)
         for i, pair in zip(found, side_by_side):
-            keep(pair, pictures[i])
+            save_image(pair, pictures[i])
     return dict(zip(found, texts))
 
 

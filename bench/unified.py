@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import common
 from checkpoint import find_checkpoint, open_uae
-from data.images import image_files, keep, picture
+from data.images import image_files, load_picture, save_image
 from evaluate import draw_captions, reconstruct
 from reward import backbone, clip_reward
 
@@ -130,7 +130,7 @@ def rebuild(c, run, references):
             image_file, note = f'{folder}/{name}', f'{notes}/{name}.json'
             if os.path.exists(image_file) and os.path.exists(note):
                 continue
-            x = picture(references[name], c.resolution ** 2).to(uae.device)
+            x = load_picture(references[name], c.resolution ** 2).to(uae.device)
             seed = (c.seed + k,)
             if given is None:
                 texts, _, x_hat = reconstruct(uae, x, [i], c.eval_temperature, seed=seed)
@@ -139,7 +139,7 @@ def rebuild(c, run, references):
                 text = given[name]
                 x_hat = draw_given(uae, text, x, i, seed, name)
             common.write_json(note, text, indent=2)
-            keep(x_hat[0], image_file)
+            save_image(x_hat[0], image_file)
         common.barrier(run)                     # all have drawn
         captions = {}
         for name in names:
@@ -188,8 +188,8 @@ def score_folder(folder, references, towers, device):
     for name in towers:
         scores[name] = {file: None for file, _ in files}
     for reference, path in tqdm(pairs.items(), desc='score'):
-        x = picture(references[reference]).to(device)
-        x_hat = picture(path).to(device)
+        x = load_picture(references[reference]).to(device)
+        x_hat = load_picture(path).to(device)
         for name, tower in towers.items():
             scores[name][os.path.basename(path)] = clip_reward(x, x_hat, tower).item()
     return unified_score(scores), pairs

@@ -372,7 +372,7 @@ def test_manifest_errors(tmp_path):
     refused(r'i\.jsonl: not a readable manifest', str(tmp_path / 'i.jsonl'), R)
     (tmp_path / 'j.jsonl').write_text('{"image": "00.png", "caption": ["a", "b"]}')
     refused(r'j\.jsonl line 1: .*neither a string nor a conversation', str(tmp_path / 'j.jsonl'), R)
-    refused(r'its images are not there.*image_root', str(tmp_path / 'd.jsonl'), R, image_root=str(tmp_path / 'elsewhere'))
+    refused(r'its images are not there.*--data_keys', str(tmp_path / 'd.jsonl'), R, image_root=str(tmp_path / 'elsewhere'))
 
 
 def test_manifest_with_one_missing_file(tmp_path):
@@ -507,7 +507,7 @@ def test_folders_that_sample_refuses(tmp_path):
     t = make_tar(tmp_path / 'a.tar', [('0.png', encoded(noise()))])
     assert 'inside a tar' in refusal(lambda: sample(t, tmp_path / 'out'))
     assert 'lies in --image' in refusal(lambda: sample(tmp_path / 'in', tmp_path / 'in' / 'out'))
-    assert '--batch=0' in refusal(lambda: sample(tmp_path / 'in', tmp_path / 'out', '--batch=0'))
+    assert '--batch: expected 1' in refusal(lambda: sample(tmp_path / 'in', tmp_path / 'out', '--batch=0'))
 
 
 def test_captions_on_two_ranks_are_those_of_one(tmp_path, monkeypatch):
