@@ -1,13 +1,16 @@
 """The tiny world: scene <-> caption <-> image, with an oracle that reads images back.
 
-A scene is one to four objects in the 2x2 cells of a 32x32 picture, on a plain background. Everything about it is
-known, so what a caption says and what a picture shows can be counted, without a judge model:
+A scene is one to four objects in the 2x2 cells of a 32x32 picture, on a plain background.
+Everything about it is known, so what a caption says and what a picture shows can be counted,
+without a judge model:
 
     scene   Scene((Object("small", "red", "circle", "top-left"), ...), "gray")
     image   (32, 32, 3) uint8 from `draw`; (B, 3, 32, 32) float32 in [-1, 1] from `pixels`
-    caption "small red circle top-left , large blue square bottom-right , gray background ." (at most 23 tokens)
+    caption "small red circle top-left , large blue square bottom-right , gray background ."
+            (at most 23 tokens)
 
-`caption_scores` measures understanding (captions against scenes), `t2i` generation (images against scenes).
+`caption_scores` measures understanding (captions against scenes), `t2i` generation (images against
+scenes).
 """
 
 import json
@@ -24,12 +27,15 @@ from PIL import Image
 RESOLUTION = 32
 CELL = RESOLUTION // 2
 SIZES = {"small": 4, "large": 7}  # radius in pixels
-COLOURS = {"red": (230, 20, 30), "green": (20, 190, 50), "blue": (30, 90, 255), "yellow": (255, 230, 30),
-           "purple": (190, 40, 230), "orange": (255, 135, 0), "cyan": (0, 225, 235), "white": (255, 255, 255)}
+COLOURS = {
+    "red": (230, 20, 30), "green": (20, 190, 50), "blue": (30, 90, 255), "yellow": (255, 230, 30),
+    "purple": (190, 40, 230), "orange": (255, 135, 0), "cyan": (0, 225, 235),
+    "white": (255, 255, 255)}
 SHAPES = ("circle", "square", "triangle", "cross")
 CELLS = ("top-left", "top-right", "bottom-left", "bottom-right")  # in reading order
 # Dark or dull, and named apart from every colour: no object can vanish into its background.
-BACKGROUNDS = {"black": (0, 0, 0), "gray": (125, 125, 125), "navy": (0, 0, 110), "brown": (110, 65, 20)}
+BACKGROUNDS = {
+    "black": (0, 0, 0), "gray": (125, 125, 125), "navy": (0, 0, 110), "brown": (110, 65, 20)}
 WORDS = (*SIZES, *COLOURS, *SHAPES, *CELLS, *BACKGROUNDS, "background", ",", ".")
 
 
@@ -45,7 +51,11 @@ class Scene(NamedTuple):
     background: str
 
 
-ATTRIBUTE = {word: name for name, words in zip(Object._fields, (SIZES, COLOURS, SHAPES, CELLS)) for word in words}
+VALUES = dict(size=SIZES, colour=COLOURS, shape=SHAPES, cell=CELLS)
+ATTRIBUTE = {}                                          # "red" -> "colour"
+for name, words in VALUES.items():
+    for word in words:
+        ATTRIBUTE[word] = name
 
 
 def random_scene(rng):
@@ -53,9 +63,11 @@ def random_scene(rng):
     def pick(words):
         return tuple(words)[rng.integers(len(words))]
 
-    cells = sorted(rng.choice(len(CELLS), size=rng.integers(1, len(CELLS) + 1), replace=False))
-    objects = tuple(Object(pick(SIZES), pick(COLOURS), pick(SHAPES), CELLS[i]) for i in cells)
-    return Scene(objects, pick(BACKGROUNDS))
+    number = rng.integers(1, len(CELLS) + 1)
+    objects = []
+    for i in sorted(rng.choice(len(CELLS), size=number, replace=False)):
+        objects.append(Object(pick(SIZES), pick(COLOURS), pick(SHAPES), CELLS[i]))
+    return Scene(tuple(objects), pick(BACKGROUNDS))
 
 
 # -----------------------------------------------------------------------------
@@ -65,11 +77,16 @@ def silhouette(size, shape):
     """(16, 16) bool: the pixels of a cell that the object covers."""
     r = SIZES[size]
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
-    near, far = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
-    return {"circle": np.hypot(x, y) <= 0.9 * r,  # so that the small one, too, is far from its square
-            "square": far <= r,
-            "triangle": (far <= r) & (abs(x) <= (y + r) / 2),
-            "cross": (far <= r) & (near <= r / 3)}[shape]
+    near = np.minimum(abs(x), abs(y))
+    far = np.maximum(abs(x), abs(y))
+    square = far <= r
+    if shape == "circle":
+        return np.hypot(x, y) <= 0.9 * r    # so that the small one, too, is far from its square
+    if shape == "triangle":
+        return square & (abs(x) <= (y + r) / 2)
+    if shape == "cross":
+        return square & (near <= r / 3)
+    return square
 
 
 # Every cell there can be, drawn once: 4 backgrounds x (64 looks + the empty cell).
@@ -87,13 +104,15 @@ def draw(scene):
     looks = [EMPTY] * len(CELLS)
     for thing in scene.objects:
         looks[CELLS.index(thing.cell)] = LOOKS[thing[:3]]
-    cells = DRAWINGS[list(BACKGROUNDS).index(scene.background), looks]
-    return cells.reshape(2, 2, CELL, CELL, 3).swapaxes(1, 2).reshape(RESOLUTION, RESOLUTION, 3)
+    background = list(BACKGROUNDS).index(scene.background)
+    cells = DRAWINGS[background, looks].reshape(2, 2, CELL, CELL, 3)
+    return cells.swapaxes(1, 2).reshape(RESOLUTION, RESOLUTION, 3)
 
 
 def pixels(scenes):
     """The scenes' pictures as the models see them, (B, 3, 32, 32) float32 in [-1, 1]."""
-    return np.stack([draw(scene) for scene in scenes]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    pictures = np.stack([draw(scene) for scene in scenes]).transpose(0, 3, 1, 2)
+    return pictures.astype(np.float32) / 127.5 - 1
 
 
 # -----------------------------------------------------------------------------
@@ -101,48 +120,70 @@ def pixels(scenes):
 
 def caption(scene):
     """The full caption: every attribute of every object, then the background."""
-    return " , ".join([*map(" ".join, scene.objects), f"{scene.background} background"]) + " ."
+    phrases = [" ".join(thing) for thing in scene.objects]
+    phrases.append(f"{scene.background} background")
+    return " , ".join(phrases) + " ."
 
 
 def terse(scene, keep, rng, all_objects=False):
-    """A caption that leaves things out: each object, attribute and the background stays with probability `keep`
-    (with all_objects every object is told of, in part).
+    """A caption that leaves things out.
 
-    What it says is true, no phrase is empty or said twice, and it says something at any `keep`; keep=1 is `caption`.
+    Each object, attribute and the background stays with probability `keep`; with all_objects every
+    object is told of, in part. What it says is true, no phrase is empty or said twice, and it says
+    something at any `keep`; keep=1 is `caption`.
     """
     def phrase(thing):
-        return " ".join([word for word in thing if rng.random() < keep] or [thing[rng.integers(len(thing))]])
+        kept = [word for word in thing if rng.random() < keep]
+        if not kept:
+            kept = [thing[rng.integers(len(thing))]]
+        return " ".join(kept)
 
-    phrases = [phrase(thing) for thing in scene.objects if all_objects or rng.random() < keep]
+    phrases = []
+    for thing in scene.objects:
+        if all_objects or rng.random() < keep:
+            phrases.append(phrase(thing))
     if rng.random() < keep:
         phrases.append(f"{scene.background} background")
     if not phrases:
-        phrases = [phrase(scene.objects[rng.integers(len(scene.objects))])]
-    return " , ".join(dict.fromkeys(phrases)) + " ."  # a dict: distinct phrases, in order
+        thing = scene.objects[rng.integers(len(scene.objects))]
+        phrases = [phrase(thing)]
+    distinct = dict.fromkeys(phrases)       # in order
+    return " , ".join(distinct) + " ."
 
 
 def parse_phrase(phrase):
-    """'red circle' -> {"colour": "red", "shape": "circle"}; 'gray background' -> {"background": "gray"}; else None."""
+    """'red circle' -> {"colour": "red", "shape": "circle"}; None where it does not parse.
+
+    'gray background' -> {"background": "gray"}.
+    """
     words = phrase.split()
     if len(words) == 2 and words[0] in BACKGROUNDS and words[1] == "background":
         return {"background": words[0]}
     stated = {ATTRIBUTE.get(word): word for word in words}  # an unknown word has the key None
     in_order = [name for name in Object._fields if name in stated]
-    well_formed = len(stated) == len(words) and list(stated) == in_order  # nothing repeated, unknown or out of order
-    return stated if words and well_formed else None
+    # nothing repeated, unknown or out of order
+    well_formed = len(stated) == len(words) and list(stated) == in_order
+    if words and well_formed:
+        return stated
+    return None
 
 
 def parse(text):
-    """Caption -> one entry per phrase: the dict of attributes it states, or None where it does not parse."""
+    """Caption -> one entry per phrase: the attributes it states, None where it does not parse."""
     text = text.strip().removesuffix(".")
-    return [parse_phrase(phrase) for phrase in text.split(",")] if text.strip() else []
+    if not text.strip():
+        return []
+    return [parse_phrase(phrase) for phrase in text.split(",")]
 
 
 def holds(stated, scene):
-    """Whether some object of the scene (or its background) has everything that one parsed phrase states."""
+    """Whether an object of the scene, or its background, has all that a parsed phrase states."""
     if "background" in stated:
         return stated["background"] == scene.background
-    return any(stated.items() <= thing._asdict().items() for thing in scene.objects)
+    for thing in scene.objects:
+        if stated.items() <= thing._asdict().items():
+            return True
+    return False
 
 
 def count_true(phrases, scene):
@@ -153,13 +194,16 @@ def count_true(phrases, scene):
 
 def count_facts(phrases, scene):
     """How many of the scene's 3 n + 1 facts are stated with their cell, and never contradicted."""
-    said = {}  # (cell or None, attribute) -> every value the caption gives it
+    said = {}           # (cell or None, attribute) -> every value the caption gives it
     for stated in filter(None, phrases):
         for name, value in stated.items():
-            said.setdefault((stated.get("cell"), name), set()).add(value)
-    facts = {(o.cell, name): value for o in scene.objects for name, value in zip(Object._fields, o) if name != "cell"}
-    facts[None, "background"] = scene.background
-    return sum(said.get(key) == {value} for key, value in facts.items())
+            place = (stated.get("cell"), name)
+            said.setdefault(place, set()).add(value)
+    facts = {(None, "background"): scene.background}
+    for thing in scene.objects:
+        for name in ("size", "colour", "shape"):
+            facts[thing.cell, name] = getattr(thing, name)
+    return sum(said.get(place) == {value} for place, value in facts.items())
 
 
 def caption_scores(texts, scenes):
@@ -167,50 +211,63 @@ def caption_scores(texts, scenes):
 
     len     mean number of tokens
     truth   share of all phrases that hold; a repetition or a phrase that does not parse does not
-    recall  share of all facts (size, colour, shape of each cell's object; the background) that are stated rightly
+    recall  share of all facts that are stated rightly: size, colour and shape of each cell's
+            object, and the background
     exact   share of captions that are the full caption word for word
 
-    Truth takes a phrase as it stands: were it made to name its cell, a caption would look truer merely for its length.
+    Truth takes a phrase as it stands: were it made to name its cell, a caption would look truer
+    merely for its length.
     """
-    parsed = [parse(text) for text in texts]
-    n_phrases, n_facts = sum(map(len, parsed)), sum(3 * len(scene.objects) + 1 for scene in scenes)
-    pairs = list(zip(parsed, scenes, strict=True))
-    return {
-        "len": sum(len(text.split()) for text in texts) / len(texts),
-        "truth": sum(count_true(phrases, scene) for phrases, scene in pairs) / max(n_phrases, 1),
-        "recall": sum(count_facts(phrases, scene) for phrases, scene in pairs) / n_facts,
-        "exact": sum(text.split() == caption(scene).split() for text, scene in zip(texts, scenes)) / len(texts),
-    }
+    words = true = stated = phrases = facts = exact = 0
+    for text, scene in zip(texts, scenes, strict=True):
+        parsed = parse(text)
+        words += len(text.split())
+        phrases += len(parsed)
+        true += count_true(parsed, scene)
+        facts += 3 * len(scene.objects) + 1
+        stated += count_facts(parsed, scene)
+        exact += text.split() == caption(scene).split()
+    return {"len": words / len(texts), "truth": true / max(phrases, 1), "recall": stated / facts,
+            "exact": exact / len(texts)}
 
 
 # -----------------------------------------------------------------------------
 # image -> scene: the oracle
 
-CLEAN = DRAWINGS.reshape(-1, CELL * CELL * 3).astype(np.float32) / 127.5 - 1  # (4 * 65, 768) in [-1, 1]
+# every cell there can be, (4 * 65, 768) in [-1, 1]
+CLEAN = DRAWINGS.reshape(-1, CELL * CELL * 3).astype(np.float32) / 127.5 - 1
 
 
 def read(images):
-    """What the pictures show: (B, 3, 32, 32) in [-1, 1], array or CPU tensor -> B Scenes (objects may be none).
+    """What the pictures show: (B, 3, 32, 32) in [-1, 1], array or CPU tensor -> B Scenes.
 
-    Each cell is read as the nearest of the 65 clean drawings, all four on the background that suits the picture best.
+    Each cell is read as the nearest of the 65 clean drawings, all four on the background that suits
+    the picture best. A Scene may have no objects.
     """
     x = np.asarray(images, dtype=np.float32).reshape(-1, 3, 2, CELL, 2, CELL)
-    x = x.transpose(0, 2, 4, 3, 5, 1).reshape(-1, CELL * CELL * 3)  # (B * 4, 768), cells in reading order
-    distance = (CLEAN ** 2).sum(1) - 2 * x @ CLEAN.T  # |x - clean|^2, less |x|^2 which is the same for all
+    x = x.transpose(0, 2, 4, 3, 5, 1)
+    x = x.reshape(-1, CELL * CELL * 3)                  # (B * 4, 768), cells in reading order
+    # |x - clean|^2, less |x|^2 which is the same for all
+    distance = (CLEAN ** 2).sum(1) - 2 * x @ CLEAN.T
     distance = distance.reshape(-1, len(CELLS), len(BACKGROUNDS), len(LOOKS) + 1)
-    backgrounds = distance.min(3).sum(1).argmin(1)  # (B,)
-    names, looks, readings = list(BACKGROUNDS), list(LOOKS), []
-    for cells, b in zip(distance, backgrounds):
-        found = zip(cells[:, b].argmin(1), CELLS)
-        readings.append(Scene(tuple(Object(*looks[i], cell) for i, cell in found if i != EMPTY), names[b]))
+    backgrounds = distance.min(3).sum(1).argmin(1)      # (B,)
+    names = list(BACKGROUNDS)
+    looks = list(LOOKS)
+    readings = []
+    for cells, background in zip(distance, backgrounds):
+        objects = []
+        for i, cell in zip(cells[:, background].argmin(1), CELLS):
+            if i != EMPTY:
+                objects.append(Object(*looks[i], cell))
+        readings.append(Scene(tuple(objects), names[background]))
     return readings
 
 
 def t2i(images, scenes):
-    """Share of what the scenes ask for that the oracle reads in the images, pooled over images; a float in [0, 1].
+    """Share of what the scenes ask for that the oracle reads in the images: a float in [0, 1].
 
-    An object asks for four things (presence, size, colour, shape), an empty cell for one (stay empty), and the
-    background is one more.
+    Pooled over images. An object asks for four things (presence, size, colour, shape), an empty
+    cell for one (stay empty), and the background is one more.
     """
     return t2i_of_readings(read(images), scenes)
 
@@ -219,11 +276,13 @@ def t2i_of_readings(readings, scenes):
     """`t2i` from what `read` returned."""
     right = total = 0
     for reading, scene in zip(readings, scenes, strict=True):
-        found, wanted = ({thing.cell: thing for thing in s.objects} for s in (reading, scene))
+        found = {thing.cell: thing for thing in reading.objects}
+        wanted = {thing.cell: thing for thing in scene.objects}
         right += reading.background == scene.background
         total += 1
         for cell in CELLS:
-            if cell in wanted:  # the fourth field is the cell itself: it agrees, and stands for presence
+            if cell in wanted:
+                # the fourth field is the cell itself: it agrees, and stands for presence
                 right += sum(a == b for a, b in zip(found.get(cell, ()), wanted[cell]))
                 total += 4
             else:
@@ -239,33 +298,47 @@ SPLITS = ("train", "held_out")
 
 
 def splits(seed=0, train=4096, held_out=256):
-    """(train scenes, held-out scenes), all distinct. The held-out ones come first: they do not depend on `train`."""
-    rng, scenes = np.random.default_rng(seed), {}
+    """(train scenes, held-out scenes), all distinct.
+
+    The held-out ones are drawn first: they do not depend on `train`.
+    """
+    rng = np.random.default_rng(seed)
+    scenes = {}
     while len(scenes) < train + held_out:
         scenes[random_scene(rng)] = None
     scenes = list(scenes)
     return scenes[held_out:], scenes[:held_out]
 
 
-def write(root, seed=0, train=4096, held_out=256):
-    """Make root/train/*.png, root/held_out/*.png and root/scenes.jsonl (one line per image); return root.
+def line_of(file, scene):
+    """A scene's line of scenes.jsonl."""
+    row = {"file": file, "background": scene.background,
+           "objects": [thing._asdict() for thing in scene.objects], "caption": caption(scene)}
+    return json.dumps(row) + "\n"
 
-    A folder that already holds these very scenes is left as it is. A new one is made beside its place and renamed,
-    so a kill leaves no half folder under its name and of two writers one wins.
+
+def write(root, seed=0, train=4096, held_out=256):
+    """Makes root/train/*.png, root/held_out/*.png and root/scenes.jsonl, a line per image -> root.
+
+    A folder that already holds these very scenes is left as it is. A new one is made beside its
+    place and renamed, so a kill leaves no half folder under its name and of two writers one wins.
     """
-    root, parts = Path(root), zip(SPLITS, splits(seed, train, held_out))
-    files = {f"{split}/{i:05d}.png": scene for split, part in parts for i, scene in enumerate(part)}
-    manifest = "".join(json.dumps({
-        "file": file, "background": scene.background, "objects": [thing._asdict() for thing in scene.objects],
-        "caption": caption(scene)}) + "\n" for file, scene in files.items())
+    root = Path(root)
+    files = {}
+    for split, part in zip(SPLITS, splits(seed, train, held_out)):
+        for i, scene in enumerate(part):
+            files[f"{split}/{i:05d}.png"] = scene
+    manifest = "".join(line_of(file, scene) for file, scene in files.items())
 
     def done():
-        return (root / "scenes.jsonl").is_file() and (root / "scenes.jsonl").read_text() == manifest
+        listed = root / "scenes.jsonl"
+        return listed.is_file() and listed.read_text() == manifest
 
     if done():
         return root
     if root.exists() and any(root.iterdir()):
-        raise FileExistsError(f"{root} holds something other than these scenes: remove it or name another folder")
+        raise FileExistsError(f"{root} holds something other than these scenes: remove it or name "
+                              "another folder")
     beside = root.with_name(f"{root.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         for split in SPLITS:
@@ -285,6 +358,10 @@ def write(root, seed=0, train=4096, held_out=256):
 def load(root, split):
     """The scenes of "train" or "held_out" that `write` put in root, in the order of their files."""
     assert split in SPLITS, f"split is one of {SPLITS}, not {split!r}"
-    rows = map(json.loads, (Path(root) / "scenes.jsonl").read_text().splitlines())
-    return [Scene(tuple(Object(**thing) for thing in row["objects"]), row["background"])
-            for row in rows if row["file"].startswith(f"{split}/")]
+    scenes = []
+    for line in (Path(root) / "scenes.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["file"].startswith(f"{split}/"):
+            objects = tuple(Object(**thing) for thing in row["objects"])
+            scenes.append(Scene(objects, row["background"]))
+    return scenes
