@@ -47,7 +47,7 @@ def newest(out_dir):
     return max(folders, key=step_of, default=None)
 
 
-def find_checkpoint(c, need_projector=True):
+def find_checkpoint(config, need_projector=True):
     """The folder a run starts from: --resume's own newest, --init_from, or the shipped base.
 
     '' where there is none and need_projector is False; 'uae:DIR' (the authors' release) stays as
@@ -55,34 +55,34 @@ def find_checkpoint(c, need_projector=True):
     belongs to other base models.
     """
     folder = None
-    if c.resume:
-        folder = newest(c.out_dir)
-    if not folder and not c.init_from:
-        return find_base(c, need_projector)
-    if not folder and c.init_from.startswith('uae:'):
-        return c.init_from
-    folder = folder or newest(c.init_from) or c.init_from
+    if config.resume:
+        folder = newest(config.out_dir)
+    if not folder and not config.init_from:
+        return find_base(config, need_projector)
+    if not folder and config.init_from.startswith('uae:'):
+        return config.init_from
+    folder = folder or newest(config.init_from) or config.init_from
     if not os.path.isdir(folder):
-        raise SystemExit(f'--init_from={c.init_from}: no such folder')
+        raise SystemExit(f'--init_from={config.init_from}: no such folder')
     for name in ('projector.safetensors', 'meta.json'):
         if not os.path.exists(f'{folder}/{name}'):
             raise SystemExit(f'{folder}: no checkpoint here ({name} expected)')
     saved = read_meta(folder)['config']
     for key in ('encoder', 'decoder', 'lora_rank', 'cond_len'):
-        if saved[key] != getattr(c, key):
+        if saved[key] != getattr(config, key):
             raise SystemExit(f'{folder} was trained with {key}={saved[key]!r}, this run has '
-                             f'{getattr(c, key)!r}; its preset was {saved["preset"]!r}')
-    check_whole(folder, c.lora_rank)
+                             f'{getattr(config, key)!r}; its preset was {saved["preset"]!r}')
+    check_whole(folder, config.lora_rank)
     return folder
 
 
-def find_base(c, need_projector):
-    """The folder of the shipped base, which lies around c.encoder, or ''."""
-    folder = os.path.dirname(c.encoder.rstrip('/'))
+def find_base(config, need_projector):
+    """The folder of the shipped base, which lies around config.encoder, or ''."""
+    folder = os.path.dirname(config.encoder.rstrip('/'))
     if os.path.exists(f'{folder}/projector.safetensors'):
         return folder
     if need_projector:
-        raise SystemExit(f'no trained projector next to {c.encoder!r}: give '
+        raise SystemExit(f'no trained projector next to {config.encoder!r}: give '
                          '--init_from=CHECKPOINT, made by pretrain_decoder.py (stage 0) or '
                          'cold_start.py (stage 1)')
     return ''
@@ -123,32 +123,32 @@ def find_release(start):
 
 
 # --- a model from one ----------------------------------------------------------------------------
-def open_uae(c, device='cpu', new_projector=False):
+def open_uae(config, device='cpu', new_projector=False):
     """A UAE with the weights that a run starts from (`find_checkpoint`).
 
     new_projector: a fresh projector where no trained one is at hand, as stage 0 begins.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from transformers import AutoProcessor
-    start = find_checkpoint(c, need_projector=not new_projector)
+    start = find_checkpoint(config, need_projector=not new_projector)
     release = find_release(start)
-    encoder, decoder, projector = load_towers(c, start, release)
-    if c.lora_rank:
-        add_lora(encoder, c.lora_rank, ENCODER_LORA)
-        add_lora(decoder, c.lora_rank, DECODER_LORA)
+    encoder, decoder, projector = load_towers(config, start, release)
+    if config.lora_rank:
+        add_lora(encoder, config.lora_rank, ENCODER_LORA)
+        add_lora(decoder, config.lora_rank, DECODER_LORA)
         load_adapter(encoder, f'{start}/{ADAPTERS["encoder"]}')
         load_adapter(decoder, f'{start}/{ADAPTERS["decoder"]}')
-    dtype = getattr(torch, c.dtype)
-    vae = common.load(AutoencoderKL, c.decoder, subfolder='vae', torch_dtype=dtype)
-    scheduler = common.load(FlowMatchEulerDiscreteScheduler, c.decoder, subfolder='scheduler')
-    source = processor_source(c, release)
+    dtype = getattr(torch, config.dtype)
+    vae = common.load(AutoencoderKL, config.decoder, subfolder='vae', torch_dtype=dtype)
+    scheduler = common.load(FlowMatchEulerDiscreteScheduler, config.decoder, subfolder='scheduler')
+    source = processor_source(config, release)
     processor = common.load(AutoProcessor, source)
-    pooled = pooled_of_nothing(c, decoder.config.pooled_projection_dim)
-    uae = UAE(c, encoder, projector, decoder, vae, scheduler, processor, pooled, device)
+    pooled = pooled_of_nothing(config, decoder.config.pooled_projection_dim)
+    uae = UAE(config, encoder, projector, decoder, vae, scheduler, processor, pooled, device)
     uae.release = release                       # its checkpoints' adapters stand on that release
     uae.source = source
     check_sizes(uae)
-    if c.text_encoder != 'live':
+    if config.text_encoder != 'live':
         load_text_encoder(uae, f'{start}/{TEXT_ENCODER}')
     return uae.to(device)
 
@@ -167,20 +167,20 @@ def check_sizes(uae):
                          f'transformer), at least {2 * least} (patches of the encoder)')
 
 
-def load_towers(c, start, release):
+def load_towers(config, start, release):
     """Encoder, decoder and projector: full weights of a checkpoint, else those it stands on."""
     from diffusers import SD3Transformer2DModel
     from transformers import Qwen2_5_VLForConditionalGeneration
     # in full fine-tuning what a checkpoint holds is not rounded on the way in
     dtype = torch.float32
-    if c.lora_rank:
-        dtype = getattr(torch, c.dtype)
+    if config.lora_rank:
+        dtype = getattr(torch, config.dtype)
     whole = os.path.exists(f'{start}/encoder/config.json')
     weights = None
     if release and not whole:
         encoder, decoder, weights = load_release(release, dtype)
     else:
-        encoder_folder, decoder_folder = c.encoder, c.decoder
+        encoder_folder, decoder_folder = config.encoder, config.decoder
         if whole:
             encoder_folder = f'{start}/encoder'
         if os.path.exists(f'{start}/decoder/transformer/config.json'):
@@ -197,30 +197,30 @@ def load_towers(c, start, release):
     return encoder, decoder, projector
 
 
-def processor_source(c, release):
+def processor_source(config, release):
     """The folder or hub id of tokenizer, chat template and image processor."""
     if release and os.path.isdir(f'{release}/llm_processor'):
         return f'{release}/llm_processor'
-    return c.encoder
+    return config.encoder
 
 
-def pooled_of_nothing(c, width):
+def pooled_of_nothing(config, width):
     """pooled_projections (1, width): the pooled CLIP-L + CLIP-G embedding of the empty string.
 
     A constant, computed once by the decoder's own text encoders and cached. Zeros where the
     decoder comes without text encoders, as the tiny one does.
     """
-    if os.path.isdir(c.decoder) and not os.path.isdir(f'{c.decoder}/text_encoder'):
+    if os.path.isdir(config.decoder) and not os.path.isdir(f'{config.decoder}/text_encoder'):
         return torch.zeros(1, width)
-    name = c.decoder.strip('/').replace('/', '--')
+    name = config.decoder.strip('/').replace('/', '--')
     cache = os.path.join('out', f'pooled-{name}.safetensors')
     if not os.path.exists(cache):
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer
         parts = []
         for i in ('', '_2'):
-            tokenizer = common.load(CLIPTokenizer, c.decoder, subfolder=f'tokenizer{i}')
+            tokenizer = common.load(CLIPTokenizer, config.decoder, subfolder=f'tokenizer{i}')
             ids = tokenizer('', padding='max_length', return_tensors='pt').input_ids
-            model = common.load(CLIPTextModelWithProjection, c.decoder,
+            model = common.load(CLIPTextModelWithProjection, config.decoder,
                                 subfolder=f'text_encoder{i}')
             with torch.no_grad():
                 parts.append(model(ids).text_embeds)
@@ -229,7 +229,7 @@ def pooled_of_nothing(c, width):
     return load_file(cache)['pooled']
 
 
-def stage_start(uae, parts, c):
+def stage_start(uae, parts, config):
     """A UAE whose `parts` are frozen as the stage began with them: the reference policy.
 
     A resumed run loads what was trained of these parts, and nothing else, from where the stage
@@ -237,13 +237,13 @@ def stage_start(uae, parts, c):
     """
     for part in parts:
         uae = uae.reference(part)
-    if not c.resume or not newest(c.out_dir):
+    if not config.resume or not newest(config.out_dir):
         return uae
-    begun = argparse.Namespace(**dict(vars(c), resume=False))
+    begun = argparse.Namespace(**dict(vars(config), resume=False))
     start = find_checkpoint(begun)
     for part in parts:
         tower = getattr(uae, part)
-        if c.lora_rank and part != 'projector':
+        if config.lora_rank and part != 'projector':
             for key, p in tower.named_parameters():
                 if 'lora_B' in key:
                     p.zero_()                   # a fresh adapter, for a start without one
@@ -295,9 +295,9 @@ def add_lora(tower, rank, targets):
     They are float32 from the start, so that nothing that is loaded into them is rounded.
     """
     from peft import LoraConfig, inject_adapter_in_model
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights='gaussian',
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights='gaussian',
                         target_modules=targets)
-    inject_adapter_in_model(config, tower)
+    inject_adapter_in_model(lora, tower)
     for key, p in tower.named_parameters():
         if 'lora_' in key:
             p.data = p.data.float()
@@ -334,19 +334,19 @@ def save_lora(encoder, decoder, folder):
 
 
 # --- a run's own checkpoints ---------------------------------------------------------------------
-def open_out_dir(c, run):
+def open_out_dir(config, run):
     """Creates out_dir, or refuses a used one without --resume. -> the step to start from.
 
     A resumed run says which keys differ from those it was begun with. Rank 0 says where it goes
     on; a rank that does not see that checkpoint is refused.
     """
-    used = os.path.isdir(c.out_dir) and len(os.listdir(c.out_dir)) > 0
-    if common.total(used and not c.resume, run):
-        raise SystemExit(f'{c.out_dir} is not empty: --resume continues it, --out_dir=ELSEWHERE '
-                         'starts anew')
+    used = os.path.isdir(config.out_dir) and len(os.listdir(config.out_dir)) > 0
+    if common.total(used and not config.resume, run):
+        raise SystemExit(f'{config.out_dir} is not empty: --resume continues it, '
+                         '--out_dir=ELSEWHERE starts anew')
     folder = None
-    if c.resume:
-        folder = newest(c.out_dir)
+    if config.resume:
+        folder = newest(config.out_dir)
     folders = common.gather_objects([folder], run)
     if folder != folders[0]:
         raise SystemExit(f'--resume: rank 0 goes on from {folders[0]}, rank {run.rank} sees '
@@ -355,15 +355,15 @@ def open_out_dir(c, run):
     if folder:
         meta = read_meta(folder)
     if run.master:
-        os.makedirs(c.out_dir, exist_ok=True)
-        tell_changes(meta['config'], c)
-        rewind(c.out_dir, meta['step'])
+        os.makedirs(config.out_dir, exist_ok=True)
+        tell_changes(meta['config'], config)
+        rewind(config.out_dir, meta['step'])
     return meta['step']
 
 
-def tell_changes(begun, c):
+def tell_changes(begun, config):
     """Prints the keys in which a resumed run differs from the configuration it was begun with."""
-    now = json.loads(json.dumps(vars(c)))       # a tuple comes back from JSON as a list
+    now = json.loads(json.dumps(vars(config)))       # a tuple comes back from JSON as a list
     for key, old in begun.items():
         new = now.get(key)
         if new != old and key not in ('resume', 'out_dir'):
@@ -382,18 +382,18 @@ def rewind(out_dir, step):
         common.write_atomic(path, lambda temporary: common.write_lines(temporary, kept))
 
 
-def save(c, run, step, uae, optimiser, keep=2):
+def save(config, run, step, uae, optimiser, keep=2):
     """Writes the checkpoint out_dir/step_NNNNNN, and keeps the newest `keep`; rank 0 writes."""
-    folder = f'{c.out_dir}/step_{step:06d}'
+    folder = f'{config.out_dir}/step_{step:06d}'
     if run.master and not os.path.isdir(folder):
         half = folder + '.tmp'
         shutil.rmtree(half, ignore_errors=True)
         save_models(uae, half)
         torch.save(dict(optimizer=optimiser.adamw.state_dict(), step=step), f'{half}/state.pt')
-        meta = dict(step=step, release=uae.release, config=vars(c))
+        meta = dict(step=step, release=uae.release, config=vars(config))
         common.write_json(f'{half}/meta.json', meta)
         os.replace(half, folder)
-        done = [f for f in glob.glob(f'{c.out_dir}/step_*') if step_of(f) >= 0]
+        done = [f for f in glob.glob(f'{config.out_dir}/step_*') if step_of(f) >= 0]
         for old in sorted(done, key=step_of)[:-keep]:
             shutil.rmtree(old)
     common.barrier(run)
@@ -413,11 +413,11 @@ def save_models(uae, folder):
         save_text_encoder(uae, folder)
 
 
-def restore(c, optimiser):
+def restore(config, optimiser):
     """With --resume: loads the optimizer's state of the newest checkpoint in out_dir."""
     folder = None
-    if c.resume:
-        folder = newest(c.out_dir)
+    if config.resume:
+        folder = newest(config.out_dir)
     if not folder:
         return
     try:
@@ -444,16 +444,16 @@ def release_sigterm():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def maybe_save(c, run, done, uae, optimiser):
-    """Checkpoint after `done` updates: every c.save_every, at the end, and after a SIGTERM.
+def maybe_save(config, run, done, uae, optimiser):
+    """Checkpoint after `done` updates: every config.save_every, at the end, and after a SIGTERM.
 
     A SIGTERM that any rank got ends the run on every rank with exit code 0.
     """
     stop = common.total(stop_asked.is_set(), run) > 0
-    end = done == c.steps
-    due = c.save_every and done % c.save_every == 0
+    end = done == config.steps
+    due = config.save_every and done % config.save_every == 0
     if end or stop or due:
-        folder = save(c, run, done, uae, optimiser)
+        folder = save(config, run, done, uae, optimiser)
     if end or stop:
         release_sigterm()
     if stop and not end:

@@ -25,7 +25,7 @@ import torch
 
 import checkpoint
 import common
-import config
+from config import parse
 from data.images import open_data
 from evaluate import Evaluator
 from log import Log, Stats, caption_fields, count_skipped, progress
@@ -51,80 +51,80 @@ own_presets = dict(
 # -------------------------------------------------------------------------------------------------
 
 
-def reconstruction_loss(uae, tower, x, seen, y, mask, z, c):
+def reconstruction_loss(uae, tower, x, seen, y, mask, z, config):
     """L = 1 - cos(f_I(x), f_I(x_hat)), mean over images.
 
     x (P, 3, R, R), y, mask (P, T), start noise z (P, C, H, W) -> loss ().
     """
     cond = uae.condition(y, mask, seen)
-    x_hat = uae.to_image(uae.draw(z, cond, c.sample_steps, c.grad_steps))
+    x_hat = uae.to_image(uae.draw(z, cond, config.sample_steps, config.grad_steps))
     return (1 - clip_reward(x, x_hat, tower)).mean()
 
 
-def loss_of(uae, tower, seen, batch, share, c):
+def loss_of(uae, tower, seen, batch, share, config):
     """The whole loss of a micro-batch. batch: x (P, 3, R, R), y, mask (P, T), z (P, C, H, W).
 
     share: world / images of the step, so that micro-batches and ranks add up.
     """
     loss = reconstruction_loss(uae, tower, batch['x'], seen, batch['y'], batch['mask'],
-                               batch['z'], c)
+                               batch['z'], config)
     return loss * len(batch['x']) * share
 
 
 @torch.no_grad()
-def caption(uae, x, index, step, c):
+def caption(uae, x, index, step, config):
     """Each image's caption and start noise. x (P, 3, R, R), index (P,) in the global batch.
 
     Returns seen (the images as the encoder sees them) and the batch of `loss_of`.
     """
-    z = common.normal(uae.latent_shape(), index, c.seed, 'start', step).to(uae.device)
-    u = common.uniform((c.caption_len,), index, c.seed, 'token', step).to(uae.device)
+    z = common.normal(uae.latent_shape(), index, config.seed, 'start', step).to(uae.device)
+    u = common.uniform((config.caption_len,), index, config.seed, 'token', step).to(uae.device)
     seen = uae.see(x)
-    y, mask, _ = uae.sample_captions(seen, 1, c.cold_temperature, u)
+    y, mask, _ = uae.sample_captions(seen, 1, config.cold_temperature, u)
     return seen, dict(x=x, y=y, mask=mask, z=z)
 
 
-def planned_loss(uae, tower, size, prompt_len, c):
+def planned_loss(uae, tower, size, prompt_len, config):
     """For --plan: the loss of `size` images, zeros in place of images, tokens and noise."""
-    x = torch.zeros(size, 3, c.resolution, c.resolution)
-    y = torch.zeros(size, c.caption_len, dtype=torch.long)
+    x = torch.zeros(size, 3, config.resolution, config.resolution)
+    y = torch.zeros(size, config.caption_len, dtype=torch.long)
     z = torch.zeros(size, *uae.latent_shape())
-    return reconstruction_loss(uae, tower, x, None, y, torch.ones(y.shape), z, c)
+    return reconstruction_loss(uae, tower, x, None, y, torch.ones(y.shape), z, config)
 
 
 def main(argv):
-    c = config.parse(keys, own_presets, argv, __file__)
-    if not 1 <= c.grad_steps <= c.sample_steps:
-        raise SystemExit(f'--grad_steps={c.grad_steps}: between 1 and '
-                         f'sample_steps={c.sample_steps} denoising steps carry the gradient')
-    if c.plan:
-        return plan(c, ['encoder', 'projector', 'decoder'], planned_loss)
-    run = common.start(c)
-    P = common.per_rank('prompts', c.prompts, run.world)
-    first = checkpoint.open_out_dir(c, run)
+    config = parse(keys, own_presets, argv, __file__)
+    if not 1 <= config.grad_steps <= config.sample_steps:
+        raise SystemExit(f'--grad_steps={config.grad_steps}: between 1 and '
+                         f'sample_steps={config.sample_steps} denoising steps carry the gradient')
+    if config.plan:
+        return plan(config, ['encoder', 'projector', 'decoder'], planned_loss)
+    run = common.start(config)
+    P = common.per_rank('prompts', config.prompts, run.world)
+    first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, held = open_data(c, run)
-    uae = checkpoint.open_uae(c, run.device)
+    train, held = open_data(config, run)
+    uae = checkpoint.open_uae(config, run.device)
     if uae.text_encoder:
-        raise SystemExit(f'{c.init_from} has a text encoder of its own (--text_encoder=start), '
-                         'which stage 1 would not train: start from an earlier checkpoint')
+        raise SystemExit(f'{config.init_from} has a text encoder of its own, which stage 1 would '
+                         'not train: start from a checkpoint of before --text_encoder=start')
     params = uae.train_only('encoder', 'projector', 'decoder')
     ddp = common.parallel(uae, run)
-    tower = reward_tower(c, run.device)
-    optimiser = common.Optimiser(params, c)
-    checkpoint.restore(c, optimiser)
-    log = Log(c, run)
-    evaluate = Evaluator(uae, held, c, run, dict(reward=tower))
+    tower = reward_tower(config, run.device)
+    optimiser = common.Optimiser(params, config)
+    checkpoint.restore(config, optimiser)
+    log = Log(config, run)
+    evaluate = Evaluator(uae, held, config, run, dict(reward=tower))
 
-    for step in progress('cold_start', first, c, run):
+    for step in progress('cold_start', first, config, run):
         evaluate.every(step)
-        images = train.batch(c.seed, step, c.prompts, run.rank, run.world)
-        seen, batch = caption(uae, images['x'].to(run.device), images['index'], step, c)
+        images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
+        seen, batch = caption(uae, images['x'].to(run.device), images['index'], step, config)
         stats = Stats()
-        for _, rows, last in common.group_slices(P, 1, c.micro_batch):
+        for _, rows, last in common.group_slices(P, 1, config.micro_batch):
             part = common.take(batch, rows)
             with common.no_sync(ddp, last):
-                loss = ddp(loss_of, tower, common.take(seen, rows), part, 1 / P, c)
+                loss = ddp(loss_of, tower, common.take(seen, rows), part, 1 / P, config)
                 loss.backward()
             stats.add_sum(loss=loss.detach())
         taken = optimiser.step(step)
@@ -132,8 +132,8 @@ def main(argv):
         log(step, reward=1 - fields['loss'], **fields, **taken,
             **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
             skipped=count_skipped(train, held, run))
-        checkpoint.maybe_save(c, run, step + 1, uae, optimiser)
-    evaluate.every(c.steps, last=True)
+        checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
+    evaluate.every(config.steps, last=True)
 
 
 if __name__ == '__main__':

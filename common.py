@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 
 
 # --- ranks ---------------------------------------------------------------------------------------
-def start(c):
+def start(config):
     """Joins the process group that torchrun announces, seeds, and picks the device.
 
     Returns a namespace rank, world, device, master. Outside torchrun: rank 0 of 1.
     """
     world = int(os.environ.get('WORLD_SIZE', 1))
     rank = int(os.environ.get('RANK', 0))
-    device = pick_device(c.device)
+    device = pick_device(config.device)
     if world > 1 and not dist.is_initialized():
         store, *_ = next(dist.rendezvous('env://'))
         # the store survives a restart; the prefix keeps us off the addresses of the last life
@@ -34,9 +34,9 @@ def start(c):
         dist.init_process_group(backend, store=dist.PrefixStore(life, store), rank=rank,
                                 world_size=world, timeout=timedelta(hours=2))
     quiet()
-    random.seed(c.seed)
-    np.random.seed(c.seed)
-    torch.manual_seed(c.seed)
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
     return types.SimpleNamespace(rank=rank, world=world, device=device, master=rank == 0)
 
 
@@ -224,31 +224,31 @@ def take(tensors, rows):
 
 
 # --- optimisation --------------------------------------------------------------------------------
-def lr_at(step, c):
-    """Learning rate of an update: linear warm-up over c.warmup updates, then a cosine.
+def lr_at(step, config):
+    """Learning rate of an update: linear warm-up over config.warmup updates, then a cosine.
 
-    The cosine reaches 0 at update c.lr_decay * c.steps; without lr_decay the rate is constant.
+    The cosine reaches 0 at update lr_decay * steps; without lr_decay the rate is constant.
     """
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    if not c.lr_decay:
-        return c.lr
-    length = max(1, c.lr_decay * c.steps - c.warmup)
-    done = min(1, (step - c.warmup) / length)
-    return c.lr * 0.5 * (1 + math.cos(math.pi * done))
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if not config.lr_decay:
+        return config.lr
+    length = max(1, config.lr_decay * config.steps - config.warmup)
+    done = min(1, (step - config.warmup) / length)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Optimiser:
     """AdamW at the scheduled learning rate on clipped gradients.
 
-    A step with a non-finite gradient changes nothing; c.patience of these in a row end the run.
+    A step with a non-finite gradient changes nothing; `patience` of these in a row end the run.
     Gradients are synchronised, so all ranks agree on it.
     """
 
-    def __init__(self, params, c, betas=(0.9, 0.999), weight_decay=0.0):
+    def __init__(self, params, config, betas=(0.9, 0.999), weight_decay=0.0):
         self.params = params
-        self.c = c
-        self.adamw = torch.optim.AdamW(params, lr=c.lr, betas=betas, weight_decay=weight_decay,
+        self.c = config
+        self.adamw = torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=weight_decay,
                                        fused=True)
         self.bad_steps = 0          # with a non-finite gradient, in a row so far
 

@@ -42,7 +42,6 @@ from tqdm import tqdm
 
 import checkpoint
 import common
-import config
 from bench.dpg import dpg_scorer, drop_first_row
 from bench.dpg import dpg_score                                  # the rules, for whoever imports
 from bench.geneval import geneval_correct, relative_position     # them from here
@@ -50,6 +49,7 @@ from bench.geneval import geneval_scorer, shapes_scorer
 from bench.judges import Unusable, judge_scorer
 from bench.prompts import files_to_score, item_files, read_items
 from bench.summary import dpg_summary, geneval_summary, judge_summary
+from config import parse
 
 # --- script keys -------------------------------------------------------------------------------
 keys = dict(
@@ -91,31 +91,31 @@ DRAWN_WITH = (
 
 
 # --- drawing -----------------------------------------------------------------------------------
-def origin(c, items):
+def origin(config, items):
     """What images of a run come from: keys, and digests of the prompts and of the weights."""
     weights = hashlib.blake2b(digest_size=8)
-    folder = glob.escape(checkpoint.find_checkpoint(c))
+    folder = glob.escape(checkpoint.find_checkpoint(config))
     for path in sorted(glob.glob(f'{folder}/**/*.safetensors', recursive=True)):
         with open(path, 'rb') as f:
             weights.update(hashlib.file_digest(f, 'blake2b').digest())
     named = [(item['id'], item['prompt']) for item in items]
     prompts = hashlib.blake2b(repr(named).encode(), digest_size=8)
-    chosen = {key: getattr(c, key) for key in DRAWN_WITH}
+    chosen = {key: getattr(config, key) for key in DRAWN_WITH}
     return dict(chosen, prompts=prompts.hexdigest(), weights=weights.hexdigest())
 
 
-def claim_images(c, items):
+def claim_images(config, items):
     """Refuses a folder whose images another model or other settings drew; IMAGES.json beside it
     says which. Rank 0.
     """
-    path = c.images.rstrip('/') + '.json'
-    mine = origin(c, items)
+    path = config.images.rstrip('/') + '.json'
+    mine = origin(config, items)
     try:
         with open(path) as f:
             theirs = json.load(f)
     except (OSError, ValueError):
         theirs = mine
-        if os.path.isdir(c.images) and os.listdir(c.images):
+        if os.path.isdir(config.images) and os.listdir(config.images):
             theirs = {}
     differ = [key for key in mine if mine[key] != theirs.get(key)]
     if differ:
@@ -123,7 +123,7 @@ def claim_images(c, items):
         if not theirs:
             why = f'that this script did not draw (no {path})'
         raise SystemExit(
-            f'{c.images} holds images {why}: remove it, choose another --out_dir or --images, '
+            f'{config.images} holds images {why}: remove it, choose another --out_dir or --images, '
             'or --generate=False')
     common.write_json(path, mine)
 
@@ -144,90 +144,91 @@ def draw_prompts(uae, jobs):
     return uae.to_image(z).clamp(-1, 1)
 
 
-def save_images(c, item, x):
+def save_images(config, item, x):
     """x (samples, 3, R, R) -> the item's files; those that exist are left alone."""
-    if c.bench == 'dpg' and c.samples == 4:
+    if config.bench == 'dpg' and config.samples == 4:
         upper = torch.cat([x[0], x[1]], 2)
         lower = torch.cat([x[2], x[3]], 2)
         x = torch.cat([upper, lower], 1)[None]
     pixels = ((x + 1) * 127.5).round().byte()
     pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
-    for path, array in zip(item_files(c, item), pixels):
+    for path, array in zip(item_files(config, item), pixels):
         if not os.path.exists(path):
             image = Image.fromarray(array)
             kind = 'png' if path.endswith('.png') else 'jpeg'
             common.write_atomic(path, lambda tmp: image.save(tmp, kind, quality=95))
-    if c.bench in ('geneval', 'shapes'):
+    if config.bench in ('geneval', 'shapes'):
         line = json.dumps(item['meta']) + '\n'
-        path = f'{c.images}/{item["id"]}/metadata.jsonl'
+        path = f'{config.images}/{item["id"]}/metadata.jsonl'
         common.write_atomic(path, lambda tmp: common.write_lines(tmp, [line]))
 
 
-def generate(c, run, items):
+def generate(config, run, items):
     """Draws what is missing.
 
     The images drawn together are the same at every world size and after every interruption, so
     their pixels are too.
     """
     if run.master:
-        claim_images(c, items)
-    size = max(1, c.batch // c.samples)
+        claim_images(config, items)
+    size = max(1, config.batch // config.samples)
     chunks = [items[i:i + size] for i in range(0, len(items), size)]
     todo = []
     for chunk in chunks[run.rank::run.world]:
-        paths = [path for item in chunk for path in item_files(c, item)]
+        paths = [path for item in chunk for path in item_files(config, item)]
         if not all(map(os.path.exists, paths)):
             todo.append(chunk)
     cut = 0
     if todo:
-        cut = draw_chunks(c, run, todo)
+        cut = draw_chunks(config, run, todo)
     cut = sum(common.gather_objects([cut], run))     # also waits for the other ranks' images
     if cut and run.master:
-        print(f'warning: {cut} prompts have more than caption_len - 1 = {c.caption_len - 1} '
+        print(f'warning: {cut} prompts have more than caption_len - 1 = {config.caption_len - 1} '
               'tokens and were cut')
 
 
-def draw_chunks(c, run, chunks):
+def draw_chunks(config, run, chunks):
     """Draws and saves lists of items; how many of their prompts were too long."""
-    uae = checkpoint.open_uae(c, run.device)
-    for chunk in tqdm(chunks, desc=f'draw {c.name}', disable=not run.master):
-        jobs = [(item, sample) for item in chunk for sample in range(c.samples)]
+    uae = checkpoint.open_uae(config, run.device)
+    for chunk in tqdm(chunks, desc=f'draw {config.name}', disable=not run.master):
+        jobs = [(item, sample) for item in chunk for sample in range(config.samples)]
         parts = []
-        for start in range(0, len(jobs), c.batch):
-            parts.append(draw_prompts(uae, jobs[start:start + c.batch]))
+        for start in range(0, len(jobs), config.batch):
+            parts.append(draw_prompts(uae, jobs[start:start + config.batch]))
         x = torch.cat(parts)
-        for item, own in zip(chunk, x.split(c.samples)):
-            save_images(c, item, own)
+        for item, own in zip(chunk, x.split(config.samples)):
+            save_images(config, item, own)
     prompts = [item['prompt'] for chunk in chunks for item in chunk]
     _, _, cut = uae.tokens(prompts)
     return cut
 
 
 # --- scoring -----------------------------------------------------------------------------------
-def why_not(c, items):
+def why_not(config, items):
     """What the score needs and does not have, in one line; '' if nothing."""
-    if c.bench == 'geneval' and not importlib.util.find_spec('scipy'):
+    if config.bench == 'geneval' and not importlib.util.find_spec('scipy'):
         return 'the detector of transformers needs scipy: pip install scipy'
-    if c.bench == 'dpg' and (not c.vqa or items[0]['questions'] is None):
+    if config.bench == 'dpg' and (not config.vqa or items[0]['questions'] is None):
         return '--prompts=dpg_bench.csv has the questions, --vqa=MODEL answers them'
-    if c.bench == 'geneval++' and not c.judge_url:
+    if config.bench == 'geneval++' and not config.judge_url:
         return '--judge_url=http://SERVER/v1 and --judge_model=NAME ask a judge'
     return ''
 
 
-def score(c, run, items):
+def score(config, run, items):
     """Scores the images of all items: results.jsonl, then summary.json.
 
     -> the summary, None on other ranks. There is no score over fewer images than asked.
     """
-    os.makedirs(c.folder, exist_ok=True)
-    open_scorer, summarise = BENCHES[c.bench]
-    scorer = open_scorer(c, run)
-    if c.bench == 'dpg' and c.official_row_bug:
+    os.makedirs(config.folder, exist_ok=True)
+    open_scorer, summarise = BENCHES[config.bench]
+    scorer = open_scorer(config, run)
+    if config.bench == 'dpg' and config.official_row_bug:
         items = drop_first_row(items)
     records, unusable = [], []
-    for item in tqdm(items[run.rank::run.world], desc=f'score {c.name}', disable=not run.master):
-        for path in files_to_score(c, item):
+    mine = items[run.rank::run.world]
+    for item in tqdm(mine, desc=f'score {config.name}', disable=not run.master):
+        for path in files_to_score(config, item):
             try:
                 records.append(scorer(item, path))
             except Unusable as e:
@@ -240,7 +241,7 @@ def score(c, run, items):
     records = [record for record in records if record is not None]
     records.sort(key=lambda record: record['filename'])
     lines = [json.dumps(record) + '\n' for record in records]
-    path = f'{c.folder}/results.jsonl'
+    path = f'{config.folder}/results.jsonl'
     common.write_atomic(path, lambda tmp: common.write_lines(tmp, lines))
     if unusable:
         asked = len(unusable) + len(records)
@@ -248,17 +249,17 @@ def score(c, run, items):
             f'{len(unusable)} of {asked} images cannot be scored, so there is no score; '
             f'first: {min(unusable)}; the others are in {path}')
     summary = summarise(records)
-    common.write_json(f'{c.folder}/summary.json', summary)
+    common.write_json(f'{config.folder}/summary.json', summary)
     numbers = [f'{k} {v:.4g}' for k, v in summary.items() if isinstance(v, (int, float))]
-    print(c.name, ' '.join(numbers))
+    print(config.name, ' '.join(numbers))
     return summary
 
 
-def write_table(c, summaries):
+def write_table(config, summaries):
     """table.md: a row per checkpoint. summaries {name: summary}."""
     first = list(summaries.values())[0]
     columns = list(first['columns'])
-    rows = [[c.bench] + columns, ['---'] * (len(columns) + 1)]
+    rows = [[config.bench] + columns, ['---'] * (len(columns) + 1)]
     for name, summary in summaries.items():
         row = [name]
         for column in columns:
@@ -269,10 +270,10 @@ def write_table(c, summaries):
                 row.append(f'{value:.3f}')
         rows.append(row)
     text = ''.join(f'| {" | ".join(row)} |\n' for row in rows)
-    if c.bench == 'geneval':
+    if config.bench == 'geneval':
         text += ('\nThe detector has other weights than the official one: near the official '
                  'numbers, not equal.\n')
-    path = f'{c.out_dir}/{c.bench}/table.md'
+    path = f'{config.out_dir}/{config.bench}/table.md'
     common.write_atomic(path, lambda tmp: common.write_lines(tmp, [text]))
     print(text)
 
@@ -289,35 +290,35 @@ def name_of(source):
 
 
 def main(argv):
-    c = config.parse(keys, own_presets, argv, __file__)
-    if c.bench == 'geneval++':
-        c.samples = 1
-    items = read_items(c)
-    sources = c.init_from.split(',')
-    if c.generate or not c.images:
+    config = parse(keys, own_presets, argv, __file__)
+    if config.bench == 'geneval++':
+        config.samples = 1
+    items = read_items(config)
+    sources = config.init_from.split(',')
+    if config.generate or not config.images:
         names = [name_of(source) for source in sources]
     else:
-        names = [os.path.basename(os.path.normpath(c.images))]
-    if len(sources) > 1 and (c.images or len(set(names)) < len(names)):
-        raise SystemExit(f'--init_from={c.init_from}: several checkpoints need different names, '
+        names = [os.path.basename(os.path.normpath(config.images))]
+    if len(sources) > 1 and (config.images or len(set(names)) < len(names)):
+        raise SystemExit(f'--init_from={config.init_from}: several checkpoints need other names, '
                          'and --images is for one')
-    run = common.start(c)
-    missing = why_not(c, items)
-    if missing and c.score and run.master:
+    run = common.start(config)
+    missing = why_not(config, items)
+    if missing and config.score and run.master:
         print(f'no score: {missing}')
     summaries = {}
     for name, source in zip(names, sources):
-        own = types.SimpleNamespace(**vars(c))
+        own = types.SimpleNamespace(**vars(config))
         own.init_from = '' if source == 'base' else source
         own.name = name
-        own.folder = f'{c.out_dir}/{c.bench}/{name}'
-        own.images = c.images or f'{own.folder}/images'
-        if c.generate:
+        own.folder = f'{config.out_dir}/{config.bench}/{name}'
+        own.images = config.images or f'{own.folder}/images'
+        if config.generate:
             generate(own, run, items)
-        if c.score and not missing:
+        if config.score and not missing:
             summaries[name] = score(own, run, items)
     if run.master and summaries:
-        write_table(c, summaries)
+        write_table(config, summaries)
 
 
 if __name__ == '__main__':

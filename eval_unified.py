@@ -21,9 +21,9 @@ import sys
 import textwrap
 
 import common
-import config
 from bench.unified import backbones, match_files, of_seed, over_seeds, rebuild, score_folder
 from checkpoint import open_uae
+from config import parse
 from data.images import image_files, load_picture, open_data
 from evaluate import Evaluator, reconstruct
 
@@ -110,41 +110,41 @@ def plot_runs(folders, fields, path):
 
 
 # --- evaluations ---------------------------------------------------------------------------------
-def held_out(c, run):
+def held_out(config, run):
     """Scores a model on the held-out images; report.json, reconstructions.png."""
-    _, held = open_data(c, run, training=False)
-    evaluate = Evaluator(open_uae(c, run.device), held, c, run)
+    _, held = open_data(config, run, training=False)
+    evaluate = Evaluator(open_uae(config, run.device), held, config, run)
     summary, records = evaluate()
     if not run.master:
         return
     for name, value in summary.items():
         print(f'{name:22s} {value:.4f}')
     captions = {record['name']: record['caption'] for record in records}
-    common.write_json(f'{c.out_dir}/report.json', dict(summary=summary, captions=captions))
+    common.write_json(f'{config.out_dir}/report.json', dict(summary=summary, captions=captions))
     rows = list(range(min(SHEET_ROWS, len(records))))
     x = held['x'][rows]
-    _, _, x_hat = reconstruct(evaluate.uae, x.to(run.device), rows, c.eval_temperature)
+    _, _, x_hat = reconstruct(evaluate.uae, x.to(run.device), rows, config.eval_temperature)
     texts = [records[row]['caption'] for row in rows]
-    contact_sheet([x, x_hat], texts, f'{c.out_dir}/reconstructions.png')
+    contact_sheet([x, x_hat], texts, f'{config.out_dir}/reconstructions.png')
 
 
-def unified(c, run):
+def unified(config, run):
     """--bench=unified: draws what is missing and scores everything.
 
     unified.json (of seed k: unified_k.json), report.json, contact_sheet.png.
     """
-    if not os.path.isdir(f'{c.data}/Image'):
+    if not os.path.isdir(f'{config.data}/Image'):
         raise SystemExit('--bench=unified needs --data=DIR with the references in DIR/Image; '
-                         f'there is no {c.data}/Image')
-    files = image_files(f'{c.data}/Image')
+                         f'there is no {config.data}/Image')
+    files = image_files(f'{config.data}/Image')
     references = match_files(files, dict(files), 'file')     # refuses two of one name
     towers = {}
     if run.master:
-        towers = backbones(c)                                # refuses before hours of drawing
-    if c.generated:
-        rebuilt = [(c.generated, dict.fromkeys(references, ''))]
+        towers = backbones(config)                                # refuses before hours of drawing
+    if config.generated:
+        rebuilt = [(config.generated, dict.fromkeys(references, ''))]
     else:
-        rebuilt = rebuild(c, run, references)
+        rebuilt = rebuild(config, run, references)
     if not run.master:
         return
 
@@ -154,13 +154,13 @@ def unified(c, run):
     for k, (folder, captions) in enumerate(rebuilt):
         result, pairs = score_folder(folder, references, towers, run.device)
         results.append(result)
-        path = of_seed(f'{c.out_dir}/unified', k) + '.json'
+        path = of_seed(f'{config.out_dir}/unified', k) + '.json'
         common.write_json(path, result, indent=2)
 
     means, errors = over_seeds(results)                      # captions and pairs: the last seed's
     report = dict(summary=means, standard_error=errors, seeds=len(results),
                   images=len(references), captions=captions)
-    common.write_json(f'{c.out_dir}/report.json', report, indent=2)
+    common.write_json(f'{config.out_dir}/report.json', report, indent=2)
     for name, mean in means.items():
         error = f' +- {errors[name]:.4f}' if errors else ''
         print(f'{name:22s} {mean:.4f}{error}')
@@ -168,37 +168,37 @@ def unified(c, run):
     sources = [load_picture(references[name])[0] for name in shown]
     images = [load_picture(pairs[name])[0] for name in shown]
     texts = [textwrap.shorten(captions[name], 400, placeholder=' ...') for name in shown]
-    contact_sheet([sources, images], texts, f'{c.out_dir}/contact_sheet.png')
+    contact_sheet([sources, images], texts, f'{config.out_dir}/contact_sheet.png')
 
 
-def check(c):
+def check(config):
     """Refuses, in one line, a command line that makes no sense."""
-    given = [key for key in ('captions', 'generated', 'seeds') if getattr(c, key) != keys[key]]
-    if c.bench not in ('', 'unified'):
-        raise SystemExit(f'--bench={c.bench}: expected unified')
-    if given and not c.bench:
-        raise SystemExit(f'--bench={c.bench}: expected unified (for --{given[0]})')
-    if c.seeds < 1:
-        raise SystemExit(f'--seeds={c.seeds}: expected 1 or more')
-    if c.generated and len(given) > 1:
+    given = [key for key in ('captions', 'generated', 'seeds') if getattr(config, key) != keys[key]]
+    if config.bench not in ('', 'unified'):
+        raise SystemExit(f'--bench={config.bench}: expected unified')
+    if given and not config.bench:
+        raise SystemExit(f'--bench={config.bench}: expected unified (for --{given[0]})')
+    if config.seeds < 1:
+        raise SystemExit(f'--seeds={config.seeds}: expected 1 or more')
+    if config.generated and len(given) > 1:
         raise SystemExit('--generated images are finished: without --captions and --seeds')
 
 
 def main(argv):
-    c = config.parse(keys, {}, argv, __file__)
-    if c.plot:
-        os.makedirs(c.out_dir, exist_ok=True)
-        folders, _, fields = c.plot.partition(':')
+    config = parse(keys, {}, argv, __file__)
+    if config.plot:
+        os.makedirs(config.out_dir, exist_ok=True)
+        folders, _, fields = config.plot.partition(':')
         fields = fields.split(',') if fields else []
-        plot_runs(folders.split(','), fields, f'{c.out_dir}/curves.png')
-        print(f'{c.out_dir}/curves.png')
+        plot_runs(folders.split(','), fields, f'{config.out_dir}/curves.png')
+        print(f'{config.out_dir}/curves.png')
         return
-    check(c)
-    run = common.start(c)
-    if c.bench:
-        unified(c, run)
+    check(config)
+    run = common.start(config)
+    if config.bench:
+        unified(config, run)
     else:
-        held_out(c, run)
+        held_out(config, run)
 
 
 if __name__ == '__main__':

@@ -47,13 +47,13 @@ class Evaluator:
     loaded already, for example {'reward': tower}; the others are loaded here.
     """
 
-    def __init__(self, uae, held, c, run, towers=None):
-        self.uae, self.held, self.c, self.run = uae, held, c, run
+    def __init__(self, uae, held, config, run, towers=None):
+        self.uae, self.held, self.c, self.run = uae, held, config, run
         self.towers = dict(towers or {})
         if 'reward' not in self.towers:
-            self.towers['reward'] = reward_tower(c, run.device)
+            self.towers['reward'] = reward_tower(config, run.device)
         if 'judge' not in self.towers:
-            self.towers['judge'] = backbone('judge', c, run.device)
+            self.towers['judge'] = backbone('judge', config, run.device)
 
     def records(self, rows):
         """One dict for each of these images: caption, scores, what an oracle reads in it."""
@@ -105,7 +105,7 @@ class Evaluator:
         return summary, records
 
     def every(self, step, last=False):
-        """Evaluates every c.eval_every updates and at the end; prints, appends to eval.jsonl."""
+        """Evaluates every `eval_every` updates and at the end; prints, appends to eval.jsonl."""
         due = self.c.eval_every and (last or step % self.c.eval_every == 0)
         if not due:
             return

@@ -35,7 +35,7 @@ import torch
 
 import checkpoint
 import common
-import config
+from config import parse
 from data.images import open_data
 from evaluate import Evaluator
 from log import Log, Stats, caption_fields, count_skipped, progress, reward_fields
@@ -113,53 +113,54 @@ def kl_gauss(mean, ref_mean, std):
     return ((mean - ref_mean) ** 2 / (2 * std ** 2)).mean()
 
 
-def window(step, c, sigmas=None):
+def window(step, config, sigmas=None):
     """(first, last + 1) of this update's noisy steps, and which of them are trained.
 
     The trained ones are sorted offsets from `first`. Never noisy: the last step, whose noise would
     stay in the image, and steps of cps that end below .02, where its std is hardly more than 0;
     for these sigmas (S + 1,) is needed.
     """
-    last = c.sample_steps - 1
-    if c.sde != 'flow':
+    last = config.sample_steps - 1
+    if config.sde != 'flow':
         last = min(last, int((sigmas[1:] >= 0.02).sum()))
-    width = min(c.sde_window, last)
-    place = common.generator(c.seed, 'window', step)
-    room = max(0, min(c.sample_steps // 2, last) - width)
+    width = min(config.sde_window, last)
+    place = common.generator(config.seed, 'window', step)
+    room = max(0, min(config.sample_steps // 2, last) - width)
     first = torch.randint(room + 1, (), generator=place).item()
-    trained = torch.randperm(width, generator=place)[:c.train_steps]
+    trained = torch.randperm(width, generator=place)[:config.train_steps]
     return (first, first + width), sorted(trained.tolist())
 
 
 @torch.no_grad()
-def rollout(uae, tower, x, index, step, c, neg=None):
+def rollout(uae, tower, x, index, step, config, neg=None):
     """G drawings of each image's caption, and their rewards. x (P, 3, R, R), index (P,).
 
     index: positions in the global batch, the address of all randomness. neg: the unconditional
     branch's condition under guidance. Returns a dict of cond (B, cond_len, D), z, z_next, under
     guidance v0 (B, W, C, H, W), recorded (B, W); r (P, G); and spoken (P, T), the captions' tokens.
     """
-    P, G = len(x), c.group
+    P, G = len(x), config.group
     seen = uae.see(x)
-    u = common.uniform((c.caption_len,), index, c.seed, 'token', step).to(uae.device)
-    y, mask, _ = uae.sample_captions(seen, 1, c.caption_temperature, u)
+    u = common.uniform((config.caption_len,), index, config.seed, 'token', step).to(uae.device)
+    y, mask, _ = uae.sample_captions(seen, 1, config.caption_temperature, u)
 
     member = (index[:, None] * G + torch.arange(G)).flatten()
-    if c.same_noise:
-        z = common.normal(uae.latent_shape(), index, c.seed, 'start', step)
+    if config.same_noise:
+        z = common.normal(uae.latent_shape(), index, config.seed, 'start', step)
         z = z.repeat_interleave(G, 0)
     else:
-        z = common.normal(uae.latent_shape(), member, c.seed, 'start', step)
-    noisy, _ = window(step, c, uae.sigmas(c.sample_steps))
+        z = common.normal(uae.latent_shape(), member, config.seed, 'start', step)
+    noisy, _ = window(step, config, uae.sigmas(config.sample_steps))
     shape = (noisy[1] - noisy[0], *uae.latent_shape())
-    noise = common.normal(shape, member, c.seed, 'sde', step)
+    noise = common.normal(shape, member, config.seed, 'sde', step)
 
     parts = []
-    for images, rows, _ in common.group_slices(P, G, c.micro_batch):
+    for images, rows, _ in common.group_slices(P, G, config.micro_batch):
         cond = uae.condition(y[images], mask[images], common.take(seen, images))
         cond = cond.repeat_interleave(G, 0)
-        z_0, path = uae.draw_sde(z[rows].to(uae.device), cond, c.sample_steps,
-                                 noise[rows].to(uae.device), c.sde, c.noise_level, noisy, neg)
+        z_0, path = uae.draw_sde(
+            z[rows].to(uae.device), cond, config.sample_steps, noise[rows].to(uae.device),
+            config.sde, config.noise_level, noisy, neg)
         r = clip_reward(x[images], uae.to_image(z_0), tower)
         parts.append(dict(path, cond=cond, r=r))
     batch = common.join(parts)
@@ -167,62 +168,63 @@ def rollout(uae, tower, x, index, step, c, neg=None):
     return batch, r, uae.spoken(y, mask)
 
 
-def advantages(r, step, run, c):
+def advantages(r, step, run, config):
     """Rewards (P, G) of this rank -> advantages (B,), and the rewards of all ranks.
 
     Whole groups lie on one rank. The control permutes rewards over the whole batch, reproducibly.
     """
     P = len(r)
     all_r = common.gather(r, run)
-    if c.shuffle_reward:
-        shuffle = common.generator(c.seed, 'shuffle', step)
+    if config.shuffle_reward:
+        shuffle = common.generator(config.seed, 'shuffle', step)
         order = torch.randperm(all_r.numel(), generator=shuffle).to(all_r.device)
         all_r = all_r.flatten()[order].view_as(all_r)
     mine = all_r[run.rank * P:(run.rank + 1) * P]
     return group_advantage(mine).flatten(), all_r
 
 
-def loss_of(uae, reference, batch, step, share, first, c, neg=None):
+def loss_of(uae, reference, batch, step, share, first, config, neg=None):
     """The whole loss of a micro-batch, log fields, and the detached log-probs (B, n).
 
     batch: what `rollout` returns and adv (B,), old_logp (B, W). share: world / samples of the step,
     so that micro-batches and ranks add up. first: whether the weights are still the rollout's.
     """
-    noisy, trained = window(step, c, uae.sigmas(c.sample_steps))
-    replay = (trained, batch['cond'], c.sample_steps, c.sde, c.noise_level, noisy[0], neg)
+    noisy, trained = window(step, config, uae.sigmas(config.sample_steps))
+    replay = (trained, batch['cond'], config.sample_steps, config.sde, config.noise_level,
+              noisy[0], neg)
     path = dict(z=batch['z'], z_next=batch['z_next'])
     known = path
     if first and 'v0' in batch:                     # the unconditional branch is as it was
         known = dict(path, v0=batch['v0'])
     logp, mean, std = uae.step_logp(known, *replay)
     old_logp = batch['old_logp'][:, trained]
-    if first and c.old_logp == 'replay':
+    if first and config.old_logp == 'replay':
         old_logp = logp.detach()
-    loss, stats = policy_loss(logp, old_logp, batch['adv'], clip=c.clip_range)
-    if c.kl:
+    loss, stats = policy_loss(logp, old_logp, batch['adv'], clip=config.clip_range)
+    if config.kl:
         with torch.no_grad():
             _, ref_mean, _ = reference.step_logp(path, *replay)
         kl = kl_gauss(mean, ref_mean, std)
-        loss = loss + c.kl * kl
+        loss = loss + config.kl * kl
         stats['kl'] = kl.detach()
     difference = logp - batch['recorded'][:, trained]
     stats['logp_diff'] = difference.detach().abs().max()
     return loss * len(logp) * share, stats, logp.detach()
 
 
-def update(uae, ddp, optimiser, reference, batch, step, run, c, neg=None):
-    """c.updates optimiser steps on one rollout -> log fields."""
-    B = len(batch['adv'])
+def update(uae, ddp, optimiser, reference, batch, step, run, config, neg=None):
+    """config.updates optimiser steps on one rollout -> log fields."""
+    B, G = len(batch['adv']), config.group
     batch['old_logp'] = batch['recorded'].clone()
-    _, trained = window(step, c, uae.sigmas(c.sample_steps))
-    for k in range(c.updates):
+    _, trained = window(step, config, uae.sigmas(config.sample_steps))
+    for k in range(config.updates):
         stats = Stats()
-        for _, rows, last in common.sample_slices(B // c.group, c.group, c.micro_batch):
+        for _, rows, last in common.sample_slices(B // G, G, config.micro_batch):
             part = common.take(batch, rows)
             with common.no_sync(ddp, last):
-                loss, fields, logp = ddp(loss_of, reference, part, step, 1 / B, k == 0, c, neg)
+                loss, fields, logp = ddp(loss_of, reference, part, step, 1 / B, k == 0, config, neg)
                 loss.backward()
-            if k == 0 and c.old_logp == 'replay':
+            if k == 0 and config.old_logp == 'replay':
                 batch['old_logp'][rows, trained] = logp         # of every later update as well
             stats.add_sum(loss=loss.detach())
             stats.add_max(ratio_max=fields['ratio_max'], logp_diff=fields['logp_diff'])
@@ -243,60 +245,61 @@ def compile_blocks(*uaes):
             block.compile(dynamic=True)
 
 
-def planned_loss(uae, tower, size, prompt_len, c):
+def planned_loss(uae, tower, size, prompt_len, config):
     """For --plan: the loss of `size` drawings, zeros in place of latents, conditions, rewards."""
-    trained = list(range(min(c.train_steps, c.sde_window, c.sample_steps - 1)))
-    cond = torch.zeros(size, c.cond_len, uae.projector.down.out_features)
+    trained = list(range(min(config.train_steps, config.sde_window, config.sample_steps - 1)))
+    cond = torch.zeros(size, config.cond_len, uae.projector.down.out_features)
     latents = torch.zeros(size, len(trained), *uae.latent_shape())
     path = dict(z=latents, z_next=latents, v0=latents)
-    logp, _, _ = uae.step_logp(path, trained, cond, c.sample_steps, c.sde, c.noise_level, 0)
-    return policy_loss(logp, torch.zeros(logp.shape), torch.zeros(size), clip=c.clip_range)[0]
+    logp, _, _ = uae.step_logp(path, trained, cond, config.sample_steps, config.sde,
+                               config.noise_level, 0)
+    return policy_loss(logp, torch.zeros(logp.shape), torch.zeros(size), clip=config.clip_range)[0]
 
 
 def main(argv):
-    c = config.parse(keys, own_presets, argv, __file__)
-    if min(c.sde_window, c.sample_steps - 1) < 1:
+    config = parse(keys, own_presets, argv, __file__)
+    if min(config.sde_window, config.sample_steps - 1) < 1:
         raise SystemExit('no noisy step is left to train: sde_window >= 1 and sample_steps >= 2 '
                          'are needed')
-    if c.plan:
-        return plan(c, ['decoder'], planned_loss)
-    run = common.start(c)
-    common.per_rank('prompts', c.prompts, run.world, c.group)
-    first = checkpoint.open_out_dir(c, run)
+    if config.plan:
+        return plan(config, ['decoder'], planned_loss)
+    run = common.start(config)
+    common.per_rank('prompts', config.prompts, run.world, config.group)
+    first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, held = open_data(c, run)
-    uae = checkpoint.open_uae(c, run.device)
+    train, held = open_data(config, run)
+    uae = checkpoint.open_uae(config, run.device)
     params = uae.train_only('decoder')
     reference = None
-    if c.kl:
-        reference = checkpoint.stage_start(uae, ['decoder'], c)
-    if c.compile:
+    if config.kl:
+        reference = checkpoint.stage_start(uae, ['decoder'], config)
+    if config.compile:
         compile_blocks(uae)
         if reference:
             compile_blocks(reference)
     ddp = common.parallel(uae, run)
-    tower = reward_tower(c, run.device)
-    optimiser = common.Optimiser(params, c)
-    checkpoint.restore(c, optimiser)
+    tower = reward_tower(config, run.device)
+    optimiser = common.Optimiser(params, config)
+    checkpoint.restore(config, optimiser)
     neg = None
-    if c.guidance != 1.0:
+    if config.guidance != 1.0:
         neg = uae.negative()                        # once: the encoder is frozen
-    log = Log(c, run)
-    evaluate = Evaluator(uae, held, c, run, dict(reward=tower))
-    idle = ('encoder', 'vae') if c.offload else ()
+    log = Log(config, run)
+    evaluate = Evaluator(uae, held, config, run, dict(reward=tower))
+    idle = ('encoder', 'vae') if config.offload else ()
 
-    for step in progress('grpo_decoder', first, c, run):
+    for step in progress('grpo_decoder', first, config, run):
         evaluate.every(step)
-        images = train.batch(c.seed, step, c.prompts, run.rank, run.world)
+        images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
         x = images['x'].to(run.device)
-        batch, r, spoken = rollout(uae, tower, x, images['index'], step, c, neg)
-        batch['adv'], all_r = advantages(r, step, run, c)
+        batch, r, spoken = rollout(uae, tower, x, images['index'], step, config, neg)
+        batch['adv'], all_r = advantages(r, step, run, config)
         with uae.parked(*idle):
-            fields = update(uae, ddp, optimiser, reference, batch, step, run, c, neg)
+            fields = update(uae, ddp, optimiser, reference, batch, step, run, config, neg)
         log(step, **reward_fields(all_r), **fields, **caption_fields(spoken, run),
             skipped=count_skipped(train, held, run))
-        checkpoint.maybe_save(c, run, step + 1, uae, optimiser)
-    evaluate.every(c.steps, last=True)
+        checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
+    evaluate.every(config.steps, last=True)
 
 
 if __name__ == '__main__':

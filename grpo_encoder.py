@@ -35,7 +35,7 @@ import torch
 
 import checkpoint
 import common
-import config
+from config import parse
 from data.images import open_data
 from evaluate import Evaluator
 from log import Log, Stats, caption_fields, count_skipped, progress, reward_fields
@@ -86,14 +86,14 @@ def group_advantage(r, std=True):
     return torch.where(equal, 0.0, centred)
 
 
-def token_weights(mask, c):
-    """How much each sampled token weighs in the loss, by c.loss_mean.
+def token_weights(mask, config):
+    """How much each sampled token weighs in the loss, by config.loss_mean.
 
     Returns weights (B, T), and the number that the sum of the weighted terms is divided by.
     """
-    if c.loss_mean == 'caption':
+    if config.loss_mean == 'caption':
         return mask / mask.sum(1, keepdim=True), len(mask)
-    if c.loss_mean == 'token':
+    if config.loss_mean == 'token':
         return mask, mask.sum().item()
     return mask, mask.numel()
 
@@ -127,62 +127,62 @@ def kl_k3(logp, ref_logp):
 
 
 @torch.no_grad()
-def rollout(uae, tower, x, index, step, c):
+def rollout(uae, tower, x, index, step, config):
     """G captions per image, drawn and rewarded. x (P, 3, R, R), index (P,) in the global batch.
 
     All randomness is a function of (seed, step, position in the global batch, group member).
     Returns seen (the images as the encoder sees them), a dict of y, mask, recorded (B, T), the
     log-probs while sampling, and r (P, G).
     """
-    P, G = len(x), c.group
+    P, G = len(x), config.group
     member = (index[:, None] * G + torch.arange(G)).flatten()
-    u = common.uniform((c.caption_len,), member, c.seed, 'token', step).to(uae.device)
+    u = common.uniform((config.caption_len,), member, config.seed, 'token', step).to(uae.device)
     seen = uae.see(x)
     parts = []
-    for images, rows, _ in common.group_slices(P, G, c.caption_batch):
+    for images, rows, _ in common.group_slices(P, G, config.caption_batch):
         part = common.take(seen, images)
-        y, mask, logp = uae.sample_captions(part, G, c.temperature, u[rows])
+        y, mask, logp = uae.sample_captions(part, G, config.temperature, u[rows])
         parts.append(dict(y=y, mask=mask, recorded=logp))
     batch = common.join(parts)
 
-    z = common.normal(uae.latent_shape(), index, c.seed, 'start', step).to(uae.device)
+    z = common.normal(uae.latent_shape(), index, config.seed, 'start', step).to(uae.device)
     z = z.repeat_interleave(G, 0)                   # one start noise per group
     rewards = []
-    for images, rows, _ in common.group_slices(P, G, c.micro_batch):
+    for images, rows, _ in common.group_slices(P, G, config.micro_batch):
         part = common.take(seen, images)
         cond = uae.condition(batch['y'][rows], batch['mask'][rows], part)
-        x_hat = uae.to_image(uae.draw(z[rows], cond, c.sample_steps))
+        x_hat = uae.to_image(uae.draw(z[rows], cond, config.sample_steps))
         rewards.append(clip_reward(x[images], x_hat, tower))
     r = torch.cat(rewards).view(P, G)
     return seen, batch, r
 
 
-def advantages(r, step, run, c):
+def advantages(r, step, run, config):
     """Rewards (P, G) of this rank -> advantages (B,), and the rewards of all ranks.
 
     Whole groups lie on one rank. The control permutes rewards over the whole batch, reproducibly.
     """
     P = len(r)
     all_r = common.gather(r, run)
-    if c.shuffle_reward:
-        shuffle = common.generator(c.seed, 'shuffle', step)
+    if config.shuffle_reward:
+        shuffle = common.generator(config.seed, 'shuffle', step)
         order = torch.randperm(all_r.numel(), generator=shuffle).to(all_r.device)
         all_r = all_r.flatten()[order].view_as(all_r)
     mine = all_r[run.rank * P:(run.rank + 1) * P]
-    return group_advantage(mine, c.adv_std).flatten(), all_r
+    return group_advantage(mine, config.adv_std).flatten(), all_r
 
 
 @torch.no_grad()
-def reference_logp(reference, seen, y, c):
+def reference_logp(reference, seen, y, config):
     """log pi_ref (B, T) of the sampled tokens."""
     parts = []
-    for images, rows, _ in common.sample_slices(len(seen[0]), c.group, c.micro_batch):
+    for images, rows, _ in common.sample_slices(len(seen[0]), config.group, config.micro_batch):
         part = common.take(seen, images)
-        parts.append(reference.caption_logp(part, y[rows], c.temperature))
+        parts.append(reference.caption_logp(part, y[rows], config.temperature))
     return torch.cat(parts)
 
 
-def loss_of(uae, seen, batch, share, first, c):
+def loss_of(uae, seen, batch, share, first, config):
     """The whole loss of a micro-batch, log fields, and the detached log-probs (B, T).
 
     batch: y, weight, recorded, old_logp (B, T), adv (B,), with a KL ref_logp (B, T). share: world /
@@ -190,36 +190,37 @@ def loss_of(uae, seen, batch, share, first, c):
     the weights are still those of the rollout.
     """
     weight = batch['weight']
-    logp = uae.caption_logp(seen, batch['y'], c.temperature)
+    logp = uae.caption_logp(seen, batch['y'], config.temperature)
     old_logp = batch['old_logp']
-    if first and c.old_logp == 'replay':
+    if first and config.old_logp == 'replay':
         old_logp = logp.detach()
-    loss, stats = policy_loss(logp, old_logp, batch['adv'], weight, c.clip_range)
-    if c.kl:
+    loss, stats = policy_loss(logp, old_logp, batch['adv'], weight, config.clip_range)
+    if config.kl:
         policy = torch.where(weight > 0, logp, 0.0)
         reference = torch.where(weight > 0, batch['ref_logp'], 0.0)
         kl = (kl_k3(policy, reference) * weight).sum() / weight.sum()
-        loss = loss + c.kl * kl
+        loss = loss + config.kl * kl
         stats['kl'] = kl.detach()
     difference = torch.where(weight > 0, logp - batch['recorded'], 0.0)
     stats['logp_diff'] = difference.detach().abs().max()
     return loss * weight.sum() * share, stats, logp.detach()
 
 
-def update(ddp, optimiser, seen, batch, step, run, c):
-    """c.updates optimiser steps on one rollout -> log fields."""
+def update(ddp, optimiser, seen, batch, step, run, config):
+    """config.updates optimiser steps on one rollout -> log fields."""
     P = len(seen[0])
-    batch['weight'], count = token_weights(batch['mask'], c)
+    batch['weight'], count = token_weights(batch['mask'], config)
     batch['old_logp'] = batch['recorded'].clone()
     share = run.world / common.total(count, run)
-    for k in range(c.updates):
+    for k in range(config.updates):
         stats = Stats()
-        for images, rows, last in common.sample_slices(P, c.group, c.micro_batch):
+        for images, rows, last in common.sample_slices(P, config.group, config.micro_batch):
             part = common.take(batch, rows)
+            shown = common.take(seen, images)
             with common.no_sync(ddp, last):
-                loss, fields, logp = ddp(loss_of, common.take(seen, images), part, share, k == 0, c)
+                loss, fields, logp = ddp(loss_of, shown, part, share, k == 0, config)
                 loss.backward()
-            if k == 0 and c.old_logp == 'replay':
+            if k == 0 and config.old_logp == 'replay':
                 batch['old_logp'][rows] = logp          # of every later update as well
             stats.add_sum(loss=loss.detach())
             stats.add_max(ratio_max=fields['ratio_max'], logp_diff=fields['logp_diff'])
@@ -233,60 +234,60 @@ def update(ddp, optimiser, seen, batch, step, run, c):
     return dict(reduced, **taken)
 
 
-def planned_loss(uae, tower, size, prompt_len, c):
+def planned_loss(uae, tower, size, prompt_len, config):
     """For --plan: the loss of `size` captions, zeros in place of prompt, tokens and rewards."""
-    y = torch.zeros(size, c.caption_len, dtype=torch.long)
+    y = torch.zeros(size, config.caption_len, dtype=torch.long)
     embedded = torch.zeros(size, prompt_len, uae.encoder.config.text_config.hidden_size)
     positions = torch.zeros(3, size, prompt_len, dtype=torch.long)
     h = uae.states_after(embedded, positions, y)[:, :-1]
-    logp = token_logp(h, uae.head, y, c.temperature, uae.forbidden)
-    return policy_loss(logp, torch.zeros(logp.shape), torch.zeros(size), clip=c.clip_range)[0]
+    logp = token_logp(h, uae.head, y, config.temperature, uae.forbidden)
+    return policy_loss(logp, torch.zeros(logp.shape), torch.zeros(size), clip=config.clip_range)[0]
 
 
 def main(argv):
-    c = config.parse(keys, own_presets, argv, __file__)
-    if c.condition == 'image':
+    config = parse(keys, own_presets, argv, __file__)
+    if config.condition == 'image':
         raise SystemExit('--condition=image: the decoder would not see the caption, so no caption '
                          'could be better than another')
-    if c.plan:
-        return plan(c, ['encoder'], planned_loss)
-    run = common.start(c)
-    common.per_rank('prompts', c.prompts, run.world, c.group)
-    first = checkpoint.open_out_dir(c, run)
+    if config.plan:
+        return plan(config, ['encoder'], planned_loss)
+    run = common.start(config)
+    common.per_rank('prompts', config.prompts, run.world, config.group)
+    first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, held = open_data(c, run)
-    uae = checkpoint.open_uae(c, run.device)
+    train, held = open_data(config, run)
+    uae = checkpoint.open_uae(config, run.device)
     params = uae.train_only('encoder')
-    if c.text_encoder == 'start':
+    if config.text_encoder == 'start':
         checkpoint.freeze_text_encoder(uae)
     reference = None
-    if c.kl:
-        reference = checkpoint.stage_start(uae, ['encoder'], c)
+    if config.kl:
+        reference = checkpoint.stage_start(uae, ['encoder'], config)
     ddp = common.parallel(uae, run)
-    tower = reward_tower(c, run.device)
-    optimiser = common.Optimiser(params, c)
-    checkpoint.restore(c, optimiser)
-    log = Log(c, run)
-    evaluate = Evaluator(uae, held, c, run, dict(reward=tower))
-    idle = ('decoder', 'vae') if c.offload else ()
+    tower = reward_tower(config, run.device)
+    optimiser = common.Optimiser(params, config)
+    checkpoint.restore(config, optimiser)
+    log = Log(config, run)
+    evaluate = Evaluator(uae, held, config, run, dict(reward=tower))
+    idle = ('decoder', 'vae') if config.offload else ()
 
-    for step in progress('grpo_encoder', first, c, run):
+    for step in progress('grpo_encoder', first, config, run):
         evaluate.every(step)
-        images = train.batch(c.seed, step, c.prompts, run.rank, run.world)
+        images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
         x = images['x'].to(run.device)
-        seen, batch, r = rollout(uae, tower, x, images['index'], step, c)
-        batch['adv'], all_r = advantages(r, step, run, c)
+        seen, batch, r = rollout(uae, tower, x, images['index'], step, config)
+        batch['adv'], all_r = advantages(r, step, run, config)
         if reference:
-            batch['ref_logp'] = reference_logp(reference, seen, batch['y'], c)
+            batch['ref_logp'] = reference_logp(reference, seen, batch['y'], config)
         with uae.parked(*idle):
-            fields = update(ddp, optimiser, seen, batch, step, run, c)
+            fields = update(ddp, optimiser, seen, batch, step, run, config)
         surprise = common.total((batch['recorded'] * batch['mask']).sum(), run)
         tokens = common.total(batch['mask'].sum(), run)
         log(step, **reward_fields(all_r), **fields, entropy=-surprise / tokens,     # nats a token
             **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
             skipped=count_skipped(train, held, run))
-        checkpoint.maybe_save(c, run, step + 1, uae, optimiser)
-    evaluate.every(c.steps, last=True)
+        checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
+    evaluate.every(config.steps, last=True)
 
 
 if __name__ == '__main__':

@@ -67,9 +67,9 @@ def count_skipped(train, held, run):
     return int(common.total(len(train.skipped), run)) + held['skipped']
 
 
-def progress(name, first, c, run):
+def progress(name, first, config, run):
     """Numbers of the updates that are left, behind a progress bar on rank 0."""
-    return tqdm(range(first, c.steps), initial=first, total=c.steps, desc=name,
+    return tqdm(range(first, config.steps), initial=first, total=config.steps, desc=name,
                 disable=not run.master, mininterval=1)
 
 
@@ -81,14 +81,14 @@ NEUTRAL = dict(reward=0.0, reward_std=0.0, zero_var=0.0, ratio_max=1.0, logp_dif
 class Log:
     """One printed line and one JSON line in out_dir/log.jsonl per step; rank 0 alone writes."""
 
-    def __init__(self, c, run):
+    def __init__(self, config, run):
         self.master = run.master
-        self.path = f'{c.out_dir}/log.jsonl'
+        self.path = f'{config.out_dir}/log.jsonl'
         self.wandb = None
         self.last = time.time()
-        if self.master and c.wandb:
+        if self.master and config.wandb:
             import wandb
-            self.wandb = wandb.init(project=c.wandb, config=vars(c))
+            self.wandb = wandb.init(project=config.wandb, config=vars(config))
 
     def __call__(self, step, **fields):
         """Prints and appends the fields, with `sec` since the last line and `peak_gb`."""

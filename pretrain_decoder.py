@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import checkpoint
 import common
-import config
+from config import parse
 from data.images import open_data, open_images
 from evaluate import Evaluator
 from log import Log, Stats, progress
@@ -54,7 +54,7 @@ keys = dict(
     sigma_std = 1.2,
     drop = 0.1,                # share of conditions replaced by the negative prompt
     ema = 0.0,                 # decay of the averaged weights per update; 0 = none
-    train_encoder = True,      # flow loss for the language model; a caption loss keeps it captioning
+    train_encoder = True,      # flow loss for the language model; a caption loss beside it
     caption_every = 3,         # updates between caption losses (train_encoder)
     answer_key = 'caption',    # manifest field that the caption loss teaches (train_encoder)
 )
@@ -67,33 +67,33 @@ own_presets = dict(
 # -------------------------------------------------------------------------------------------------
 
 
-def open_captioned(c, run, key):
+def open_captioned(config, run, key):
     """Training images with the captions at manifest field `key`.
 
     Returns the ImageSet, the number left out for want of a caption, and the held-out dict, or None
     where nothing is evaluated. The embedded world's list of scenes is a manifest.
     """
-    image_key, _, folder = c.data_keys
-    c = argparse.Namespace(**dict(vars(c), data_keys=(image_key, key, folder)))
+    image_key, _, folder = config.data_keys
+    config = argparse.Namespace(**dict(vars(config), data_keys=(image_key, key, folder)))
     held = None
-    if c.eval_every or c.data == 'shapes':
-        images, held = open_data(c, run)
+    if config.eval_every or config.data == 'shapes':
+        images, held = open_data(config, run)
     else:
-        images = open_images(c.data, c.resolution, *c.data_keys)
-    if c.data == 'shapes':
+        images = open_images(config.data, config.resolution, *config.data_keys)
+    if config.data == 'shapes':
         from data.shapes import scenes as world
         root = os.path.dirname(world.__file__)
-        images = open_images(f'{root}/images/scenes.jsonl', c.resolution, 'file', key)
+        images = open_images(f'{root}/images/scenes.jsonl', config.resolution, 'file', key)
         kept_apart = sum(name.startswith('held_out/') for name in images.names)
         images.split_off(kept_apart)                        # they are its last lines
     whole = len(images)
     gone = images.keep_captioned()
     if gone == whole:
-        raise SystemExit(f'{c.data}: none of the {gone} images has a caption, stage 0 needs them '
-                         '(data/README.md)')
+        raise SystemExit(f'{config.data}: none of the {gone} images has a caption, stage 0 needs '
+                         'them (data/README.md)')
     if gone and run.master:
-        print(f'warning: {gone} of the {whole} images of {c.data} have no caption and are left out',
-              flush=True)
+        print(f'warning: {gone} of the {whole} images of {config.data} have no caption and are '
+              'left out', flush=True)
     return images, gone, held
 
 
@@ -169,7 +169,7 @@ def averaged(adamw):
 
 
 # --- one update ----------------------------------------------------------------------------------
-def prepare(uae, c, images, rows, step, negative):
+def prepare(uae, config, images, rows, step, negative):
     """Images `rows`, a slice, of a rank's batch -> the arguments of `flow_loss`.
 
     All randomness is addressed by (seed, step, image). Returns also how many captions are too long.
@@ -177,14 +177,14 @@ def prepare(uae, c, images, rows, step, negative):
     index = images['index'][rows]
     x = images['x'][rows].to(uae.device)
     y, mask, cut = uae.tokens(images['captions'][rows], len(negative['y']))
-    drop = common.uniform((), index, c.seed, 'drop', step) < c.drop
+    drop = common.uniform((), index, config.seed, 'drop', step) < config.drop
     y[drop] = negative['y']
     mask[drop] = negative['mask']
-    sigma = common.normal((), index, c.seed, 'sigma', step)
-    s = torch.sigmoid(c.sigma_mean + c.sigma_std * sigma)
-    eps = common.normal(uae.latent_shape(), index, c.seed, 'eps', step)
+    sigma = common.normal((), index, config.seed, 'sigma', step)
+    s = torch.sigmoid(config.sigma_mean + config.sigma_std * sigma)
+    eps = common.normal(uae.latent_shape(), index, config.seed, 'eps', step)
     flow = dict(z0=uae.to_latent(x), y=y, mask=mask, s=s.to(uae.device), eps=eps.to(uae.device))
-    if c.condition != 'text':           # without its caption the image would still be seen
+    if config.condition != 'text':           # without its caption the image would still be seen
         flow.update(seen=uae.see(x), drop=drop.to(uae.device))
     return flow, cut
 
@@ -196,12 +196,12 @@ def prepare_answers(uae, images, run):
     return dict(x=images['x'], y=y, mask=mask), count
 
 
-def planned_loss(uae, tower, size, prompt_len, c):
+def planned_loss(uae, tower, size, prompt_len, config):
     """For --plan: the losses of `size` images, zeros in place of latents, prompt and tokens."""
     latents = torch.zeros(size, *uae.latent_shape())
-    y = torch.zeros(size, c.caption_len, dtype=torch.long)
+    y = torch.zeros(size, config.caption_len, dtype=torch.long)
     flow = flow_loss(uae, latents, y, torch.ones(y.shape), torch.zeros(size), latents)
-    if not c.train_encoder:
+    if not config.train_encoder:
         return flow
     embedded = torch.zeros(size, prompt_len, uae.encoder.config.text_config.hidden_size)
     positions = torch.zeros(3, size, prompt_len, dtype=torch.long)
@@ -212,8 +212,8 @@ def planned_loss(uae, tower, size, prompt_len, c):
 class Cuts:
     """Counts captions that do not fit, and says so at the first one and at the end."""
 
-    def __init__(self, room, c, run):
-        self.room, self.c, self.run = room, c, run
+    def __init__(self, room, config, run):
+        self.room, self.c, self.run = room, config, run
         self.so_far = 0
 
     def add(self, cut, step):
@@ -228,46 +228,46 @@ class Cuts:
 
 
 def main(argv):
-    c = config.parse(keys, own_presets, argv, __file__)
+    config = parse(keys, own_presets, argv, __file__)
     trained = ['projector', 'decoder']
-    if c.train_encoder:
+    if config.train_encoder:
         trained.append('encoder')
-    if c.plan:
-        return plan(c, trained, planned_loss)
-    run = common.start(c)
-    P = common.per_rank('batch', c.batch, run.world)
-    first = checkpoint.open_out_dir(c, run)
+    if config.plan:
+        return plan(config, trained, planned_loss)
+    run = common.start(config)
+    P = common.per_rank('batch', config.batch, run.world)
+    first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, gone, held = open_captioned(c, run, c.data_keys[1])
+    train, gone, held = open_captioned(config, run, config.data_keys[1])
     teachers = train
-    if c.train_encoder and c.answer_key != c.data_keys[1]:
-        teachers, _, _ = open_captioned(c, run, c.answer_key)
-    uae = checkpoint.open_uae(c, run.device, new_projector=True)
+    if config.train_encoder and config.answer_key != config.data_keys[1]:
+        teachers, _, _ = open_captioned(config, run, config.answer_key)
+    uae = checkpoint.open_uae(config, run.device, new_projector=True)
     params = uae.train_only(*trained)
     ddp = common.parallel(uae, run)
-    optimiser = common.Optimiser(params, c, betas=(0.9, 0.99), weight_decay=0.01)
+    optimiser = common.Optimiser(params, config, betas=(0.9, 0.99), weight_decay=0.01)
     adamw = optimiser.adamw
-    checkpoint.restore(c, optimiser)
+    checkpoint.restore(config, optimiser)
     swap(adamw)                         # a checkpoint's models are the averaged ones
-    log = Log(c, run)
-    evaluate = Evaluator(uae, held, c, run) if c.eval_every else None
-    room = c.cond_len - len(uae.before_text) - len(uae.after_text)
-    y, mask, _ = uae.tokens([c.negative_prompt], room + 1)
+    log = Log(config, run)
+    evaluate = Evaluator(uae, held, config, run) if config.eval_every else None
+    room = config.cond_len - len(uae.before_text) - len(uae.after_text)
+    y, mask, _ = uae.tokens([config.negative_prompt], room + 1)
     negative = dict(y=y[0], mask=mask[0])
-    cuts = Cuts(room, c, run)
+    cuts = Cuts(room, config, run)
 
-    for step in progress('pretrain_decoder', first, c, run):
+    for step in progress('pretrain_decoder', first, config, run):
         if evaluate:
             with averaged(adamw):
                 evaluate.every(step)
-        images = train.batch(c.seed, step, c.batch, run.rank, run.world)
+        images = train.batch(config.seed, step, config.batch, run.rank, run.world)
         teach = None
-        if c.train_encoder and step % c.caption_every == 0:
-            taught = teachers.batch(c.seed, step, c.batch, run.rank, run.world)
+        if config.train_encoder and step % config.caption_every == 0:
+            taught = teachers.batch(config.seed, step, config.batch, run.rank, run.world)
             teach, count = prepare_answers(uae, taught, run)
         stats, cut = Stats(), 0
-        for _, rows, last in common.group_slices(P, 1, c.micro_batch):
-            flow, too_long = prepare(uae, c, images, rows, step, negative)
+        for _, rows, last in common.group_slices(P, 1, config.micro_batch):
+            flow, too_long = prepare(uae, config, images, rows, step, negative)
             answers = None
             if teach:
                 part = common.take(teach, rows)
@@ -278,8 +278,8 @@ def main(argv):
             stats.add_sum(loss=loss.detach(), caption_loss=nll.detach())
             cut += too_long
         taken = optimiser.step(step)
-        if c.ema and not optimiser.bad_steps:
-            average(adamw, c.ema)
+        if config.ema and not optimiser.bad_steps:
+            average(adamw, config.ema)
         cut = int(common.total(cut, run))
         cuts.add(cut, step)
         skipped = gone + int(common.total(len(train.skipped), run))
@@ -287,10 +287,10 @@ def main(argv):
             skipped += held['skipped']
         log(step, **stats.reduce(run), **taken, truncated=cut, skipped=skipped)
         with averaged(adamw):
-            checkpoint.maybe_save(c, run, step + 1, uae, optimiser)
+            checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     if evaluate:
         with averaged(adamw):
-            evaluate.every(c.steps, last=True)
+            evaluate.every(config.steps, last=True)
 
 
 if __name__ == '__main__':

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import common
-import config
+from config import parse
 from data.images import open_data
 from evaluate import Evaluator
 from log import Log, Stats, caption_fields, count_skipped, progress
@@ -125,10 +125,10 @@ def image_states(uae, seen, before, states='image'):
     return h * inside[..., None].to(uae.device)
 
 
-def see_small(uae, x, c):
-    """x (P, 3, R, R) -> uae.see of it at c.see_resolution."""
-    if c.see_resolution:
-        size = (c.see_resolution, c.see_resolution)
+def see_small(uae, x, config):
+    """x (P, 3, R, R) -> uae.see of it at config.see_resolution."""
+    if config.see_resolution:
+        size = (config.see_resolution, config.see_resolution)
         x = F.interpolate(x, size, mode='bicubic', antialias=True).clamp(-1, 1)
     return uae.see(x)
 
@@ -141,7 +141,7 @@ def text_velocity(uae, z, s, caption, drop):
     return uae.velocity(z, s, cond)
 
 
-def loss_of(uae, start, batch, caption, share, c):
+def loss_of(uae, start, batch, caption, share, config):
     """The whole loss of a micro-batch, and both its terms, detached.
 
     batch: z0, eps (P, C, H, W), s (P,), drop (P,) bool, h (P, L, d) states. caption: y, mask, seen,
@@ -154,7 +154,7 @@ def loss_of(uae, start, batch, caption, share, c):
     target = eps - z0
     with uae.autocast():
         c_v = uae.project(uae.pad(batch['h']))
-    c_v = torch.where(drop.view(-1, 1, 1), uae.negative()[:, :c.cond_len], c_v)
+    c_v = torch.where(drop.view(-1, 1, 1), uae.negative()[:, :config.cond_len], c_v)
     f_v = (uae.velocity(z, s, c_v) - target).square().mean()
     f_y = torch.zeros((), device=z.device)
     if caption:
@@ -162,101 +162,101 @@ def loss_of(uae, start, batch, caption, share, c):
             with torch.no_grad():
                 target = text_velocity(start, z, s, caption, drop)
         f_y = (text_velocity(uae, z, s, caption, drop) - target).square().mean()
-    loss = (f_v + c.lambda_t2i * f_y) * len(z0) * share
+    loss = (f_v + config.lambda_t2i * f_y) * len(z0) * share
     return loss, f_v.detach(), f_y.detach()
 
 
-def prepare(uae, c, x, index, step, templates):
+def prepare(uae, config, x, index, step, templates):
     """Images x (P, 3, R, R) at positions `index` of the global batch -> the batch and the caption
     of `loss_of`; all randomness addressed by (seed, step, image). templates: lists of token ids."""
-    choice = common.uniform((), index, c.seed, 'template', step) * len(templates)
+    choice = common.uniform((), index, config.seed, 'template', step) * len(templates)
     before = [templates[i] for i in choice.long().tolist()]
-    sigma = common.normal((), index, c.seed, 'sigma', step)
-    eps = common.normal(uae.latent_shape(), index, c.seed, 'eps', step)
-    drop = common.uniform((), index, c.seed, 'drop', step) < c.drop
-    s = torch.sigmoid(c.sigma_mean + c.sigma_std * sigma)
+    sigma = common.normal((), index, config.seed, 'sigma', step)
+    eps = common.normal(uae.latent_shape(), index, config.seed, 'eps', step)
+    drop = common.uniform((), index, config.seed, 'drop', step) < config.drop
+    s = torch.sigmoid(config.sigma_mean + config.sigma_std * sigma)
     batch = dict(z0=uae.to_latent(x), eps=eps.to(uae.device), s=s.to(uae.device),
                  drop=drop.to(uae.device),
-                 h=image_states(uae, see_small(uae, x, c), before, c.states))
-    if not c.lambda_t2i:
+                 h=image_states(uae, see_small(uae, x, config), before, config.states))
+    if not config.lambda_t2i:
         return batch, None
     seen = uae.see(x)
     y, mask, _ = uae.sample_captions(seen, 1, 0.0)
     return batch, (y, mask, seen)
 
 
-def planned_loss(uae, tower, size, prompt_len, c):
+def planned_loss(uae, tower, size, prompt_len, config):
     """For --plan: the loss of `size` images, zeros in place of latents, states and tokens."""
     latents = torch.zeros(size, *uae.latent_shape())
-    h = torch.zeros(size, c.cond_len, uae.projector.up.in_features)
+    h = torch.zeros(size, config.cond_len, uae.projector.up.in_features)
     batch = dict(z0=latents, eps=latents, h=h, s=torch.zeros(size),
                  drop=torch.zeros(size, dtype=torch.bool))
     caption = None
-    if c.lambda_t2i:
-        y = torch.zeros(size, c.caption_len, dtype=torch.long)
+    if config.lambda_t2i:
+        y = torch.zeros(size, config.caption_len, dtype=torch.long)
         caption = (y, torch.ones(y.shape), None)
-    return loss_of(uae, None, batch, caption, 1.0, c)[0]
+    return loss_of(uae, None, batch, caption, 1.0, config)[0]
 
 
-def read_templates(uae, c):
+def read_templates(uae, config):
     """The keys `template` and `templates` -> lists of token ids."""
     texts = ['']
-    if c.template:
-        texts = [text.strip() for text in c.templates.split('|') if text.strip()]
+    if config.template:
+        texts = [text.strip() for text in config.templates.split('|') if text.strip()]
     if not texts:
         raise SystemExit("--templates is empty: give some with '|' between them, or "
                          '--template=False')
     return [before_image(uae, text) for text in texts]
 
 
-def check_keys(c):
+def check_keys(config):
     for key, known in dict(states=('image', 'image+template'),
                            t2i_target=('image', 'start')).items():
-        if getattr(c, key) not in known:
+        if getattr(config, key) not in known:
             raise SystemExit(f'--{key}: expected one of {" ".join(known)}, '
-                             f'got {getattr(c, key)!r}')
-    if not 0 <= c.see_resolution <= c.resolution:
-        raise SystemExit(f'--see_resolution={c.see_resolution}: between 1 and '
-                         f'resolution={c.resolution}, or 0 for the full one')
+                             f'got {getattr(config, key)!r}')
+    if not 0 <= config.see_resolution <= config.resolution:
+        raise SystemExit(f'--see_resolution={config.see_resolution}: between 1 and '
+                         f'resolution={config.resolution}, or 0 for the full one')
 
 
 def main(argv):
-    c = config.parse(keys, own_presets, argv, __file__)
-    check_keys(c)
-    if c.plan:
-        return plan(c, ['projector', 'decoder'], planned_loss)
-    run = common.start(c)
-    P = common.per_rank('batch', c.batch, run.world)
-    first = checkpoint.open_out_dir(c, run)
+    config = parse(keys, own_presets, argv, __file__)
+    check_keys(config)
+    if config.plan:
+        return plan(config, ['projector', 'decoder'], planned_loss)
+    run = common.start(config)
+    P = common.per_rank('batch', config.batch, run.world)
+    first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, held = open_data(c, run)
-    uae = checkpoint.open_uae(c, run.device)
-    templates = read_templates(uae, c)
-    example = see_small(uae, held['x'][:1].to(run.device), c)
-    room = image_states(uae, example, [max(templates, key=len)], c.states).shape[1]
-    if room > c.cond_len:
-        raise SystemExit(f'the states of template and image are {room}, cond_len is {c.cond_len}: '
-                         'lower --see_resolution, or shorten --templates')
+    train, held = open_data(config, run)
+    uae = checkpoint.open_uae(config, run.device)
+    templates = read_templates(uae, config)
+    example = see_small(uae, held['x'][:1].to(run.device), config)
+    room = image_states(uae, example, [max(templates, key=len)], config.states).shape[1]
+    if room > config.cond_len:
+        raise SystemExit(f'the states of template and image are {room}, cond_len is '
+                         f'{config.cond_len}: lower --see_resolution, or shorten --templates')
     params = uae.train_only('projector', 'decoder')
     start = None
-    if c.lambda_t2i and c.t2i_target == 'start':
-        start = checkpoint.stage_start(uae, ['projector', 'decoder'], c)
+    if config.lambda_t2i and config.t2i_target == 'start':
+        start = checkpoint.stage_start(uae, ['projector', 'decoder'], config)
     ddp = common.parallel(uae, run)
-    optimiser = common.Optimiser(params, c, betas=(0.9, 0.99))
-    checkpoint.restore(c, optimiser)
-    log = Log(c, run)
-    evaluate = Evaluator(uae, held, c, run)
+    optimiser = common.Optimiser(params, config, betas=(0.9, 0.99))
+    checkpoint.restore(config, optimiser)
+    log = Log(config, run)
+    evaluate = Evaluator(uae, held, config, run)
 
-    for step in progress('reca', first, c, run):
+    for step in progress('reca', first, config, run):
         evaluate.every(step)
-        images = train.batch(c.seed, step, c.batch, run.rank, run.world)
+        images = train.batch(config.seed, step, config.batch, run.rank, run.world)
         stats = Stats()
-        captions = [torch.zeros(0, c.caption_len, dtype=torch.bool)]
-        for _, rows, last in common.group_slices(P, 1, c.micro_batch):
+        captions = [torch.zeros(0, config.caption_len, dtype=torch.bool)]
+        for _, rows, last in common.group_slices(P, 1, config.micro_batch):
             x = images['x'][rows].to(run.device)
-            batch, caption = prepare(uae, c, x, images['index'][rows], step, templates)
+            batch, caption = prepare(uae, config, x, images['index'][rows], step, templates)
             with common.no_sync(ddp, last):
-                loss, f_v, f_y = ddp(loss_of, start, batch, caption, 1 / P, c)
+                loss, f_v, f_y = ddp(loss_of, start, batch, caption, 1 / P, config)
                 loss.backward()
             stats.add_sum(loss=loss.detach())
             stats.add_mean(len(x), flow_image=f_v, flow_text=f_y)
@@ -265,8 +265,8 @@ def main(argv):
         taken = optimiser.step(step)
         log(step, **stats.reduce(run), **taken, **caption_fields(torch.cat(captions), run),
             skipped=count_skipped(train, held, run))
-        checkpoint.maybe_save(c, run, step + 1, uae, optimiser)
-    evaluate.every(c.steps, last=True)
+        checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
+    evaluate.every(config.steps, last=True)
 
 
 if __name__ == '__main__':

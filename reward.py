@@ -20,8 +20,8 @@ OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130
 DINOV3 = 'facebook/dinov3-vitl16-pretrain-lvd1689m'
 # name -> (library, hub id, arguments of `preprocess`). None = the configuration's own.
 BACKBONES = dict(
-    clip=('open_clip', None, None),              # c.clip
-    judge=('transformers', None, None),          # c.judge
+    clip=('open_clip', None, None),              # config.clip
+    judge=('transformers', None, None),          # config.judge
     longclip=('transformers', 'zer0int/LongCLIP-L-Diffusers', dict(OPENAI, resize=224, crop=224)),
     dinov2=('transformers', 'facebook/dinov2-large',
             dict(IMAGENET, resize=256, crop=224, corner=math.floor)),
@@ -122,17 +122,17 @@ class Backbone(nn.Module):
         return F.normalize(f.float(), dim=-1)
 
 
-def describe(name, c):
+def describe(name, config):
     """A backbone's library, its hub id or folder, and its preprocessing if that is known."""
     if name not in BACKBONES:
         raise SystemExit(f'unknown backbone {name!r}; there are: {" ".join(BACKBONES)}')
     library, hub_id, pre = BACKBONES[name]
-    return library, hub_id or getattr(c, name), pre
+    return library, hub_id or getattr(config, name), pre
 
 
-def backbone(name, c, device='cpu', source=''):
+def backbone(name, config, device='cpu', source=''):
     """The tower called `name` for a run with configuration c, or its like from another source."""
-    library, own, pre = describe(name, c)
+    library, own, pre = describe(name, config)
     if library == 'open_clip':
         tower = load_open_clip(source or own)
         pre = pre or clip_preprocessing(tower)
@@ -159,31 +159,31 @@ class Mixture(nn.Module):
         return torch.cat(parts, -1)
 
 
-def reward_parts(c):
+def reward_parts(config):
     """The key `reward`, NAME or NAME:WEIGHT,NAME:WEIGHT -> {name: weight}.
 
     Refuses the judge's own tower: it would judge itself.
     """
     parts = {}
-    for word in c.reward.split(','):
+    for word in config.reward.split(','):
         name, _, weight = word.strip().partition(':')
         try:
             parts[name] = float(weight or 1)
         except ValueError:
             parts[name] = 0.0
         if not 0 < parts[name] < math.inf:
-            raise SystemExit(f'--reward={c.reward}: expected NAME or NAME:WEIGHT,NAME:WEIGHT with '
-                             'positive weights, for example clip:0.7,dinov2:0.3')
-        if name != 'judge' and describe(name, c)[1] == c.judge:
-            raise SystemExit(f'--reward={c.reward}: {name} is the judge too ({c.judge}), which must '
-                             'be a tower that was not the reward: name another --judge')
+            raise SystemExit(f'--reward={config.reward}: expected NAME or NAME:WEIGHT,NAME:WEIGHT '
+                             'with positive weights, for example clip:0.7,dinov2:0.3')
+        if name != 'judge' and describe(name, config)[1] == config.judge:
+            raise SystemExit(f'--reward={config.reward}: {name} is the judge too ({config.judge}), '
+                             'which must be a tower that was not the reward: name another --judge')
     return parts
 
 
-def reward_tower(c, device='cpu'):
+def reward_tower(config, device='cpu'):
     """The tower of the key `reward`, or the weighted sum of several."""
-    parts = reward_parts(c)
-    towers = [backbone(name, c, device) for name in parts]
+    parts = reward_parts(config)
+    towers = [backbone(name, config, device) for name in parts]
     if len(towers) == 1:
         return towers[0]
     return Mixture(towers, list(parts.values()))

@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 import common
-import config
 from checkpoint import open_uae
+from config import parse
 from data.images import ImageError, open_images, save_image
 from evaluate import draw_captions, reconstruct
 from tools.export import export
@@ -41,14 +41,14 @@ keys = dict(
 # -------------------------------------------------------------------------------------------------
 
 
-def from_prompt(uae, c):
-    """Draws c.prompt into out_dir/prompt.png."""
-    y, mask, cut = uae.tokens([c.prompt])
+def from_prompt(uae, config):
+    """Draws config.prompt into out_dir/prompt.png."""
+    y, mask, cut = uae.tokens([config.prompt])
     if cut:
-        most = c.caption_len - 1
+        most = config.caption_len - 1
         print(f'warning: the prompt has more than caption_len - 1 = {most} tokens and was cut')
-    x_hat = draw_captions(uae, y, mask, rows=[c.seed])
-    path = f'{c.out_dir}/prompt.png'
+    x_hat = draw_captions(uae, y, mask, rows=[config.seed])
+    path = f'{config.out_dir}/prompt.png'
     save_image(x_hat[0].clamp(-1, 1), path)
     print(path)
 
@@ -69,29 +69,29 @@ def already_captioned(path, run):
                          'mend it, or give another --out_dir')
 
 
-def from_images(uae, c, run):
-    """Captions every image of c.image that is not in captions.jsonl yet, and draws the captions."""
-    images = open_images(c.image, c.resolution, *c.data_keys)
+def from_images(uae, config, run):
+    """Captions every image of --image that is not in captions.jsonl yet, and draws the captions."""
+    images = open_images(config.image, config.resolution, *config.data_keys)
     if any(len(source) > 1 for source, _ in images.sources):
-        raise SystemExit(f'--image={c.image}: captions.jsonl cannot name an image inside a tar; '
+        raise SystemExit(f'--image={config.image}: captions.jsonl cannot name one inside a tar; '
                          'unpack it first')
-    inside = os.path.realpath(c.out_dir).startswith(os.path.realpath(c.image) + os.sep)
-    if os.path.isdir(c.image) and inside:
-        raise SystemExit(f'--out_dir={c.out_dir} lies in --image={c.image}: '
+    inside = os.path.realpath(config.out_dir).startswith(os.path.realpath(config.image) + os.sep)
+    if os.path.isdir(config.image) and inside:
+        raise SystemExit(f'--out_dir={config.out_dir} lies in --image={config.image}: '
                          'its pictures would be captioned next time')
-    os.makedirs(c.out_dir, exist_ok=True)
-    path = f'{c.out_dir}/captions.jsonl'
+    os.makedirs(config.out_dir, exist_ok=True)
+    path = f'{config.out_dir}/captions.jsonl'
     files = [os.path.abspath(source[0]) for source, _ in images.sources]
     done = already_captioned(path, run)
     todo = [i for i, file in enumerate(files) if file not in done]
-    pictures = picture_files(images.names, c.out_dir)
+    pictures = picture_files(images.names, config.out_dir)
 
-    at_once = c.batch * run.world
+    at_once = config.batch * run.world
     quiet = len(todo) < 2 or not run.master
     captions = {}
     for start in tqdm(range(0, len(todo), at_once), desc='sample', disable=quiet):
         mine = todo[start:start + at_once][run.rank::run.world]
-        captions = caption_batch(uae, c, images, mine, pictures)
+        captions = caption_batch(uae, config, images, mine, pictures)
         lines = []
         for i, text in captions.items():
             lines.append((i, json.dumps(dict(image=files[i], caption=text)) + '\n'))
@@ -120,7 +120,7 @@ def picture_files(names, out_dir):
     return paths
 
 
-def caption_batch(uae, c, images, wanted, pictures):
+def caption_batch(uae, config, images, wanted, pictures):
     """Captions, and draws, those of the wanted images that can be read -> {index: caption}.
 
     Pictures are on the disk before this returns: a line in captions.jsonl says that all is done.
@@ -133,9 +133,9 @@ def caption_batch(uae, c, images, wanted, pictures):
     if not found:
         return {}
     x = torch.stack(list(found.values())).to(uae.device)
-    rows = [c.seed << 32 | zlib.crc32(images.names[i].encode()) for i in found]
-    texts, _, x_hat = reconstruct(uae, x, rows, c.eval_temperature, c.draw)
-    if c.draw:
+    rows = [config.seed << 32 | zlib.crc32(images.names[i].encode()) for i in found]
+    texts, _, x_hat = reconstruct(uae, x, rows, config.eval_temperature, config.draw)
+    if config.draw:
         side_by_side = torch.cat([x, x_hat], 3).clamp(-1, 1)
         for i, pair in zip(found, side_by_side):
             save_image(pair, pictures[i])
@@ -153,26 +153,26 @@ def read_image(images, i):
 
 
 def main(argv):
-    c = config.parse(keys, {}, argv, __file__)
-    if (c.image, c.prompt, c.export).count('') != 2:
+    config = parse(keys, {}, argv, __file__)
+    if (config.image, config.prompt, config.export).count('') != 2:
         raise SystemExit('give one of --image=FILE_OR_FOLDER, --prompt=TEXT and '
                          '--export=NEW_FOLDER')
-    if c.batch < 1:
-        raise SystemExit(f'--batch={c.batch}: at least 1')
-    if c.export and os.path.exists(c.export):
-        if not os.path.isdir(c.export) or os.listdir(c.export):
-            raise SystemExit(f'--export={c.export} is there already and not an empty folder')
-    run = common.start(c)
-    if run.world > 1 and not c.image:
+    if config.batch < 1:
+        raise SystemExit(f'--batch={config.batch}: at least 1')
+    if config.export and os.path.exists(config.export):
+        if not os.path.isdir(config.export) or os.listdir(config.export):
+            raise SystemExit(f'--export={config.export} is there already and not an empty folder')
+    run = common.start(config)
+    if run.world > 1 and not config.image:
         raise SystemExit('several ranks are for --image; --prompt and --export take one')
     # captions need no projector: photos can be captioned before any training
-    uae = open_uae(c, run.device, new_projector=not c.draw)
-    if c.image:
-        from_images(uae, c, run)
-    elif c.export:
-        export(uae, c)
+    uae = open_uae(config, run.device, new_projector=not config.draw)
+    if config.image:
+        from_images(uae, config, run)
+    elif config.export:
+        export(uae, config)
     else:
-        from_prompt(uae, c)
+        from_prompt(uae, config)
 
 
 if __name__ == '__main__':

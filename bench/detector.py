@@ -24,16 +24,16 @@ GREY = (153, 153, 153)                       # around an object whose colour is 
 
 
 # --- objects -----------------------------------------------------------------------------------
-def open_detector(c, device):
+def open_detector(config, device):
     from transformers import Mask2FormerForUniversalSegmentation
-    model = common.load(Mask2FormerForUniversalSegmentation, c.detector).eval().to(device)
+    model = common.load(Mask2FormerForUniversalSegmentation, config.detector).eval().to(device)
     names = model.config.id2label
     fits = len(names) == len(CLASSES)
     if fits:                                 # some of the names between are spelt otherwise
         fits = names[0] == CLASSES[0] and names[79] == CLASSES[79]
     if not fits:
         raise SystemExit(
-            f'--detector={c.detector}: expected the 80 classes of COCO instances, '
+            f'--detector={config.detector}: expected the 80 classes of COCO instances, '
             f'got {len(names)}, from {names[0]!r}')
     return model
 
@@ -119,20 +119,20 @@ def detect(model, image, tag):
 
 
 # --- their colours -----------------------------------------------------------------------------
-def open_colours(c, device):
+def open_colours(config, device):
     """-> name_colours(image, [(box, score, mask)], class), with CLIP's choice among COLOURS."""
     import open_clip
-    name, _, weights = c.colour_clip.partition(':')
+    name, _, weights = config.colour_clip.partition(':')
     if weights == 'openai' and 'quickgelu' not in name:
         raise SystemExit(
-            f'--colour_clip={c.colour_clip}: OpenAI\'s weights need QuickGELU: '
+            f'--colour_clip={config.colour_clip}: OpenAI\'s weights need QuickGELU: '
             f'{name}-quickgelu:openai')
     try:
         model, _, transform = open_clip.create_model_and_transforms(
             name, pretrained=weights, device=device)
     except Exception as e:
         first = str(e).splitlines()[0][:160]
-        raise SystemExit(f'--colour_clip={c.colour_clip}: cannot be loaded: {first}')
+        raise SystemExit(f'--colour_clip={config.colour_clip}: cannot be loaded: {first}')
     return colour_namer(model.eval(), transform, open_clip.get_tokenizer(name), device)
 
 

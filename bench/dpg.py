@@ -39,12 +39,12 @@ def drop_first_row(items):
     return [dict(first, questions=questions)] + others
 
 
-def dpg_scorer(c, run):
+def dpg_scorer(config, run):
     """-> scorer(item, path) -> a line of results.jsonl, None where the image is left out."""
-    vqa = remembered(f'{c.folder}/vqa', run, local_vlm(c, run.device), c.vqa)
-    side = c.resolution
-    corners = [(0, 0), (side, 0), (0, side), (side, side)][:c.samples]
-    if c.samples == 4:
+    vqa = remembered(f'{config.folder}/vqa', run, local_vlm(config, run.device), config.vqa)
+    side = config.resolution
+    corners = [(0, 0), (side, 0), (0, side), (side, side)][:config.samples]
+    if config.samples == 4:
         size = 2 * side, 2 * side
     else:
         size = side, side

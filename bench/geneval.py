@@ -86,7 +86,7 @@ def include_fault(clause, found, groups):
 
 
 # --- scorers: (item, path) -> a line of results.jsonl with the official fields -----------------
-def shapes_scorer(c, run):
+def shapes_scorer(config, run):
     size = world.RESOLUTION, world.RESOLUTION
 
     def scorer(item, path):
@@ -95,9 +95,9 @@ def shapes_scorer(c, run):
     return scorer
 
 
-def geneval_scorer(c, run):
-    model = open_detector(c, run.device)
-    name_colours = open_colours(c, run.device)
+def geneval_scorer(config, run):
+    model = open_detector(config, run.device)
+    name_colours = open_colours(config, run.device)
 
     def scorer(item, path):
         image = open_image(path)

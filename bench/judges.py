@@ -92,12 +92,12 @@ def shapes_objects(image, meta):
 
 
 # --- a vision-language model (DPG-Bench) -------------------------------------------------------
-def local_vlm(c, device):
+def local_vlm(config, device):
     """-> vqa(image, question) -> str, greedy."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    processor = common.load(AutoProcessor, c.vqa)
-    dtype = getattr(torch, c.dtype)
-    model = common.load(AutoModelForImageTextToText, c.vqa, dtype=dtype).eval().to(device)
+    processor = common.load(AutoProcessor, config.vqa)
+    dtype = getattr(torch, config.dtype)
+    model = common.load(AutoModelForImageTextToText, config.vqa, dtype=dtype).eval().to(device)
 
     @torch.no_grad()
     def vqa(image, question):
@@ -135,17 +135,17 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def judge_scorer(c, run):
+def judge_scorer(config, run):
     """GenEval++: -> scorer(item, path) -> a line of results.jsonl."""
     system = JUDGE
-    if c.judge_prompt:
-        system = '\n'.join(read_lines(c.judge_prompt))
+    if config.judge_prompt:
+        system = '\n'.join(read_lines(config.judge_prompt))
 
     def ask_server(image, text):
-        return ask_judge(c, system, image, text)
+        return ask_judge(config, system, image, text)
 
-    who = (c.judge_url, c.judge_model, system, JPEG_QUALITY)
-    ask = remembered(f'{c.folder}/judge', run, ask_server, who)
+    who = (config.judge_url, config.judge_model, system, JPEG_QUALITY)
+    ask = remembered(f'{config.folder}/judge', run, ask_server, who)
 
     def scorer(item, path):
         correct, reason = 0, 'no image'      # a missing image is wrong, as officially
@@ -207,18 +207,18 @@ def verdict(reply):
     return int(found['correct']), str(found.get('reason', ''))
 
 
-def ask_judge(c, system, image, text):
+def ask_judge(config, system, image, text):
     """The server's reply, one that `verdict` understands.
 
     Raises Unusable after judge_tries failures, SystemExit where none can succeed.
     """
-    url = c.judge_url.rstrip('/') + '/chat/completions'
-    body = judge_body(c, system, image, text)
-    for attempt in range(c.judge_tries):
+    url = config.judge_url.rstrip('/') + '/chat/completions'
+    body = judge_body(config, system, image, text)
+    for attempt in range(config.judge_tries):
         if attempt:
             time.sleep(min(2 ** attempt, LONGEST_WAIT))
         try:
-            raw = post(url, body, c.judge_timeout)
+            raw = post(url, body, config.judge_timeout)
             reply = json.loads(raw)['choices'][0]['message']['content']
             verdict(reply)
             return reply
@@ -234,7 +234,7 @@ def ask_judge(c, system, image, text):
     raise Unusable(why[:160])
 
 
-def judge_body(c, system, image, text):
+def judge_body(config, system, image, text):
     """The question as the server's JSON."""
     jpeg = io.BytesIO()
     image.save(jpeg, 'jpeg', quality=JPEG_QUALITY)
@@ -243,7 +243,7 @@ def judge_body(c, system, image, text):
         dict(type='text', text=text),
         dict(type='image_url', image_url=dict(url=f'data:image/jpeg;base64,{data}'))]
     messages = [dict(role='system', content=system), dict(role='user', content=content)]
-    return dict(model=c.judge_model, temperature=0, max_tokens=200, messages=messages)
+    return dict(model=config.judge_model, temperature=0, max_tokens=200, messages=messages)
 
 
 def post(url, body, seconds):

@@ -35,44 +35,46 @@ DPG_COLUMNS = (
     'item_id', 'text', 'proposition_id', 'dependency', 'tuple', 'question_natural_language')
 
 
-def check_keys(c):
+def check_keys(config):
     """Refuses keys that have no meaning, or none together, in one line."""
-    if c.bench not in ('shapes', 'geneval', 'dpg', 'geneval++'):
-        raise SystemExit(f'--bench: expected shapes, geneval, geneval++ or dpg, got {c.bench!r}')
-    if c.condition != 'text':
+    if config.bench not in ('shapes', 'geneval', 'dpg', 'geneval++'):
+        raise SystemExit('--bench: expected shapes, geneval, geneval++ or dpg, got '
+                         f'{config.bench!r}')
+    if config.condition != 'text':
         raise SystemExit(
-            f'--condition={c.condition}: a prompt has no image to look at, expected text')
-    if c.bench == 'dpg':
-        samples_fit = c.samples in (1, 4)
+            f'--condition={config.condition}: a prompt has no image to look at, expected text')
+    if config.bench == 'dpg':
+        samples_fit = config.samples in (1, 4)
     else:
-        samples_fit = c.samples >= 1
-    if not samples_fit or c.batch < 1 or c.judge_tries < 1:
+        samples_fit = config.samples >= 1
+    if not samples_fit or config.batch < 1 or config.judge_tries < 1:
         raise SystemExit(
-            f'--samples={c.samples} --batch={c.batch} --judge_tries={c.judge_tries}: '
+            f'--samples={config.samples} --batch={config.batch} '
+            f'--judge_tries={config.judge_tries}: '
             'expected 1 or more, and 1 or 4 samples for dpg')
-    if c.bench == 'shapes' and c.resolution != world.RESOLUTION:
+    if config.bench == 'shapes' and config.resolution != world.RESOLUTION:
         raise SystemExit(
-            f'--resolution={c.resolution}: the embedded world has {world.RESOLUTION}')
-    if c.judge_url and not c.judge_url.startswith(('http://', 'https://')):
-        raise SystemExit(f'--judge_url={c.judge_url}: expected http:// or https://')
+            f'--resolution={config.resolution}: the embedded world has {world.RESOLUTION}')
+    if config.judge_url and not config.judge_url.startswith(('http://', 'https://')):
+        raise SystemExit(f'--judge_url={config.judge_url}: expected http:// or https://')
     # GenEval's folders hold their prompts, so whoever only scores them needs no file
-    has_prompts = c.bench == 'shapes' or c.bench == 'geneval' and not c.generate
-    if not c.prompts and not has_prompts:
-        raise SystemExit(f'--bench={c.bench} needs --prompts=FILE')
+    has_prompts = config.bench == 'shapes' or config.bench == 'geneval' and not config.generate
+    if not config.prompts and not has_prompts:
+        raise SystemExit(f'--bench={config.bench} needs --prompts=FILE')
 
 
-def read_items(c):
+def read_items(config):
     """The items of a run; a key or a prompt that is wrong ends it in one line."""
-    check_keys(c)
-    if c.bench == 'dpg':
-        items = read_dpg(c.prompts)
-    elif c.bench == 'shapes' and not c.prompts:
+    check_keys(config)
+    if config.bench == 'dpg':
+        items = read_dpg(config.prompts)
+    elif config.bench == 'shapes' and not config.prompts:
         metas = shapes_prompts()
         items = [metadata_item(n, f'{n:05d}', meta) for n, meta in enumerate(metas)]
     else:
-        items = read_metadata(c)
+        items = read_metadata(config)
     if not items:
-        source = c.prompts or c.images or '--images'
+        source = config.prompts or config.images or '--images'
         raise SystemExit(f'no prompts in {source!r}')
     return items
 
@@ -87,17 +89,17 @@ def read_lines(path):
 
 
 # --- GenEval and GenEval++: lines of metadata --------------------------------------------------
-def read_metadata(c):
+def read_metadata(config):
     """Items of a metadata file, or without one of a folder in GenEval's layout."""
     classes, colours = (), ()
-    if c.bench == 'geneval':
+    if config.bench == 'geneval':
         classes, colours = CLASSES, COLOURS
-    elif c.bench == 'shapes':
+    elif config.bench == 'shapes':
         classes, colours = world.SHAPES, tuple(world.COLOURS)
-    if c.prompts:
-        found = metadata_of_file(c.prompts, c.bench)
+    if config.prompts:
+        found = metadata_of_file(config.prompts, config.bench)
     else:
-        found = metadata_of_folders(c.images)
+        found = metadata_of_folders(config.images)
     items = []
     for number, name, where, text in found:
         meta = parse_metadata(text, where, classes, colours)
@@ -333,23 +335,23 @@ def shapes_metadata(tag, rng):
 
 
 # --- where the images of an item are -----------------------------------------------------------
-def item_files(c, item):
+def item_files(config, item):
     """The image files of an item in the benchmark's own layout."""
-    if c.bench in ('geneval', 'shapes'):
-        folder = f'{c.images}/{item["id"]}/samples'
-        return [f'{folder}/{sample:05d}.png' for sample in range(c.samples)]
-    if c.bench == 'dpg':
-        return [f'{c.images}/{item["id"]}.png']
-    return [f'{c.images}/{item["id"]}.jpg']
+    if config.bench in ('geneval', 'shapes'):
+        folder = f'{config.images}/{item["id"]}/samples'
+        return [f'{folder}/{sample:05d}.png' for sample in range(config.samples)]
+    if config.bench == 'dpg':
+        return [f'{config.images}/{item["id"]}.png']
+    return [f'{config.images}/{item["id"]}.jpg']
 
 
-def files_to_score(c, item):
+def files_to_score(config, item):
     """The files to score: GenEval's scorer takes every image of digits in an item's folder.
 
-    Where there are fewer than c.samples, files that are missing fill the list up.
+    Where there are fewer than `samples`, files that are missing fill the list up.
     """
-    expected = item_files(c, item)
-    if c.bench not in ('geneval', 'shapes'):
+    expected = item_files(config, item)
+    if config.bench not in ('geneval', 'shapes'):
         return expected
     folder = os.path.dirname(expected[0])
     names = []
@@ -357,5 +359,5 @@ def files_to_score(c, item):
         names = [name for name in sorted(os.listdir(folder)) if re.fullmatch(r'\d+\.png', name)]
     there = [f'{folder}/{name}' for name in names]
     missing = [path for path in expected if path not in there]
-    lacking = max(0, c.samples - len(there))
+    lacking = max(0, config.samples - len(there))
     return there + missing[:lacking]

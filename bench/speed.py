@@ -128,9 +128,9 @@ def one_stage(name, options, argv):
     row['peak_gb'] = peak_memory()
     row.update(utilisation(stage, row['update']))
 
-    c = stage.c
-    title = (f'{name}: {len(stage.x)} x {stage.G}, T {c.caption_len}, S {c.sample_steps}, '
-             f'guidance {c.guidance}, {c.dtype}')
+    own = stage.c
+    title = (f'{name}: {len(stage.x)} x {stage.G}, T {own.caption_len}, '
+             f'S {own.sample_steps}, guidance {own.guidance}, {own.dtype}')
     print_column(title, {part: row.get(part, 0.0) for part in PRINTED})
     bare = {label: row[label] for label in [*labels, 'networks']}
     print_column('bare networks, times x call x rows', bare)

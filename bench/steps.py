@@ -11,9 +11,9 @@ import torch
 import checkpoint
 import cold_start
 import common
-import config
 import grpo_decoder
 import grpo_encoder
+from config import parse, shared
 from data.images import open_data
 from reward import reward_tower
 from tools import plan
@@ -75,7 +75,7 @@ def shortened(architecture, layers):
     return found
 
 
-def random_models(c, layers, device):
+def random_models(config, layers, device):
     """UAE and reward tower in the published sizes of c's models; layers: see `shortened`, 0 = all.
 
     The tokenizer is the tiny one.
@@ -83,7 +83,7 @@ def random_models(c, layers, device):
     known = plan.ARCHITECTURES
     if layers:
         known = shortened(known, layers)
-    return plan.skeleton(c, device, known), plan.random_reward(c, device, known)
+    return plan.skeleton(config, device, known), plan.random_reward(config, device, known)
 
 
 # --- a stage and its step ------------------------------------------------------------------------
@@ -100,19 +100,19 @@ class Stage:
 
     def __init__(self, name, argv, random=False, layers=0, **changes):
         script = SCRIPTS[name]
-        known = {'preset', *config.shared, *script.keys}
+        known = {'preset', *shared, *script.keys}
         argv = [*argv, *(f'--{key}={value}' for key, value in changes.items())]
         argv = [argument for argument in argv if key_of(argument) in known]
-        c = config.parse(script.keys, script.own_presets, argv, script.__file__)
-        run = common.start(c)
+        config = parse(script.keys, script.own_presets, argv, script.__file__)
+        run = common.start(config)
         self.name = name
-        self.c = c
-        self.G = getattr(c, 'group', 1)
+        self.c = config
+        self.G = getattr(config, 'group', 1)
         self.open_models(random, layers, run.device)
-        self.optimiser = common.Optimiser(self.params, c)
+        self.optimiser = common.Optimiser(self.params, config)
         self.train = None
         if not random:
-            self.train, _ = open_data(c, run)
+            self.train, _ = open_data(config, run)
         batch = self.data()
         self.x = batch['x'].to(run.device)
         self.index = batch['index']
@@ -120,28 +120,28 @@ class Stage:
         self.watch_networks()
 
     def open_models(self, random, layers, device):
-        c = self.c
+        config = self.c
         if random:
-            self.uae, self.tower = random_models(c, layers, device)
+            self.uae, self.tower = random_models(config, layers, device)
         else:
-            self.uae = checkpoint.open_uae(c, device)
-            self.tower = reward_tower(c, device)
+            self.uae = checkpoint.open_uae(config, device)
+            self.tower = reward_tower(config, device)
         self.uae.forbidden[self.uae.end] = True
         self.params = self.uae.train_only(*TRAINED[self.name])
         self.negative = None
-        if c.guidance != 1.0 and self.name == 'grpo_decoder':
+        if config.guidance != 1.0 and self.name == 'grpo_decoder':
             self.negative = self.uae.negative()
         self.reference = None
-        if getattr(c, 'kl', 0):
+        if getattr(config, 'kl', 0):
             self.reference = self.uae.reference(TRAINED[self.name][0])
 
     def data(self):
         """A batch of images, read anew."""
-        c = self.c
+        config = self.c
         if self.train:
-            return self.train.batch(c.seed, 0, c.prompts)
-        x = torch.rand(c.prompts, 3, c.resolution, c.resolution) * 2 - 1
-        return dict(x=x, index=torch.arange(c.prompts))
+            return self.train.batch(config.seed, 0, config.prompts)
+        x = torch.rand(config.prompts, 3, config.resolution, config.resolution) * 2 - 1
+        return dict(x=x, index=torch.arange(config.prompts))
 
     def watch(self, owner, name, part):
         """Adds the seconds of every call of owner.name to spent[part]."""
@@ -169,28 +169,29 @@ class Stage:
 # Each step as its script does it, without data, optimiser and log: yields the name of each part
 # that is done, and leaves the gradients.
 def cold_start_step(stage):
-    c = stage.c
-    seen, batch = cold_start.caption(stage.uae, stage.x, stage.index, 0, c)
+    config = stage.c
+    seen, batch = cold_start.caption(stage.uae, stage.x, stage.index, 0, config)
     yield 'rollout'
-    for _, rows, _ in common.group_slices(len(stage.x), 1, c.micro_batch):
+    for _, rows, _ in common.group_slices(len(stage.x), 1, config.micro_batch):
         part, seen_part = common.take(batch, rows), common.take(seen, rows)
-        loss = stage.uae(cold_start.loss_of, stage.tower, seen_part, part, 1 / c.prompts, c)
+        share = 1 / config.prompts
+        loss = stage.uae(cold_start.loss_of, stage.tower, seen_part, part, share, config)
         loss.backward()
     yield 'update'
 
 
 def grpo_encoder_step(stage):
-    c, uae = stage.c, stage.uae
-    seen, batch, r = grpo_encoder.rollout(uae, stage.tower, stage.x, stage.index, 0, c)
-    batch['adv'] = grpo_encoder.group_advantage(r, c.adv_std).flatten()
+    config, uae = stage.c, stage.uae
+    seen, batch, r = grpo_encoder.rollout(uae, stage.tower, stage.x, stage.index, 0, config)
+    batch['adv'] = grpo_encoder.group_advantage(r, config.adv_std).flatten()
     yield 'rollout'
     batch['old_logp'] = batch['recorded']
-    batch['weight'], count = grpo_encoder.token_weights(batch['mask'], c)
+    batch['weight'], count = grpo_encoder.token_weights(batch['mask'], config)
     if stage.reference:
-        batch['ref_logp'] = grpo_encoder.reference_logp(stage.reference, seen, batch['y'], c)
-    for images, rows, _ in common.sample_slices(len(stage.x), c.group, c.micro_batch):
+        batch['ref_logp'] = grpo_encoder.reference_logp(stage.reference, seen, batch['y'], config)
+    for images, rows, _ in common.sample_slices(len(stage.x), config.group, config.micro_batch):
         part, seen_part = common.take(batch, rows), common.take(seen, images)
-        loss, _, _ = uae(grpo_encoder.loss_of, seen_part, part, 1 / count, True, c)
+        loss, _, _ = uae(grpo_encoder.loss_of, seen_part, part, 1 / count, True, config)
         loss.backward()
     yield 'update'
 
@@ -205,13 +206,13 @@ def decoder_rollout(stage):
 
 
 def grpo_decoder_step(stage):
-    c = stage.c
+    config = stage.c
     batch = decoder_rollout(stage)
     yield 'rollout'
     share = 1 / len(batch['adv'])
-    for _, rows, _ in common.sample_slices(len(stage.x), c.group, c.micro_batch):
+    for _, rows, _ in common.sample_slices(len(stage.x), config.group, config.micro_batch):
         part = common.take(batch, rows)
-        loss, _, _ = stage.uae(grpo_decoder.loss_of, stage.reference, part, 0, share, True, c,
+        loss, _, _ = stage.uae(grpo_decoder.loss_of, stage.reference, part, 0, share, True, config,
                                stage.negative)
         loss.backward()
     yield 'update'

@@ -88,52 +88,52 @@ def read_captions(path, references):
 
 
 # --- reconstructions -----------------------------------------------------------------------------
-def claim_folder(c, run):
+def claim_folder(config, run):
     """Notes in out_dir/run.json what its images depend on; refuses those made otherwise."""
-    base = os.path.abspath(find_checkpoint(c))
+    base = os.path.abspath(find_checkpoint(config))
     files = glob.glob(f'{glob.escape(base)}/**/*.safetensors', recursive=True)
-    if c.captions:
-        files.append(c.captions)
-    mine = {key: getattr(c, key) for key in CLAIMED}
-    mine.update(data=os.path.abspath(c.data), init_from=base)
+    if config.captions:
+        files.append(config.captions)
+    mine = {key: getattr(config, key) for key in CLAIMED}
+    mine.update(data=os.path.abspath(config.data), init_from=base)
     mine.update(written=max(os.path.getmtime(file) for file in files))
 
-    path = pathlib.Path(c.out_dir, 'run.json')
+    path = pathlib.Path(config.out_dir, 'run.json')
     noted = json.loads(path.read_text()) if path.exists() else {}
     for key, old in noted.items():
         new = mine.get(key)
         if old != new:
-            raise SystemExit(f'{c.out_dir} holds images made with {key}={old!r}, '
+            raise SystemExit(f'{config.out_dir} holds images made with {key}={old!r}, '
                              f'this run has {new!r}: give --out_dir=ELSEWHERE')
     common.barrier(run)                         # nobody writes before everybody has read
     if run.master:
         common.write_json(str(path), mine, indent=2)
 
 
-def rebuild(c, run, references):
+def rebuild(config, run, references):
     """Draws what out_dir lacks, each rank its share. -> a list of (folder, {reference: caption}).
 
-    One for each seed. references: {name: path}. The captions are those of c.captions, or else our
+    One for each seed. references: {name: path}. The captions are those of --captions, or else our
     encoder's.
     """
-    given = read_captions(c.captions, references) if c.captions else None
-    claim_folder(c, run)
-    uae = open_uae(c, run.device)
+    given = read_captions(config.captions, references) if config.captions else None
+    claim_folder(config, run)
+    uae = open_uae(config, run.device)
     names = list(references)
     mine = range(run.rank, len(names), run.world)
     rebuilt = []
-    for k in range(c.seeds):
-        folder = of_seed(f'{c.out_dir}/example_image', k)
-        notes = of_seed(f'{c.out_dir}/captions', k)
-        for i in tqdm(mine, desc=f'seed {k + 1} of {c.seeds}', disable=not run.master):
+    for k in range(config.seeds):
+        folder = of_seed(f'{config.out_dir}/example_image', k)
+        notes = of_seed(f'{config.out_dir}/captions', k)
+        for i in tqdm(mine, desc=f'seed {k + 1} of {config.seeds}', disable=not run.master):
             name = names[i]
             image_file, note = f'{folder}/{name}', f'{notes}/{name}.json'
             if os.path.exists(image_file) and os.path.exists(note):
                 continue
-            x = load_picture(references[name], c.resolution ** 2).to(uae.device)
-            seed = (c.seed + k,)
+            x = load_picture(references[name], config.resolution ** 2).to(uae.device)
+            seed = (config.seed + k,)
             if given is None:
-                texts, _, x_hat = reconstruct(uae, x, [i], c.eval_temperature, seed=seed)
+                texts, _, x_hat = reconstruct(uae, x, [i], config.eval_temperature, seed=seed)
                 text = texts[0]
             else:
                 text = given[name]
@@ -162,18 +162,18 @@ def draw_given(uae, text, x, row, seed, name):
 
 
 # --- scores --------------------------------------------------------------------------------------
-def backbones(c):
-    """{name: tower} of the words NAME or NAME=SOURCE in c.backbones.
+def backbones(config):
+    """{name: tower} of the words NAME or NAME=SOURCE in config.backbones.
 
     Raises SystemExit that names one that cannot be had.
     """
     towers = {}
-    for word in c.backbones.split(','):
+    for word in config.backbones.split(','):
         name, _, source = word.strip().partition('=')
         if name in towers:
-            raise SystemExit(f'--backbones={c.backbones}: {name} comes twice')
+            raise SystemExit(f'--backbones={config.backbones}: {name} comes twice')
         try:
-            towers[name] = backbone(name, c, source=source)
+            towers[name] = backbone(name, config, source=source)
         except SystemExit as e:
             raise SystemExit(f'--backbones: {name} cannot be had, '
                              f'and a mean over the others is no score: {e}')

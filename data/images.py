@@ -437,42 +437,42 @@ class ImageSet:
                     index=torch.tensor(index))
 
 
-def open_data(c, run, training=True):
+def open_data(config, run, training=True):
     """The images of a run -> training ImageSet, held-out dict as `batch`, scenes and skipped.
 
     'shapes' writes the embedded world on first use; there `scenes` is the truth that evaluation
-    alone may read, elsewhere None. Without --held_out the last c.eval_images of --data are kept
-    from training; an evaluation (training False) does with --held_out alone. Raises DataError.
+    alone may read, elsewhere None. Without --held_out the last eval_images of --data are kept from
+    training; an evaluation (training False) does with --held_out alone. Raises DataError.
     """
-    if c.data == 'shapes':
-        return open_shapes(c)
-    if not c.data and (training or not c.held_out):
+    if config.data == 'shapes':
+        return open_shapes(config)
+    if not config.data and (training or not config.held_out):
         raise DataError('give --data=FOLDER (or a manifest, or tar shards: data/README.md)')
     train = None
-    if c.data:
-        train = open_images(c.data, c.resolution, *c.data_keys)
-    if c.held_out:
-        held = open_images(c.held_out, c.resolution, *c.data_keys)
+    if config.data:
+        train = open_images(config.data, config.resolution, *config.data_keys)
+    if config.held_out:
+        held = open_images(config.held_out, config.resolution, *config.data_keys)
     else:
         if len(train) < 2:
-            raise DataError(f'{c.data}: one image is too few, one has to be held out '
+            raise DataError(f'{config.data}: one image is too few, one has to be held out '
                             '(or give --held_out)')
-        held = train.split_off(c.eval_images)
+        held = train.split_off(config.eval_images)
     if train and run.world > len(train):
-        raise DataError(f'more ranks ({run.world}) than images ({len(train)}) in {c.data}')
-    images = held.first(c.eval_images)
+        raise DataError(f'more ranks ({run.world}) than images ({len(train)}) in {config.data}')
+    images = held.first(config.eval_images)
     return train, dict(images, scenes=None, skipped=len(held.skipped))
 
 
-def open_shapes(c):
+def open_shapes(config):
     """`open_data` of the embedded world."""
     from data.shapes import scenes as world
     root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'shapes', 'images')
     world.write(root)
-    train = open_images(os.path.join(root, 'train'), c.resolution)
-    held = open_images(os.path.join(root, 'held_out'), c.resolution)
-    scenes = world.load(root, 'held_out')[:c.eval_images]
-    return train, dict(held.first(c.eval_images), scenes=scenes, skipped=0)
+    train = open_images(os.path.join(root, 'train'), config.resolution)
+    held = open_images(os.path.join(root, 'held_out'), config.resolution)
+    scenes = world.load(root, 'held_out')[:config.eval_images]
+    return train, dict(held.first(config.eval_images), scenes=scenes, skipped=0)
 
 
 # --- image files one by one: evaluation and benchmarks -------------------------------------------

@@ -69,7 +69,7 @@ def write_config(path, dtype):
         json.dump(base, f, indent=2)
 
 
-def export_text_encoder(uae, folder, c):
+def export_text_encoder(uae, folder, config):
     """Writes the language model that re-encodes captions, where it is not the captioner itself.
 
     A copy, made before anything is merged: with LoRA the two share the weights below the adapters.
@@ -77,35 +77,35 @@ def export_text_encoder(uae, folder, c):
     from huggingface_hub import save_torch_state_dict
     text_encoder = copy.deepcopy(uae.text_encoder)
     merge_lora(text_encoder)
-    text_encoder.to(getattr(torch, c.dtype))
+    text_encoder.to(getattr(torch, config.dtype))
     os.makedirs(folder)
     save_torch_state_dict(text_encoder.state_dict(), folder, max_shard_size='4GB')
 
 
-def export(uae, c):
-    """Writes c.export, see above; beside it and renamed, so a kill leaves no half of it."""
+def export(uae, config):
+    """Writes config.export, see above; beside it and renamed, so a kill leaves no half of it."""
     from huggingface_hub import save_torch_state_dict
-    folder = c.export.rstrip('/')
+    folder = config.export.rstrip('/')
     tmp = f'{folder}.tmp'
     shutil.rmtree(tmp, ignore_errors=True)
     os.makedirs(f'{tmp}/decoder')
     if uae.text_encoder:
-        export_text_encoder(uae, f'{tmp}/decoder/text_encoder', c)
+        export_text_encoder(uae, f'{tmp}/decoder/text_encoder', config)
     for tower in (uae.encoder, uae.decoder):
         merge_lora(tower)
-        tower.to(getattr(torch, c.dtype))
+        tower.to(getattr(torch, config.dtype))
     save_torch_state_dict(hub_weights(uae), tmp, max_shard_size='4GB')
 
-    files = plain_files(c.encoder)
+    files = plain_files(config.encoder)
     for name, path in plain_files(uae.source).items():       # the processor may be a release's own
         if name not in ('config.json', 'generation_config.json'):
             files[name] = path
     for name, path in files.items():
         shutil.copyfile(path, f'{tmp}/{name}')
-    write_config(f'{tmp}/config.json', c.dtype)
+    write_config(f'{tmp}/config.json', config.dtype)
 
     uae.decoder.save_pretrained(f'{tmp}/decoder/transformer', max_shard_size='4GB')
     # in the folder above, vLLM would take it for Qwen's
     save_file(uae.projector.state_dict(), f'{tmp}/decoder/projector.safetensors')
     os.replace(tmp, folder)
-    print(c.export)
+    print(config.export)

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import common
-import config
 import reward
+from config import shared
 from model import Projector, UAE
 
 ALLOWANCE = 2.0         # GB: CUDA context, workspace of the kernels, logits in chunks, a rollout
@@ -70,7 +70,7 @@ def read_config(name, part='', file='config.json', known=ARCHITECTURES):
 
 
 # --- models with random weights, or with none ----------------------------------------------------
-def skeleton(c, device='cpu', known=ARCHITECTURES):
+def skeleton(config, device='cpu', known=ARCHITECTURES):
     """A UAE with random weights in the published sizes; on the device 'meta' without weights.
 
     known: {hub id: configuration}. Where the encoder is not a local folder, its prompts get the
@@ -78,44 +78,46 @@ def skeleton(c, device='cpu', known=ARCHITECTURES):
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
     from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    dtype = getattr(torch, c.dtype)
-    local = os.path.isdir(c.encoder)
-    source = c.encoder if local else config.shared['encoder']
+    dtype = getattr(torch, config.dtype)
+    local = os.path.isdir(config.encoder)
+    source = shared['encoder']
+    if local:
+        source = config.encoder
     processor = common.load(AutoProcessor, source)
     with torch.device(device):
-        encoder_config = Qwen2_5_VLConfig.from_dict(read_config(c.encoder, known=known))
+        encoder_config = Qwen2_5_VLConfig.from_dict(read_config(config.encoder, known=known))
         encoder = Qwen2_5_VLForConditionalGeneration(encoder_config).to(dtype)
-        decoder_config = read_config(c.decoder, 'transformer', known=known)
+        decoder_config = read_config(config.decoder, 'transformer', known=known)
         decoder = SD3Transformer2DModel.from_config(decoder_config).to(dtype)
-        vae = AutoencoderKL.from_config(read_config(c.decoder, 'vae', known=known)).to(dtype)
+        vae = AutoencoderKL.from_config(read_config(config.decoder, 'vae', known=known)).to(dtype)
         projector = Projector(encoder_config.text_config.hidden_size,
                               decoder.config.joint_attention_dim)
-        if c.lora_rank:
-            checkpoint.add_lora(encoder, c.lora_rank, checkpoint.ENCODER_LORA)
-            checkpoint.add_lora(decoder, c.lora_rank, checkpoint.DECODER_LORA)
+        if config.lora_rank:
+            checkpoint.add_lora(encoder, config.lora_rank, checkpoint.ENCODER_LORA)
+            checkpoint.add_lora(decoder, config.lora_rank, checkpoint.DECODER_LORA)
     # the tiny one's is zero, and then so is its gradient
-    pooled = torch.full((1, decoder.config.pooled_projection_dim), float(c.decoder in known))
+    pooled = torch.full((1, decoder.config.pooled_projection_dim), float(config.decoder in known))
     if not local:
         pixels = processor.image_processor
         pixels.patch_size = encoder_config.vision_config.patch_size
         pixels.size = dict(shortest_edge=1, longest_edge=2 ** 30)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    uae = UAE(c, encoder, projector, decoder, vae, scheduler, processor, pooled, device)
+    uae = UAE(config, encoder, projector, decoder, vae, scheduler, processor, pooled, device)
     if device != 'meta':
         uae.to(device)
     return uae
 
 
-def random_reward(c, device='cpu', known=ARCHITECTURES):
+def random_reward(config, device='cpu', known=ARCHITECTURES):
     """The tower of the key `reward`, or the weighted sum of several, with random weights."""
-    parts = reward.reward_parts(c)
-    towers = [random_tower(name, c, device, known) for name in parts]
+    parts = reward.reward_parts(config)
+    towers = [random_tower(name, config, device, known) for name in parts]
     return reward.Mixture(towers, list(parts.values()))
 
 
-def random_tower(name, c, device='cpu', known=ARCHITECTURES):
+def random_tower(name, config, device='cpu', known=ARCHITECTURES):
     """One backbone with random weights, in its published size."""
-    library, source, preprocessing = reward.describe(name, c)
+    library, source, preprocessing = reward.describe(name, config)
     with torch.device(device):
         if library == 'open_clip':
             import open_clip
@@ -136,11 +138,11 @@ def random_tower(name, c, device='cpu', known=ARCHITECTURES):
 
 def prompt_tokens(uae):
     """Tokens of a caption prompt, the image's among them; about, where there is no tokenizer."""
-    c, vision = uae.c, uae.encoder.config.vision_config
-    side = round(c.resolution / vision.patch_size / vision.spatial_merge_size)
-    if os.path.isdir(c.encoder):
+    config, vision = uae.c, uae.encoder.config.vision_config
+    side = round(config.resolution / vision.patch_size / vision.spatial_merge_size)
+    if os.path.isdir(config.encoder):
         return side ** 2 + len(uae.before_image) + len(uae.after_image)
-    return side ** 2 + len(c.caption_prompt.split()) * 4 // 3 + 21
+    return side ** 2 + len(config.caption_prompt.split()) * 4 // 3 + 21
 
 
 def without_storage(modules):
@@ -227,20 +229,21 @@ class Peak(TorchDispatchMode):
 
 @torch.no_grad()
 def evaluation_peak(uae, tower):
-    """Bytes that an evaluation of c.eval_batch images holds at most, weights not counted.
+    """Bytes that an evaluation of config.eval_batch images holds at most, weights not counted.
 
     The caption's cache is the larger of the captioner's needs, and the drawing runs by micro_batch.
     """
-    c, text = uae.c, uae.encoder.config.text_config
+    config, text = uae.c, uae.encoder.config.text_config
     heads = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    tokens = prompt_tokens(uae) + c.caption_len
-    cache = 2 * c.eval_batch * tokens * text.num_hidden_layers * heads * uae.encoder.dtype.itemsize
-    z = torch.zeros(c.eval_batch, *uae.latent_shape())
-    y = torch.zeros(c.eval_batch, c.caption_len, dtype=torch.long)
+    tokens = prompt_tokens(uae) + config.caption_len
+    numbers = 2 * tokens * text.num_hidden_layers * heads       # keys and values of a caption
+    cache = config.eval_batch * numbers * uae.encoder.dtype.itemsize
+    z = torch.zeros(config.eval_batch, *uae.latent_shape())
+    y = torch.zeros(config.eval_batch, config.caption_len, dtype=torch.long)
     with Peak(storages([uae, tower])) as peak, uae.autocast():
         cond = uae.text_condition(y, torch.ones(y.shape))
         neg = cond[:1]
-        uae.velocity(z, torch.zeros(()), cond, neg, c.guidance)
+        uae.velocity(z, torch.zeros(()), cond, neg, config.guidance)
         tower.features(uae.to_image(z))
     return max(cache, peak.most)
 
@@ -261,37 +264,37 @@ def row_of(module, with_reference):
                 reference=gradients if with_reference else 0.0)
 
 
-def planned_config(c):
+def planned_config(config):
     """The configuration as the plan runs it: every wiring as a text of the same length."""
-    c = argparse.Namespace(**vars(c))
-    if c.condition == 'text+image':
-        c.cond_len = 2 * c.cond_len
-    c.condition = 'text'
-    return c
+    config = argparse.Namespace(**vars(config))
+    if config.condition == 'text+image':
+        config.cond_len = 2 * config.cond_len
+    config.condition = 'text'
+    return config
 
 
 # --- the plan ------------------------------------------------------------------------------------
-def plan(c, trained, loss):
+def plan(config, trained, loss):
     """Prints weights, gradients, optimizer and activations of a stage; returns them as a dict.
 
     trained: the parts that it trains; loss(uae, tower, size, prompt_len, c): its loss on zeros.
     """
     common.quiet()
     world = int(os.environ.get('WORLD_SIZE', 1))
-    samples = getattr(c, 'batch', 0) or c.prompts * getattr(c, 'group', 1)
-    size = min(samples // world, c.micro_batch or samples)
-    uae = skeleton(planned_config(c), 'meta')
-    tower = random_reward(c, 'meta')
-    judge = random_tower('judge', c, 'meta')
+    samples = getattr(config, 'batch', 0) or config.prompts * getattr(config, 'group', 1)
+    size = min(samples // world, config.micro_batch or samples)
+    uae = skeleton(planned_config(config), 'meta')
+    tower = random_reward(config, 'meta')
+    judge = random_tower('judge', config, 'meta')
     uae.train_only(*trained)
     uae.recompute_activations()
     rows = {}
     for name in ('encoder', 'projector', 'decoder', 'vae'):
-        rows[name] = row_of(getattr(uae, name), name in trained and getattr(c, 'kl', 0))
+        rows[name] = row_of(getattr(uae, name), name in trained and getattr(config, 'kl', 0))
     rows['reward'] = row_of(tower, False)
     rows['judge'] = row_of(judge, False)
     kept = {}
-    uae.sigmas(c.sample_steps)                  # remembered: under FakeTensorMode it cannot be made
+    uae.sigmas(config.sample_steps)             # remembered: FakeTensorMode cannot make them
     with FakeTensorMode():
         without_storage([uae, tower])
         uae.device = torch.device('cpu')
@@ -309,12 +312,12 @@ def plan(c, trained, loss):
                 for key in ('weights', 'gradients', 'adamw', 'reference'))
     activations = {True: kept[True] / 1e9 + block, False: kept[False] / 1e9}
     total = {key: fixed + max(value, evaluation) for key, value in activations.items()}
-    print_plan(c, world, rows, size, kept, block, evaluation, total)
+    print_plan(config, world, rows, size, kept, block, evaluation, total)
     return dict(rows, kept=kept, total=total, evaluation=evaluation, B=size)
 
 
-def print_plan(c, world, rows, size, kept, block, evaluation, total):
-    print(f'memory of one GPU of {world} in GB = 1e9 bytes, preset {c.preset}')
+def print_plan(config, world, rows, size, kept, block, evaluation, total):
+    print(f'memory of one GPU of {world} in GB = 1e9 bytes, preset {config.preset}')
     print(f'{"":12s} parameters   weights   trained  gradients   AdamW  reference')
     for name, row in rows.items():
         print(f'{name:12s} {row["parameters"] / 1e9:8.4f} B {row["weights"]:9.3f} '
@@ -322,12 +325,12 @@ def print_plan(c, world, rows, size, kept, block, evaluation, total):
               f'{row["reference"]:10.3f}')
     print(f'activations of a micro-batch of {size}: {kept[True] / 1e9:.3f} kept + {block:.3f} of '
           f'one recomputed block with checkpointing, {kept[False] / 1e9:.3f} without')
-    print(f'evaluation of {c.eval_batch} images at a time: {evaluation:.3f}')
+    print(f'evaluation of {config.eval_batch} images at a time: {evaluation:.3f}')
     for key, word in ((True, 'with   '), (False, 'without')):
         verdicts = []
         for card in CARDS:
             fits = total[key] + ALLOWANCE < card
             verdicts.append(f'{"fits" if fits else "does not fit"} {card} GB')
-        ours = ' (this run)' if key == c.checkpointing else ''
+        ours = ' (this run)' if key == config.checkpointing else ''
         print(f'total {word} checkpointing: {total[key]:.2f} + {ALLOWANCE} for CUDA and the '
               f'rollout: {", ".join(verdicts)}{ours}')

@@ -24,10 +24,10 @@ sys.path.insert(0, ROOT)
 os.chdir(ROOT)
 import cold_start
 import common
-import config
 import grpo_decoder
 import grpo_encoder
 from checkpoint import open_uae
+from config import parse
 from data.images import open_data
 from data.shapes import scenes as world
 from evaluate import Evaluator, draw_captions, reconstruct
@@ -58,14 +58,14 @@ PICTURES = 8                   # scenes shown in before_after.png
 
 
 # --- stages and their scores ---------------------------------------------------------------------
-def train(name, script, c, flags):
+def train(name, script, config, flags):
     """Runs one stage script in this process -> (its out_dir, seconds of its updates).
 
     Its lines go to out_dir/name.txt, its progress bar to the screen.
     """
-    os.makedirs(c.out_dir, exist_ok=True)
-    out = f'{c.out_dir}/{name}'
-    shared = [f'--out_dir={out}', f'--seed={c.seed}', f'--device={c.device}', '--resume']
+    os.makedirs(config.out_dir, exist_ok=True)
+    out = f'{config.out_dir}/{name}'
+    shared = [f'--out_dir={out}', f'--seed={config.seed}', f'--device={config.device}', '--resume']
     with open(f'{out}.txt', 'a') as f, contextlib.redirect_stdout(f):
         script.main(shared + flags)
     with open(f'{out}/log.jsonl') as f:
@@ -73,9 +73,9 @@ def train(name, script, c, flags):
     return out, seconds
 
 
-def score(name, init_from, c, held):
+def score(name, init_from, config, held):
     """Final evaluation of a checkpoint on all held-out scenes; kept in out_dir/name.final.json."""
-    path = f'{c.out_dir}/{name}.final.json'
+    path = f'{config.out_dir}/{name}.final.json'
     if not os.path.exists(path):
         result = evaluate_checkpoint(init_from, held, is_base=name == 'base')
         common.write_json(path, result, indent=None)
@@ -86,10 +86,10 @@ def score(name, init_from, c, held):
 def evaluate_checkpoint(init_from, held, is_base):
     """-> summary, captions, some images and seconds; of the base also `limits`."""
     start = time.time()
-    c = config.parse({}, {}, [f'--init_from={init_from}'], 'eval_unified.py')
-    run = common.start(c)
-    uae = open_uae(c, run.device)
-    evaluate = Evaluator(uae, held, c, run)
+    config = parse({}, {}, [f'--init_from={init_from}'], 'eval_unified.py')
+    run = common.start(config)
+    uae = open_uae(config, run.device)
+    evaluate = Evaluator(uae, held, config, run)
     summary, records = evaluate()
     summary = {field: summary[field] for field in SHOWN}
     result = dict(summary=summary, captions=[record['caption'] for record in records])
@@ -223,38 +223,38 @@ def versions():
 
 
 # --- the loop ------------------------------------------------------------------------------------
-def run_all(c, held):
+def run_all(config, held):
     """Trains and scores everything -> results, seconds, history: dicts by name."""
-    results = dict(base=score('base', '', c, held))
+    results = dict(base=score('base', '', config, held))
     seconds = dict(eval_base=results['base']['seconds'])
     history, out = {}, ''
     for name, script in STAGES.items():
-        flags = [f'--steps={c.steps}'] if c.steps else []
+        flags = [f'--steps={config.steps}'] if config.steps else []
         if out:
             flags.append(f'--init_from={out}')
-        out, seconds[name] = train(name, script, c, flags)
+        out, seconds[name] = train(name, script, config, flags)
         history[name] = read_history(out)
-        results[name] = score(name, out, c, held)
+        results[name] = score(name, out, config, held)
         seconds[f'eval_{name}'] = results[name]['seconds']
-        if name == 'grpo_encoder' and c.controls:
+        if name == 'grpo_encoder' and config.controls:
             # half the updates on the same learning rate schedule
-            half = (c.steps or grpo_encoder.keys['steps']) // 2
-            flags = [f'--init_from={c.out_dir}/cold_start', '--shuffle_reward=True',
+            half = (config.steps or grpo_encoder.keys['steps']) // 2
+            flags = [f'--init_from={config.out_dir}/cold_start', '--shuffle_reward=True',
                      f'--steps={half}', '--lr_decay=2.0']
-            control, seconds[CONTROL] = train(CONTROL, grpo_encoder, c, flags)
+            control, seconds[CONTROL] = train(CONTROL, grpo_encoder, config, flags)
             history[CONTROL] = read_history(control)
-            results[CONTROL] = score(CONTROL, control, c, held)
+            results[CONTROL] = score(CONTROL, control, config, held)
             seconds[f'eval_{CONTROL}'] = results[CONTROL]['seconds']
     return results, seconds, history
 
 
 def main(argv):
-    c = config.parse(keys, {}, argv, __file__)
-    run = common.start(c)
-    c.eval_images = c.scenes
-    os.makedirs(c.out_dir, exist_ok=True)
-    _, held = open_data(c, run)
-    results, seconds, history = run_all(c, held)
+    config = parse(keys, {}, argv, __file__)
+    run = common.start(config)
+    config.eval_images = config.scenes
+    os.makedirs(config.out_dir, exist_ok=True)
+    _, held = open_data(config, run)
+    results, seconds, history = run_all(config, held)
 
     base = results['base']
     controls = dict(base_cool=base['base_cool'])
@@ -264,16 +264,16 @@ def main(argv):
         stages={name: results[name]['summary'] for name in ('base', *STAGES)},
         ceiling=base['ceiling'], floor=base['floor'], controls=controls, history=history,
         seconds={name: round(value, 1) for name, value in seconds.items()},
-        seed=c.seed, versions=versions())
-    common.write_json(f'{c.out_dir}/report.json', report)
+        seed=config.seed, versions=versions())
+    common.write_json(f'{config.out_dir}/report.json', report)
 
     total = sum(seconds.values())
-    summary = f'seed {c.seed}, {total:.0f} seconds, {len(held["x"])} held-out scenes'
+    summary = f'seed {config.seed}, {total:.0f} seconds, {len(held["x"])} held-out scenes'
     text = f'{table(report)}\n\n{summary}\n'
-    common.write_atomic(f'{c.out_dir}/report.md', lambda tmp: common.write_lines(tmp, [text]))
-    plot_curves(history, f'{c.out_dir}/curves.png')
-    before_after(held, base, results['grpo_decoder'], f'{c.out_dir}/before_after.png')
-    print(f'\n{text}\n{c.out_dir}: report.json report.md curves.png before_after.png')
+    common.write_atomic(f'{config.out_dir}/report.md', lambda tmp: common.write_lines(tmp, [text]))
+    plot_curves(history, f'{config.out_dir}/curves.png')
+    before_after(held, base, results['grpo_decoder'], f'{config.out_dir}/before_after.png')
+    print(f'\n{text}\n{config.out_dir}: report.json report.md curves.png before_after.png')
 
 
 if __name__ == '__main__':

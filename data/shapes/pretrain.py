@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import config
+from config import parse
 from data.shapes import scenes as world
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -101,9 +101,9 @@ def pixels(scenes):
 
 
 # --- vae -----------------------------------------------------------------------------------------
-def pretrain_vae(c, avoid):
+def pretrain_vae(config, avoid):
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-    rng = np.random.default_rng(c.seed)
+    rng = np.random.default_rng(config.seed)
     vae = AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 24, 48),
         layers_per_block=1, down_block_types=('DownEncoderBlock2D',) * 3,
@@ -119,22 +119,23 @@ def pretrain_vae(c, avoid):
         loss = mse + 0.3 * d.abs().mean() + 1e-5 * posterior.kl().mean()
         return loss, dict(mse=mse.item())
 
-    train('vae', list(vae.parameters()), c.vae_steps, 3e-3, loss_fn)
+    train('vae', list(vae.parameters()), config.vae_steps, 3e-3, loss_fn)
     vae.eval()
     # the latents' own scale, so that the decoder sees unit variance
     with torch.no_grad():
         z = vae.encode(pixels(fresh_scenes(rng, 512, avoid))).latent_dist.mean
     vae.register_to_config(shift_factor=round(z.mean().item(), 4),
                            scaling_factor=round(1 / z.std().item(), 4))
-    vae.half().save_pretrained(f'{c.out_dir}/decoder/vae')
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(f'{c.out_dir}/decoder/scheduler')
+    vae.half().save_pretrained(f'{config.out_dir}/decoder/vae')
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.save_pretrained(f'{config.out_dir}/decoder/scheduler')
 
 
 # --- clip: image and caption ---------------------------------------------------------------------
-def pretrain_clip(c, avoid):
+def pretrain_clip(config, avoid):
     import open_clip
-    rng = np.random.default_rng(c.seed + 1)
-    torch.manual_seed(c.seed + 1)
+    rng = np.random.default_rng(config.seed + 1)
+    torch.manual_seed(config.seed + 1)
     model_cfg = dict(
         embed_dim=64,
         vision_cfg=dict(image_size=32, layers=3, width=96, head_width=32, patch_size=4),
@@ -157,12 +158,12 @@ def pretrain_clip(c, avoid):
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return loss, dict(hits=hits)
 
-    train('clip', list(clip.parameters()), c.clip_steps, 1.5e-3, loss_fn)
-    os.makedirs(f'{c.out_dir}/clip', exist_ok=True)
+    train('clip', list(clip.parameters()), config.clip_steps, 1.5e-3, loss_fn)
+    os.makedirs(f'{config.out_dir}/clip', exist_ok=True)
     half = dict(mean=[0.5] * 3, std=[0.5] * 3)
-    with open(f'{c.out_dir}/clip/open_clip_config.json', 'w') as f:
+    with open(f'{config.out_dir}/clip/open_clip_config.json', 'w') as f:
         json.dump(dict(model_cfg=model_cfg, preprocess_cfg=half), f, indent=1)
-    save_half(clip, f'{c.out_dir}/clip/open_clip_model.safetensors')
+    save_half(clip, f'{config.out_dir}/clip/open_clip_model.safetensors')
 
 
 def save_half(module, path):
@@ -176,10 +177,10 @@ def save_half(module, path):
 
 
 # --- judge: images alone -------------------------------------------------------------------------
-def pretrain_judge(c, avoid):
+def pretrain_judge(config, avoid):
     from transformers import ConvNextConfig, ConvNextModel
-    rng = np.random.default_rng(c.seed + 2)
-    torch.manual_seed(c.seed + 2)
+    rng = np.random.default_rng(config.seed + 2)
+    torch.manual_seed(config.seed + 2)
     judge = ConvNextModel(ConvNextConfig(image_size=32, patch_size=4, num_stages=2,
                                          hidden_sizes=[64, 128], depths=[2, 2]))
 
@@ -199,10 +200,10 @@ def pretrain_judge(c, avoid):
         other = (logits.mean() * 0.07).item()
         return F.cross_entropy(logits, target), dict(hits=hits, other=other)
 
-    train('judge', list(judge.parameters()), c.judge_steps, 1e-3, loss_fn)
-    judge.half().save_pretrained(f'{c.out_dir}/judge')
+    train('judge', list(judge.parameters()), config.judge_steps, 1e-3, loss_fn)
+    judge.half().save_pretrained(f'{config.out_dir}/judge')
     half = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=dict(height=32, width=32))
-    with open(f'{c.out_dir}/judge/preprocessor_config.json', 'w') as f:
+    with open(f'{config.out_dir}/judge/preprocessor_config.json', 'w') as f:
         json.dump(half, f, indent=1)
 
 
@@ -242,13 +243,13 @@ def save_processor(folder):
     return vocab
 
 
-def new_models(c):
+def new_models(config):
     """Random encoder, decoder and projector beside the trained VAE: every script can load them."""
     from diffusers import SD3Transformer2DModel
     from safetensors.torch import save_file
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from model import Projector
-    vocab = save_processor(f'{c.out_dir}/encoder')
+    vocab = save_processor(f'{config.out_dir}/encoder')
     ids = dict(
         image_token_id=vocab['<|image_pad|>'], video_token_id=vocab['<|video_pad|>'],
         vision_start_token_id=vocab['<|vision_start|>'],
@@ -270,9 +271,9 @@ def new_models(c):
         attention_head_dim=32, num_attention_heads=4, joint_attention_dim=128,
         caption_projection_dim=128, pooled_projection_dim=32, pos_embed_max_size=8,
         qk_norm='rms_norm')
-    encoder.save_pretrained(f'{c.out_dir}/encoder')
-    decoder.save_pretrained(f'{c.out_dir}/decoder/transformer')
-    save_file(Projector(128, 128).state_dict(), f'{c.out_dir}/projector.safetensors')
+    encoder.save_pretrained(f'{config.out_dir}/encoder')
+    decoder.save_pretrained(f'{config.out_dir}/decoder/transformer')
+    save_file(Projector(128, 128).state_dict(), f'{config.out_dir}/projector.safetensors')
 
 
 def few(text, most, rng):
@@ -284,26 +285,26 @@ def few(text, most, rng):
     return ' , '.join(phrases[i] for i in kept) + ' .'
 
 
-def pretrain_encoder(c, avoid):
+def pretrain_encoder(config, avoid):
     """Full captions first (without most_phrases): all that the captioner can know of a scene."""
     from checkpoint import open_uae
-    torch.manual_seed(c.seed + 3)
-    rng = np.random.default_rng(c.seed + 3)
-    new_models(c)
-    uae = open_uae(c)
+    torch.manual_seed(config.seed + 3)
+    rng = np.random.default_rng(config.seed + 3)
+    new_models(config)
+    uae = open_uae(config)
     params = list(uae.encoder.parameters())
     for p in params:
         p.requires_grad_(True)
 
     def loss_fn():
         scenes = fresh_scenes(rng, 64, avoid)
-        captions = [few(world.caption(scene), c.most_phrases, rng) for scene in scenes]
+        captions = [few(world.caption(scene), config.most_phrases, rng) for scene in scenes]
         y, mask, _ = uae.tokens(captions)
         logp = uae.caption_logp(uae.see(pixels(scenes)), y)
         return -(logp * mask).sum() / mask.sum(), {}
 
-    train('encoder', params, c.encoder_steps, 3e-3, loss_fn)
-    uae.encoder.save_pretrained(f'{c.out_dir}/encoder')
+    train('encoder', params, config.encoder_steps, 3e-3, loss_fn)
+    uae.encoder.save_pretrained(f'{config.out_dir}/encoder')
 
 
 def brief(scene, rng):
@@ -320,41 +321,42 @@ def brief(scene, rng):
 
 
 # --- decoder: stage 0 on this world's long captions ----------------------------------------------
-def write_manifest(c, avoid, root):
+def write_manifest(config, avoid, root):
     """root/manifest.jsonl and its PNGs: `caption`, mostly full, conditions the decoder.
 
     `answer` teaches the captioner to be terse: what reinforcement learning has to bring back.
     """
     from PIL import Image
-    rng = np.random.default_rng(c.seed + 4)
+    rng = np.random.default_rng(config.seed + 4)
     os.makedirs(f'{root}/images', exist_ok=True)
     with open(f'{root}/manifest.jsonl', 'w') as f:
-        for i, scene in enumerate(fresh_scenes(rng, c.decoder_images, avoid)):
+        for i, scene in enumerate(fresh_scenes(rng, config.decoder_images, avoid)):
             name = f'images/{i:05d}.png'
             Image.fromarray(world.draw(scene)).save(f'{root}/{name}', compress_level=1)
-            answer = few(brief(scene, rng), c.most_phrases, rng)
+            answer = few(brief(scene, rng), config.most_phrases, rng)
             caption = answer
-            if rng.random() < c.full_share:
+            if rng.random() < config.full_share:
                 caption = world.caption(scene)
             f.write(json.dumps(dict(image=name, caption=caption, answer=answer)) + '\n')
 
 
-def pretrain_decoder(c, avoid):
+def pretrain_decoder(config, avoid):
     """Stage 0 with the language model in the loop; leaves the whole base in 16-bit safetensors."""
     import checkpoint
     import pretrain_decoder as stage0
-    root = f'{os.path.normpath(c.out_dir)}_stage0'
-    write_manifest(c, avoid, root)
-    shared = [f'--data={root}/manifest.jsonl', f'--encoder={c.encoder}', f'--decoder={c.decoder}',
-              f'--dtype={c.dtype}', '--answer_key=answer', '--eval_every=0']
-    stage0.main([*shared, f'--out_dir={root}/draw', f'--steps={c.decoder_steps}', '--lr=1.5e-3',
-                 '--lr_decay=3.0', '--caption_every=2', f'--seed={c.seed}'])
+    root = f'{os.path.normpath(config.out_dir)}_stage0'
+    write_manifest(config, avoid, root)
+    shared = [f'--data={root}/manifest.jsonl', f'--encoder={config.encoder}',
+              f'--decoder={config.decoder}', f'--dtype={config.dtype}', '--answer_key=answer',
+              '--eval_every=0']
+    stage0.main([*shared, f'--out_dir={root}/draw', f'--steps={config.decoder_steps}',
+                 '--lr=1.5e-3', '--lr_decay=3.0', '--caption_every=2', f'--seed={config.seed}'])
     # then the learning rate falls to 0 with a caption loss at every update: the captioner settles
     # without leaving the decoder behind
     stage0.main([*shared, f'--out_dir={root}/settle', f'--init_from={root}/draw',
-                 f'--steps={c.settle_steps}', '--lr=1.2e-3', '--warmup=0', '--caption_every=1',
-                 f'--seed={c.seed + 1}'])
-    ship(checkpoint.newest(f'{root}/settle'), c.out_dir)
+                 f'--steps={config.settle_steps}', '--lr=1.2e-3', '--warmup=0', '--caption_every=1',
+                 f'--seed={config.seed + 1}'])
+    ship(checkpoint.newest(f'{root}/settle'), config.out_dir)
     shutil.rmtree(root)
 
 
@@ -377,17 +379,17 @@ PARTS = dict(vae=pretrain_vae, clip=pretrain_clip, judge=pretrain_judge, encoder
 
 
 def main(argv):
-    c = config.parse(keys, {}, argv, __file__)
-    if c.out_dir == 'out/pretrain':
-        c.out_dir = 'data/shapes/base'
-    c.encoder = f'{c.out_dir}/encoder'
-    c.decoder = f'{c.out_dir}/decoder'
-    c.clip = f'local-dir:{c.out_dir}/clip'
+    config = parse(keys, {}, argv, __file__)
+    if config.out_dir == 'out/pretrain':
+        config.out_dir = 'data/shapes/base'
+    config.encoder = f'{config.out_dir}/encoder'
+    config.decoder = f'{config.out_dir}/decoder'
+    config.clip = f'local-dir:{config.out_dir}/clip'
     avoid = set(world.splits()[1])
-    torch.manual_seed(c.seed)
-    for part in c.parts.split(','):
+    torch.manual_seed(config.seed)
+    for part in config.parts.split(','):
         start = time.time()
-        PARTS[part](c, avoid)
+        PARTS[part](config, avoid)
         print(f'{part}: {time.time() - start:.0f} s')
 
 
