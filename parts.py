@@ -59,6 +59,8 @@ class Parts(nn.Module):
             self.encoder.activation_checkpointing_enable()
         else:
             self.encoder.gradient_checkpointing_enable()
+        # it asks for gradients of every embedding too: useless work through a frozen encoder
+        self.encoder.disable_input_require_grads()
         self.decoder.enable_gradient_checkpointing()
 
     def unreachable(self, key):
