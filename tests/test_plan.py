@@ -12,7 +12,8 @@ import torch
 
 import common
 import config
-from model import UAE
+import tools.plan
+from conftest import at, new_uae
 from reward import backbone
 from running import refusal, script
 
@@ -34,13 +35,15 @@ def configuration(name, *argv):
 @functools.cache
 def plan(name, *argv):
     """What the plan of a stage returns, made once."""
+    stage = importlib.import_module(name)
+    c = configuration(name, *argv)
     with open(os.devnull, 'w') as text, contextlib.redirect_stdout(text):
-        return common.plan(configuration(name, *argv), *TRAINS[name])
+        return tools.plan.plan(c, list(TRAINS[name]), stage.planned_loss)
 
 
 def open_models(c):
     """The UAE of a configuration and the tower of its reward."""
-    return UAE(c), backbone('clip', c)
+    return new_uae(c), backbone('clip', c)
 
 
 # --- a micro-batch of each stage's own loss, its inputs random ------------------------------------
@@ -57,12 +60,14 @@ def inputs(uae):
 
 def cold_start_loss(stage, uae, tower):
     x, seen, y, mask, z, _ = inputs(uae)
-    return stage.loss_of, tower, x, seen, y, mask, z, 1.0, uae.c
+    batch = dict(x=x, y=y, mask=mask, z=z)
+    return stage.loss_of, tower, seen, batch, 1.0, uae.c
 
 
 def grpo_encoder_loss(stage, uae, tower):
     x, seen, y, mask, z, adv = inputs(uae)
-    return stage.loss_of, seen, y, mask, mask, mask, adv, 1.0, uae.c
+    batch = dict(y=y, weight=mask, recorded=mask, old_logp=mask, adv=adv)
+    return stage.loss_of, seen, batch, 1.0, True, uae.c
 
 
 def grpo_decoder_loss(stage, uae, tower):
@@ -70,19 +75,23 @@ def grpo_decoder_loss(stage, uae, tower):
     noisy, _ = stage.window(0, uae.c)
     path = torch.randn(len(z), noisy[1] - noisy[0], *z.shape[1:])
     old_logp = torch.zeros(path.shape[:2])
-    c = uae.condition(y, mask, seen)
-    return stage.loss_of, None, c, path, path, old_logp, adv, 0, 1.0, uae.c
+    batch = dict(z=path, z_next=path, cond=uae.condition(y, mask, seen), adv=adv,
+                 recorded=old_logp, old_logp=old_logp)
+    return stage.loss_of, None, batch, 0, 1.0, True, uae.c
 
 
 def pretrain_decoder_loss(stage, uae, tower):
     x, seen, y, mask, z, ones = inputs(uae)
-    return stage.both_losses, (z, y, mask, ones / 2, z), (seen, y, mask), 1.0
+    flow = dict(z0=z, y=y, mask=mask, s=ones / 2, eps=z)
+    answers = dict(seen=seen, y=y, mask=mask)
+    return stage.both_losses, flow, answers, 1.0
 
 
 def reca_loss(stage, uae, tower):
     x, seen, y, mask, z, ones = inputs(uae)
     drop = torch.zeros(len(z), dtype=torch.bool)
-    return stage.loss_of, None, z, ones / 2, z, drop, seen[0], (y, mask, seen), 1.0, uae.c
+    batch = dict(z0=z, s=ones / 2, eps=z, drop=drop, h=seen[0])
+    return stage.loss_of, None, batch, (y, mask, seen), 1.0, uae.c
 
 
 LOSSES = dict(
@@ -142,7 +151,7 @@ def test_activations_of_lora_in_bfloat16():
 def test_bytes_are_those_of_the_run(name):
     """Weights after train_only, gradients like them, two moments, and a reference of what is
     trained if there is a KL: against the real model."""
-    said = plan(name, '--micro_batch=4', '--kl=0.1')
+    said = plan(name, '--micro_batch=4', '--kl=0.1', '--eval_batch=1')
     uae, _ = open_models(configuration(name))
     params = uae.train_only(*TRAINS[name])
     trained_part = TRAINS[name][0]
@@ -166,7 +175,24 @@ def test_bytes_are_those_of_the_run(name):
     total = said['total']
     assert total[False] == pytest.approx(fixed + said['kept'][False] / 1e9)
     assert fixed + said['kept'][True] / 1e9 < total[True] < total[False]
+    assert said['evaluation'] < said['kept'][True] / 1e9
     assert not plan(name, '--micro_batch=4')[trained_part]['reference']
+    wide = plan(name, '--micro_batch=4', '--kl=0.1', '--eval_batch=4096')
+    of_evaluation = pytest.approx(fixed + wide['evaluation'])
+    assert wide['total'] == {True: of_evaluation, False: of_evaluation}
+
+
+def test_recomputation_wants_no_gradient_through_a_frozen_encoder():
+    """The library asks for gradients of every embedding once activations are recomputed."""
+    uae = new_uae(configuration('reca', '--checkpointing=True'))
+    params = uae.train_only(*TRAINS['reca'])
+    x, seen, y, mask, _, _ = inputs(at(uae, micro_batch=1))
+    uae.projector.requires_grad_(False)
+    assert params
+    for module in (uae.language_model, uae.encoder.model.visual):
+        module.train()
+    assert not uae.condition(y, mask, seen).requires_grad
+    assert not uae.see(x)[0].requires_grad
 
 
 def test_the_micro_batch_is_the_run_s(monkeypatch):
@@ -230,6 +256,7 @@ def test_plan_of_a_preset(capsys, offline):
 
 def test_unknown_models_are_named():
     c = configuration('grpo_encoder', '--decoder=somebody/else')
-    message = refusal(common.plan, c, 'encoder')
+    stage = importlib.import_module('grpo_encoder')
+    message = refusal(tools.plan.plan, c, ['encoder'], stage.planned_loss)
     assert 'somebody/else' in message
     assert 'stabilityai/stable-diffusion-3.5-large' in message
