@@ -17,17 +17,18 @@ import config
 import grpo_decoder
 import grpo_encoder
 import model
+from checkpoint import DECODER_LORA, ENCODER_LORA
 from conftest import at
-from model import DECODER_LORA, ENCODER_LORA, token_logp
+from policy import token_logp
 from test_logp import full_forward, uniforms
+from tools.plan import skeleton
 
 
 def without_weights(preset):
     """The UAE of a preset without weights, with LoRA."""
     common.quiet()
     c = config.parse({}, {}, [f'--preset={preset}'], 'x.py')
-    uae, _, _ = common.skeleton(c)
-    return uae
+    return skeleton(c, 'meta')
 
 
 @pytest.fixture(scope='module', params=['medium', 'paper'])

@@ -17,7 +17,8 @@ from comparing import timeless_log
 from conftest import at
 from data.images import ImageSet
 from data.shapes import scenes as world
-from running import distance, lines, refusal, same, tiny, weights, words
+from model import UAE
+from running import arguments, distance, lines, refusal, same, tiny, weights
 from test_parallel import DRIVER
 
 STRANGE = ['紅い丸、灰色の背景', 'دائرة حمراء', 'красный круг', '🔴🟦',
@@ -52,20 +53,20 @@ def scenes(folder, captions, as_text=False):
     return f'--data={folder}'
 
 
-def prepare(uae, batch, step, negative, room, **keys):
+def prepare(uae, batch, step, negative, **keys):
     """The flow loss's arguments of a whole batch, and how many captions were cut.
 
     keys: configuration keys other than the model's own; the noise levels are SD3's published ones.
     """
     c = at(uae, sigma_mean=0.0, sigma_std=1.0, **keys).c
     rows = slice(0, len(batch['index']))
-    return pretrain_decoder.prepare(uae, c, batch, rows, step, negative, room)
+    return pretrain_decoder.prepare(uae, c, batch, rows, step, negative)
 
 
-def negative_of(uae):
-    """Tokens and mask of the negative prompt, one row."""
-    y, mask, _ = uae.tokens(['random image'], 26)
-    return [y[0], mask[0]]
+def negative_of(uae, room=25):
+    """Tokens and mask of the negative prompt, one row with room for that many and an end."""
+    y, mask, _ = uae.tokens(['random image'], room + 1)
+    return dict(y=y[0], mask=mask[0])
 
 
 # --- captions -------------------------------------------------------------------------------------
@@ -74,13 +75,13 @@ def test_images_without_captions_are_left_out_and_counted(tmp_path, capsys, monk
     """Missing ones go at once with one line for all; an empty .txt is known when it is read.
     Other scripts go through."""
     seen = []
-    tokens = pretrain_decoder.UAE.tokens
+    tokens = UAE.tokens
 
     def spy(self, texts, T=None):
         seen.extend(texts)
         return tokens(self, texts, T)
 
-    monkeypatch.setattr('model.UAE.tokens', spy)
+    monkeypatch.setattr(UAE, 'tokens', spy)
     data = scenes(tmp_path / 'd', [None, True, '', *STRANGE, None, ' \n'], as_text)
     log = tiny('pretrain_decoder', tmp_path / 'out', data, images=7)
     out = capsys.readouterr().out
@@ -109,8 +110,8 @@ def test_long_captions_are_cut_where_cond_len_ends_and_never_silently(uae, tmp_p
     room = 40 - len(uae.before_text) - len(uae.after_text)
     captions = [' '.join(['red'] * room), ' '.join(['red'] * (room + 1))]
     batch = dict(index=torch.arange(2), x=torch.zeros(2, 3, 32, 32), captions=captions)
-    arguments, cut = prepare(wide, batch, 0, (0, 0), room, drop=0.0)
-    y, mask = arguments[1:3]
+    flow, cut = prepare(wide, batch, 0, negative_of(wide, room), drop=0.0)
+    y, mask = flow['y'], flow['mask']
     red = uae.tokenizer.convert_tokens_to_ids('red')
     assert cut == 1
     assert ((y == red) & mask.bool()).sum(1).tolist() == [room, room + 1]
@@ -189,9 +190,9 @@ def test_dropout_rate_is_the_key_s(uae, rate):
     model.to_latent = lambda x: x
     batch = dict(index=torch.arange(n), x=torch.zeros(n, 3, 32, 32), captions=['red circle'] * n)
     negative = negative_of(uae)
-    arguments, _ = prepare(model, batch, 3, negative, 25, drop=rate)
-    y, mask = arguments[1:3]
-    dropped = (y == negative[0]).all(1) & (mask == negative[1]).all(1)
+    flow, _ = prepare(model, batch, 3, negative, drop=rate)
+    y, mask = flow['y'], flow['mask']
+    dropped = (y == negative['y']).all(1) & (mask == negative['mask']).all(1)
     noise = (rate * (1 - rate) / n) ** 0.5
     assert abs(dropped.float().mean().item() - rate) < 4 * noise + 1e-9
 
@@ -200,8 +201,8 @@ def test_dropout_rate_is_the_key_s(uae, rate):
 def test_dropped_conditions_hide_the_image_too(uae, x, wiring):
     model = at(uae, condition=wiring)
     batch = dict(index=torch.arange(4), x=x, captions=['red circle .'] * 4)
-    flow, _ = prepare(model, batch, 0, negative_of(uae), 25, condition=wiring, drop=0.5)
-    drop = flow[-1]
+    flow, _ = prepare(model, batch, 0, negative_of(uae), condition=wiring, drop=0.5)
+    drop = flow['drop']
     assert 0 < drop.sum() < 4
 
     conditions = []
@@ -212,7 +213,7 @@ def test_dropped_conditions_hide_the_image_too(uae, x, wiring):
 
     model.velocity = velocity
     with torch.no_grad():
-        pretrain_decoder.flow_loss(model, *flow)
+        pretrain_decoder.flow_loss(model, **flow)
         nothing = model.negative()[0]
     for row, dropped in zip(conditions[0], drop):
         assert torch.equal(row, nothing) == bool(dropped)
@@ -251,15 +252,15 @@ def averaged_run(tmp_path_factory):
     root = tmp_path_factory.mktemp('ema')
     data = scenes(root / 'd', [True] * 12)
     trained = []
-    optimise = common.optimise
+    take_step = common.Optimiser.step
 
-    def spy(optimizer, params, *args):
-        taken = optimise(optimizer, params, *args)
-        trained.append([p.detach().clone() for p in params])
+    def spy(optimiser, step):
+        taken = take_step(optimiser, step)
+        trained.append([p.detach().clone() for p in optimiser.params])
         return taken
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(common, 'optimise', spy)
+        monkeypatch.setattr(common.Optimiser, 'step', spy)
         tiny('pretrain_decoder', root / 'whole', data, *AVERAGED, steps=4)
     return root / 'whole', data, trained
 
@@ -370,7 +371,7 @@ def test_two_ranks_equal_one(one, tmp_path):
     root, data = one
     jobs = []
     for name in FIELDS:
-        argv = words(name, tmp_path / name, *plain(name, data, '--micro_batch=1'))
+        argv = arguments(name, tmp_path / name, *plain(name, data, '--micro_batch=1'))
         jobs.append((name, argv, ''))
     (tmp_path / 'driver.py').write_text(DRIVER)
     (tmp_path / 'jobs.json').write_text(json.dumps(jobs))

@@ -140,20 +140,19 @@ def batch(model, x, seen, before):
     """z0, s, eps, drop, h, caption of P images, the second one's condition dropped."""
     y, mask, _ = model.sample_captions(seen, 1, 0.0)
     noise = torch.Generator().manual_seed(0)
-    return SimpleNamespace(
+    tensors = dict(
         z0=model.to_latent(x),
         s=torch.tensor([0.2, 0.4, 0.6, 0.8]),
         eps=torch.randn(P, *model.latent_shape(), generator=noise),
         drop=torch.tensor([False, True, False, False]),
         h=reca.image_states(model, seen, before * 2),
-        caption=(y, mask, seen),
     )
+    return SimpleNamespace(**tensors, tensors=tensors, caption=(y, mask, seen))
 
 
 def loss_of(model, start, batch, caption, share, c):
     """The stage's loss of a batch: loss, flow_image, flow_text."""
-    return reca.loss_of(model, start, batch.z0, batch.s, batch.eps, batch.drop, batch.h, caption,
-                        share, c)
+    return reca.loss_of(model, start, batch.tensors, caption, share, c)
 
 
 def test_loss_is_flow_matching_twice(model, batch):
@@ -238,7 +237,8 @@ def test_dropout_rate_is_the_key_s(model, x, monkeypatch, rate):
     blind.see = lambda x: None
     blind.to_latent = lambda x: None
     c = at(model, drop=rate, lambda_t2i=0.0).c
-    drop = reca.prepare(blind, c, x, range(n), 0, [[0]])[3]
+    batch, _ = reca.prepare(blind, c, x, range(n), 0, [[0]])
+    drop = batch['drop']
     noise = (rate * (1 - rate) / n) ** 0.5
     assert abs(drop.float().mean().item() - rate) < 4 * noise + 1e-9
 
