@@ -7,7 +7,7 @@ import sys
 import time
 
 from comparing import check_same_training, free_port, optimizer_state, plain_descent
-from running import ROOT, lines, tiny, words
+from running import ROOT, arguments, lines, tiny
 from test_parallel import DRIVER as PLAIN_SGD
 
 # a rank that writes its exit code beside the run, and that dies like a lost machine at update
@@ -20,14 +20,14 @@ torch.set_num_threads(1)
 import common
 name, argv, die, always = json.load(open(sys.argv[1]))
 rank, life = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])
-optimise = common.optimise
+take_step = common.Optimiser.step
 
-def mortal(optimizer, params, step, c):
+def mortal(optimiser, step):
     if rank == 1 and step == die and (always or life == 0):
         os._exit(7)
-    return optimise(optimizer, params, step, c)
+    return take_step(optimiser, step)
 
-common.optimise = mortal
+common.Optimiser.step = mortal
 sys.argv = [name + '.py', *argv]
 try:
     runpy.run_path({ROOT!r} + '/' + name + '.py', run_name='__main__')
@@ -52,7 +52,7 @@ def torchrun(*arguments):
 
 def run_of(tmp_path, name, *extra, steps, die=-1, always=False, restarts=0):
     """A torchrun of two ranks of DRIVER; out_dir is tmp_path/run."""
-    argv = [*words(name, '', *extra, steps=steps), f'--out_dir={tmp_path}/run']
+    argv = [*arguments(name, '', *extra, steps=steps), f'--out_dir={tmp_path}/run']
     (tmp_path / 'driver.py').write_text(DRIVER)
     (tmp_path / 'job.json').write_text(json.dumps([name, argv, die, always]))
     return torchrun('--nproc_per_node=2', f'--master_port={free_port()}',
@@ -78,7 +78,7 @@ def wait_for_lines(path, count, process, seconds=120):
 def test_two_nodes_of_one_rank_equal_one_rank(tmp_path, monkeypatch):
     extra = ['--lr=0.03', '--grad_clip=1e9']
     two = tmp_path / 'two'
-    job = ('grpo_encoder', words('grpo_encoder', two, *extra), '')
+    job = ('grpo_encoder', arguments('grpo_encoder', two, *extra), '')
     (tmp_path / 'driver.py').write_text(PLAIN_SGD)
     (tmp_path / 'jobs.json').write_text(json.dumps([job]))
     port = free_port()

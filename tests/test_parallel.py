@@ -12,7 +12,7 @@ from PIL import Image
 
 import common
 from comparing import check_same_training, on_two_ranks, plain_descent
-from running import ROOT, STAGES, lines, refusal, tiny, weights, words
+from running import ROOT, STAGES, arguments, lines, refusal, tiny, weights
 
 # runs the jobs of a JSON file one after the other; a refusal is written to a file of each rank
 DRIVER = f'''
@@ -41,7 +41,7 @@ EXTRA = dict(
 
 def command_of(name, out, *extra, images=4):
     """The command line of a run of two updates without clipping."""
-    return words(name, out, '--eval_every=2', '--grad_clip=1e9', *EXTRA[name], *extra,
+    return arguments(name, out, '--eval_every=2', '--grad_clip=1e9', *EXTRA[name], *extra,
                  images=images)
 
 
@@ -86,10 +86,10 @@ def two(tmp_path_factory):
     few = root / 'few'
     two_images(few)
     held_out = f'--held_out={few}'
-    enough = words('grpo_encoder', root / 'r1', f'--data={few}', held_out, images=4)
-    one_image = words('grpo_encoder', root / 'r2', f'--data={few}/0.png', held_out, images=4)
+    enough = arguments('grpo_encoder', root / 'r1', f'--data={few}', held_out, images=4)
+    one_image = arguments('grpo_encoder', root / 'r2', f'--data={few}/0.png', held_out, images=4)
     used = command_of('grpo_decoder', root / 'grpo_decoder')
-    odd = words('cold_start', root / 'r3', images=3)
+    odd = arguments('cold_start', root / 'r3', images=3)
 
     jobs = [(name, command_of(name, root / name, '--micro_batch=2'), '') for name in STAGES]
     jobs.append(('grpo_encoder', enough, ''))
@@ -145,19 +145,22 @@ def test_refusals_under_torchrun(two):
 def test_micro_batches_equal_the_whole(one, tmp_path, monkeypatch, name, size):
     """4 images, groups of 2: one forward pass, or 2, 4 and 8 (which cuts groups)."""
     passes = []
-    group_slices = common.group_slices
+    slices_of = 'sample_slices'
+    if name == 'cold_start':
+        slices_of = 'group_slices'
+    really = getattr(common, slices_of)
 
     def counted(*args):
-        for micro_batch in group_slices(*args):
+        for micro_batch in really(*args):
             passes.append(micro_batch)
             yield micro_batch
 
     plain_descent(monkeypatch)
-    monkeypatch.setattr(common, 'group_slices', counted)
+    monkeypatch.setattr(common, slices_of, counted)
     log = tiny(name, tmp_path, *command_of(name, tmp_path, f'--micro_batch={size}'))
     samples = 4 if name == 'cold_start' else 8
     updates = sum(last for _, _, last in passes)
-    assert updates * samples // size <= len(passes), 'it was split'
+    assert updates * samples // size == len(passes) > updates > 0, 'it was split'
     check_same_training(one(name) / 'step_000002', tmp_path / 'step_000002')
     for x, y in zip(lines(one(name) / 'log.jsonl'), log):
         agree(x, y)
@@ -165,18 +168,23 @@ def test_micro_batches_equal_the_whole(one, tmp_path, monkeypatch, name, size):
 
 @pytest.mark.parametrize('G, size', [
     (1, 0), (4, 0), (4, 8), (4, 9), (4, 4), (4, 3), (1, 4), (4, 100)])
-def test_the_last_micro_batch_is_marked_and_groups_stay_whole(G, size):
+@pytest.mark.parametrize('name', ['group_slices', 'sample_slices'])
+def test_the_last_micro_batch_is_marked_and_images_are_those_of_the_samples(name, G, size):
+    """Groups stay whole, but where micro-batches of exactly `size` samples are asked for."""
     P = 6
-    seen = (torch.arange(P),)
-    found = list(common.group_slices(seen, G, size))
+    found = list(getattr(common, name)(P, G, size))
     marks = [last for _, _, last in found]
     assert marks == [False] * (len(found) - 1) + [True]
     rows = [row for _, samples, _ in found for row in range(P * G)[samples]]
     assert rows == list(range(P * G))
-    for (images,), samples, _ in found:
-        assert not size or samples.stop - samples.start <= max(size, 1)
+    for images, samples, _ in found:
+        if name == 'group_slices':
+            assert samples.start % G == samples.stop % G == 0
+            assert not size or samples.stop - samples.start <= max(size, G)
+        else:
+            assert not size or samples.stop - samples.start <= size
         owners = {row // G for row in range(samples.start, samples.stop)}
-        assert set(images.tolist()) == owners
+        assert set(range(P)[images]) == owners
 
 
 def test_shares_of_a_count():

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoint
 import common
 from comparing import optimizer_state, timeless_log
-from running import ROOT, STAGES, lines, python, refusal, same, script, tiny, weights, words
+from running import ROOT, STAGES, arguments, lines, python, refusal, same, script, tiny, weights
 
 # runs the jobs of a JSON file, each in a child; one with a number dies in that checkpoint
 DRIVER = f'''
@@ -59,7 +60,7 @@ def name_of(case):
 def command_of(case, out_dir, *more):
     """Four updates with a checkpoint every two."""
     name, *switches = case
-    return words(name, out_dir, *switches, '--save_every=2', '--eval_every=3', *more, steps=4)
+    return arguments(name, out_dir, *switches, '--save_every=2', '--eval_every=3', *more, steps=4)
 
 
 def drive(root, jobs):
@@ -98,7 +99,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(runs, case):
     folder = runs / name_of(case) / 'killed'
     checkpoints = sorted(name for name in os.listdir(folder) if name.startswith('step_'))
     assert checkpoints == ['step_000002', 'step_000004.tmp']
-    assert common.newest(str(folder)) == f'{folder}/step_000002'
+    assert checkpoint.newest(str(folder)) == f'{folder}/step_000002'
     assert optimizer_state(folder / 'step_000002')['step'] == 2
     assert len(lines(folder / 'log.jsonl')) == 4, 'it was killed after the fourth update'
 
@@ -134,7 +135,7 @@ def test_resuming_a_finished_run_does_nothing(runs, tmp_path, name):
     before = weights(out / 'step_000004')
     log = lines(out / 'log.jsonl')
     evaluations = lines(out / 'eval.jsonl')
-    script(name, *words(name, out, '--resume', '--eval_every=3', steps=4))
+    script(name, *arguments(name, out, '--resume', '--eval_every=3', steps=4))
 
     assert same(before, weights(out / 'step_000004'))
     assert sorted(os.listdir(out)) == sorted(os.listdir(runs / name / 'whole'))
@@ -187,30 +188,32 @@ def test_resume_of_a_damaged_checkpoint_is_one_line(runs, tmp_path, part, damage
 
 
 def test_newest_goes_by_number(tmp_path):
-    assert common.newest(str(tmp_path)) is None
+    assert checkpoint.newest(str(tmp_path)) is None
     whole = ['step_000010', 'step_999999', 'step_1000000']
     half_written = ['step_000011.tmp', 'step_1000001.tmp']
     for name in [*whole, *half_written, 'step_last', 'other']:
         (tmp_path / name).mkdir()
-    newest = common.newest(str(tmp_path))
+    newest = checkpoint.newest(str(tmp_path))
     assert newest == str(tmp_path / 'step_1000000'), 'by number, not by name'
 
 
-class Model:
-    """All that a checkpoint asks of a model."""
-
-    def save(self, folder):
-        os.makedirs(folder)                      # fails if a .tmp folder is still there
-        with open(f'{folder}/weights', 'w') as f:
-            f.write('w')
+def write_weights(uae, folder):
+    """In the place of checkpoint.save_models."""
+    os.makedirs(folder)                          # fails if a .tmp folder is still there
+    with open(f'{folder}/weights', 'w') as f:
+        f.write('w')
 
 
-def test_save_keeps_the_newest_and_clears_what_a_kill_left(tmp_path):
+def test_save_keeps_the_newest_and_clears_what_a_kill_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'save_models', write_weights)
     c = SimpleNamespace(out_dir=str(tmp_path))
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    uae = SimpleNamespace(release='')
+    adamw = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    optimiser = SimpleNamespace(adamw=adamw)
 
     def save(step, master=True):
-        common.save(c, SimpleNamespace(master=master, world=1), step, Model(), optimizer)
+        run = SimpleNamespace(master=master, world=1)
+        checkpoint.save(c, run, step, uae, optimiser)
 
     (tmp_path / 'step_000002.tmp').mkdir()
     for step in (1, 2, 3):
