@@ -48,10 +48,10 @@ def test_the_base_is_honest_about_what_rl_may_show(out):
     import common
     import config
     from data.images import open_data
+    from checkpoint import open_uae
     from evaluate import Evaluator
-    from model import UAE
     c = config.parse({}, {}, ['--eval_images=128', '--device=cpu'], 'x.py')
     run = common.start(c)
-    summary, _ = Evaluator(UAE(c), open_data(c, run)[1], c, run)()
+    summary, _ = Evaluator(open_uae(c), open_data(c, run)[1], c, run)()
     assert 0.15 <= summary['caption_recall'] <= 0.35
     assert summary['greedy_caption_recall'] <= 0.70 and summary['greedy_caption_truth'] >= 0.85

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import common
 import config
+from checkpoint import open_uae, save_models
 from conftest import ROOT, perturb
-from model import UAE
 from running import refusal, script, tiny
+from tools.release import released_key
 
 BASE = f'{ROOT}/data/shapes/base'
 
@@ -23,7 +24,7 @@ BASE = f'{ROOT}/data/shapes/base'
 def load(*flags):
     """A UAE as a script with these flags would have it."""
     common.quiet()
-    return UAE(config.parse({}, {}, list(flags), 'x.py'))
+    return open_uae(config.parse({}, {}, list(flags), 'x.py'))
 
 
 def shake(uae, what='', scale=0.05):
@@ -73,7 +74,7 @@ def adapters(tmp_path_factory):
     out = tmp_path_factory.mktemp('lora') / 'run'
     tiny('grpo_decoder', out, '--lora_rank=4', steps=1)
     uae = shake(load('--lora_rank=4', f'--init_from={out}'), 'lora_', 0.03)
-    uae.save(f'{out}/step_000001')
+    save_models(uae, f'{out}/step_000001')
     return str(out), uae
 
 
@@ -245,7 +246,7 @@ def test_adapters_trained_on_a_release_stand_on_it(release, tmp_path, x):
     ('transformer.transformer_blocks.1.attn.to_q.lora_B.weight',
      'transformer_blocks.1.attn.to_q.weight', 'B')])
 def test_key_map(key, name, factor):
-    assert common.released_key(key) == (name, factor)
+    assert released_key(key) == (name, factor)
 
 
 def rewrite(path, change):
@@ -404,7 +405,7 @@ def test_export_of_a_full_checkpoint_and_a_hub_id(tmp_path, x, monkeypatch):
         monkeypatch.setattr(f'{module}.HF_HUB_OFFLINE', True)
     uae = load()
     shake(uae)
-    uae.save(f'{tmp_path}/run/step_000001')
+    save_models(uae, f'{tmp_path}/run/step_000001')
     c = config.parse({}, {}, ['--encoder=us/tiny'], 'x.py')
     meta = json.dumps(dict(step=1, config=vars(c)))
     (tmp_path / 'run' / 'step_000001' / 'meta.json').write_text(meta)

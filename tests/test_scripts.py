@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 import common
+import log
 from comparing import BASE, optimizer_state, timeless, without_step
 from data.images import ImageSet
 from data.shapes import scenes as world
-from running import STAGES, distance, lines, script, tiny, weights, words
+from running import STAGES, arguments, distance, lines, script, tiny, weights
 
 EVERY = {'step', 'reward', 'loss', 'grad_norm', 'lr', 'caption_len', 'sec', 'peak_gb'}
 GRPO = EVERY | {'reward_std', 'zero_var', 'ratio_max', 'logp_diff', 'clip_frac'}
@@ -109,7 +110,7 @@ def test_a_stage_moves_its_own_part(chain):
 
 def test_eval_unified_on_a_checkpoint(chain, tmp_path, capsys):
     init_from = f'--init_from={chain["grpo_decoder"]}'
-    script('eval_unified', *words('eval_unified', tmp_path, init_from))
+    script('eval_unified', *arguments('eval_unified', tmp_path, init_from))
     with open(tmp_path / 'report.json') as f:
         report = json.load(f)
     assert SCORES - {'step'} == report['summary'].keys()
@@ -306,7 +307,7 @@ def test_learning_rate_schedule():
 
 def test_reward_fields():
     r = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
-    found = common.reward_fields(r)
+    found = log.reward_fields(r)
     assert found['reward'] == 2
     assert abs(found['reward_std'] - 2 ** 0.5 / 2) < 1e-6
     assert found['zero_var'] == 0.5

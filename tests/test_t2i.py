@@ -9,6 +9,7 @@ from PIL import Image
 import common
 import eval_t2i
 from bench import geneval, prompts, summary
+from conftest import new_uae
 from data.shapes import scenes as world
 from eval_t2i import geneval_correct, relative_position
 from running import lines, refusal
@@ -174,7 +175,7 @@ def test_malformed_metadata_is_named_with_file_and_line(tmp_path, bad, word):
     (['--bench=dpg', '--samples=2', '--prompts=x'], 'samples'),
     (['--bench=geneval++', '--prompts=x', '--judge_url=ftp://a'], 'judge_url'),
     (['--resolution=64'], '32'),
-    (['--init_from=a/x,b/x'], 'different names'),
+    (['--init_from=a/x,b/x'], 'several checkpoints need other names'),
     (['--bench=dpg', '--prompts=README.md'], 'README.md:1')])
 def test_keys_that_mean_nothing(argv, word):
     assert word in refusal(eval_t2i.main, argv)
@@ -293,7 +294,7 @@ def test_every_item_and_every_sample_has_its_own_noise(few):
     prompt = SHAPES[0]['prompt']
     first = dict(id='a', number=0, prompt=prompt)
     second = dict(id='b', number=1, prompt=prompt)
-    uae = eval_t2i.UAE(keys_of(*few), 'cpu')
+    uae = new_uae(keys_of(*few))
     a, b, c = eval_t2i.draw_prompts(uae, [(first, 0), (second, 0), (first, 1)])
     for one, other in ((a, b), (a, c), (b, c)):
         assert (one - other).abs().max() > 0.1

@@ -19,9 +19,9 @@ import eval_unified
 import evaluate
 import reward
 from bench import unified
+from conftest import new_uae, shared_config
 from data import images
 from data.shapes import scenes as world
-from model import UAE
 from running import refusal
 from test_reward import structured
 
@@ -152,7 +152,7 @@ def test_features_are_the_official_ones(standins):
     from transformers import AutoModel
     x = torch.rand(2, 3, 224, 224) * 2 - 1
     for name, folder in standins.items():
-        tower = reward.Backbone(name, '', '', source=folder)
+        tower = reward.backbone(name, None, source=folder)
         model = AutoModel.from_pretrained(folder).eval()
         pixels = reward.preprocess(x, **reward.BACKBONES[name][2])
         with torch.no_grad():
@@ -265,7 +265,7 @@ def test_fewer_backbones_than_asked_are_refused_before_anything_is_drawn(
     def too_soon(*args):
         pytest.fail('drawn before the backbones were there')
 
-    monkeypatch.setattr(unified, 'UAE', too_soon)
+    monkeypatch.setattr(unified, 'open_uae', too_soon)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     nowhere = f'{tmp_path}/nowhere'
     names = f'--backbones=clip,dinov2={standins["dinov2"]},dinov3={nowhere}'
@@ -283,12 +283,14 @@ def test_a_backbone_that_would_be_partly_random_is_refused(standins, tmp_path):
     gone = next(k for k in sorted(tensors) if 'layer.1' in k)
     del tensors[gone]
     save_file(tensors, path, metadata=dict(format='pt'))
-    message = refusal(reward.Backbone, 'dinov3', '', '', 'cpu', str(tmp_path / 'half'))
-    assert gone in message and str(tmp_path / 'half') in message
+    half = str(tmp_path / 'half')
+    message = refusal(reward.backbone, 'dinov3', None, 'cpu', half)
+    assert gone in message and half in message
     without = shutil.ignore_patterns('*.safetensors', '*.bin')
     shutil.copytree('data/shapes/base/clip', tmp_path / 'clip', ignore=without)
     for source in ('ViT-L-14-quickgelu', 'no-such-model:openai', f'local-dir:{tmp_path}/clip'):
-        assert source in refusal(reward.Backbone, 'clip', source, '')
+        c = types.SimpleNamespace(clip=source)
+        assert source in refusal(reward.backbone, 'clip', c)
 
 
 # --- our own captions and images -----------------------------------------------------------------
@@ -303,7 +305,7 @@ def test_what_is_written_and_that_it_is_ours(bench, tmp_path, capsys):
     names = ['0.png', '1.png', '2.png']
     assert sorted(os.listdir(out / 'example_image')) == names
     c = config.parse(eval_unified.keys, {}, [*QUICK, *sampled], 'x.py')
-    uae = UAE(c)
+    uae = new_uae(c)
     tower = reward.backbone('judge', c)
     for i, name in enumerate(names):
         x = tensor_of(bench / 'Image' / name)
@@ -373,7 +375,7 @@ def test_other_people_s_captions_through_our_decoder(bench, tmp_path, monkeypatc
     _, report = run(tmp_path / 'out', bench, CLIP, *flags)
     assert report['captions'] == {f'{i}.png': line['caption'] for i, line in enumerate(lines)}
     c = config.parse(eval_unified.keys, {}, [*QUICK, '--caption_len=12'], 'x.py')
-    uae = UAE(c)
+    uae = new_uae(c)
     y, mask, _ = uae.tokens([lines[1]['caption']])
     made = tensor_of(tmp_path / 'out' / 'example_image' / '1.png')
     drawn = evaluate.draw_captions(uae, y, mask, [1], seed=(c.seed,))
@@ -462,8 +464,9 @@ def test_towers_that_are_there_are_not_loaded_again(monkeypatch):
         loaded.append(source)
         return f'a new {source}'
 
-    monkeypatch.setattr(evaluate, 'backbone', load)
-    c, here = types.SimpleNamespace(reward='dinov2'), types.SimpleNamespace(device='cpu')
+    for module in (evaluate, reward):
+        monkeypatch.setattr(module, 'backbone', load)
+    c, here = shared_config('--reward=dinov2'), types.SimpleNamespace(device='cpu')
     for towers, missing in ((None, ['dinov2', 'judge']), (dict(reward='mine'), ['judge']),
                             (dict(judge='mine'), ['dinov2']), (dict(reward='a', judge='b'), [])):
         loaded.clear()
@@ -474,13 +477,14 @@ def test_towers_that_are_there_are_not_loaded_again(monkeypatch):
         assert towers is None or towers == given, "the caller's dict is left alone"
 
 
-def test_images_in_several_chunks_score_like_all_at_once(uae, x, monkeypatch):
+def test_images_in_several_chunks_score_like_all_at_once(uae, x):
     """Every image once and in order, its randomness its own."""
     c = types.SimpleNamespace(**dict(vars(uae.c), reward='clip', eval_steps=2))
     here = types.SimpleNamespace(rank=0, world=1, device='cpu', master=True)
     held = dict(x=x, names=list('abcd'), scenes=None)
     at_once, _ = evaluate.Evaluator(uae, held, c, here)()
-    monkeypatch.setattr(evaluate, 'EVAL_BATCH', 3)
+    assert len(x) <= c.eval_batch
+    c.eval_batch = 3
     summary, records = evaluate.Evaluator(uae, held, c, here)()
     assert [record['name'] for record in records] == list('abcd')
     assert summary.keys() == at_once.keys()
