@@ -163,13 +163,13 @@ def advantages(r, step, run, config):
     Whole groups lie on one rank. The control permutes rewards over the whole batch, reproducibly.
     """
     P = len(r)
-    all_r = common.gather(r, run)
+    all_rewards = common.gather(r, run)
     if config.shuffle_reward:
         shuffle = common.generator(config.seed, 'shuffle', step)
-        order = torch.randperm(all_r.numel(), generator=shuffle).to(all_r.device)
-        all_r = all_r.flatten()[order].view_as(all_r)
-    mine = all_r[run.rank * P:(run.rank + 1) * P]
-    return group_advantage(mine, config.adv_std).flatten(), all_r
+        order = torch.randperm(all_rewards.numel(), generator=shuffle).to(all_rewards.device)
+        all_rewards = all_rewards.flatten()[order].view_as(all_rewards)
+    mine = all_rewards[run.rank * P:(run.rank + 1) * P]
+    return group_advantage(mine, config.adv_std).flatten(), all_rewards
 
 
 @torch.no_grad()
@@ -255,7 +255,7 @@ def main(argv):
     common.per_rank('prompts', config.prompts, run.world, config.group)
     first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, held = open_data(config, run)
+    train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
     params = uae.train_only('encoder')
     if config.text_encoder == 'start':
@@ -268,7 +268,7 @@ def main(argv):
     optimiser = common.Optimiser(params, config)
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
-    evaluate = Evaluator(uae, held, config, run, dict(reward=tower))
+    evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower))
     idle = ('decoder', 'vae') if config.offload else ()
 
     for step in progress('grpo_encoder', first, config, run):
@@ -276,16 +276,16 @@ def main(argv):
         images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
         x = images['x'].to(run.device)
         seen, batch, r = rollout(uae, tower, x, images['index'], step, config)
-        batch['adv'], all_r = advantages(r, step, run, config)
+        batch['adv'], all_rewards = advantages(r, step, run, config)
         if reference:
             batch['ref_logp'] = reference_logp(reference, seen, batch['y'], config)
         with uae.parked(*idle):
             fields = update(ddp, optimiser, seen, batch, step, run, config)
         surprise = common.total((batch['recorded'] * batch['mask']).sum(), run)
-        tokens = common.total(batch['mask'].sum(), run)
-        log(step, **reward_fields(all_r), **fields, entropy=-surprise / tokens,     # nats a token
+        entropy = -surprise / common.total(batch['mask'].sum(), run)        # nats a token
+        log(step, **reward_fields(all_rewards), **fields, entropy=entropy,
             **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
-            skipped=count_skipped(train, held, run))
+            skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     evaluate.every(config.steps, last=True)
 
