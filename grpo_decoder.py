@@ -168,21 +168,6 @@ def rollout(uae, tower, x, index, step, config, negative=None):
     return batch, r, uae.spoken(y, mask)
 
 
-def advantages(r, step, run, config):
-    """Rewards (P, G) of this rank -> advantages (B,), and the rewards of all ranks.
-
-    Whole groups lie on one rank. The control permutes rewards over the whole batch, reproducibly.
-    """
-    P = len(r)
-    all_rewards = common.gather(r, run)
-    if config.shuffle_reward:
-        shuffle = common.generator(config.seed, 'shuffle', step)
-        order = torch.randperm(all_rewards.numel(), generator=shuffle).to(all_rewards.device)
-        all_rewards = all_rewards.flatten()[order].view_as(all_rewards)
-    mine = all_rewards[run.rank * P:(run.rank + 1) * P]
-    return group_advantage(mine).flatten(), all_rewards
-
-
 def loss_of(uae, reference, batch, step, share, first, config, negative=None):
     """The whole loss of a micro-batch, log fields, and the detached log-probs (B, n).
 
@@ -227,10 +212,7 @@ def update(uae, ddp, optimiser, reference, batch, step, run, config, negative=No
                 loss.backward()
             if k == 0 and config.old_logp == 'replay':
                 batch['old_logp'][rows, trained] = logp         # of every later update as well
-            stats.add_sum(loss=loss.detach())
-            stats.add_max(ratio_max=fields['ratio_max'], logp_diff=fields['logp_diff'])
-            stats.add_mean(len(part['adv']), clip_frac=fields['clip_frac'],
-                           kl=fields.get('kl', 0.0))
+            stats.add_update(loss.detach(), fields, len(part['adv']))
         reduced = stats.reduce(run)
         if k == 0:
             logp_diff = reduced['logp_diff']                    # after an update they differ
@@ -265,7 +247,7 @@ def main(argv):
     if config.plan:
         return plan(config, ['decoder'], planned_loss)
     run = common.start(config)
-    common.per_rank('prompts', config.prompts, run.world, config.group)
+    P = common.per_rank('prompts', config.prompts, run.world, config.group)
     first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)
@@ -294,7 +276,11 @@ def main(argv):
         images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
         x = images['x'].to(run.device)
         batch, r, spoken = rollout(uae, tower, x, images['index'], step, config, negative)
-        batch['adv'], all_rewards = advantages(r, step, run, config)
+        all_rewards = common.gather(r, run)                     # (world * P, G), whole groups
+        if config.shuffle_reward:
+            all_rewards = common.permuted(all_rewards, config.seed, 'shuffle', step)
+        mine = all_rewards[run.rank * P:(run.rank + 1) * P]
+        batch['adv'] = group_advantage(mine).flatten()        # (P, G) -> (B,)
         with uae.parked(*idle):
             fields = update(uae, ddp, optimiser, reference, batch, step, run, config, negative)
         log(step, **reward_fields(all_rewards), **fields, **caption_fields(spoken, run),
