@@ -91,9 +91,9 @@ bounds = dict(
     caption_temperature=(0, 10), clip_range=(0, math.inf), kl=(0, 1e6), updates=(1, 1000),
     lr=(0, 1), grad_clip=(1e-12, math.inf), patience=(1, 10 ** 9), warmup=(0, 10 ** 9),
     lr_decay=(0, 1e6), grad_steps=(1, 1000), noise_level=(1e-6, 10), sde_window=(1, 1000),
-    train_steps=(1, 1000), sigma_std=(0, 100), drop=(0, 1), ema=(0, 1 - 1e-9),
-    caption_every=(1, 10 ** 9), lambda_t2i=(0, 1e6), see_resolution=(0, 4096), samples=(1, 10 ** 4),
-    seeds=(1, 10 ** 4), judge_tries=(1, 1000), judge_timeout=(0, 1e6))
+    train_steps=(1, 1000), sigma_mean=(-100, 100), sigma_std=(0, 100), drop=(0, 1),
+    ema=(0, 1 - 1e-9), caption_every=(1, 10 ** 9), lambda_t2i=(0, 1e6), see_resolution=(0, 4096),
+    samples=(1, 10 ** 4), seeds=(1, 10 ** 4), judge_tries=(1, 1000), judge_timeout=(0, 1e6))
 # -------------------------------------------------------------------------------------------------
 
 

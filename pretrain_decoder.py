@@ -196,6 +196,28 @@ def prepare_answers(uae, images, run):
     return dict(x=images['x'], y=y, mask=mask), count
 
 
+def backward(uae, ddp, images, taught, step, negative, config):
+    """The gradients of one update, a micro-batch at a time -> Stats, captions that are too long.
+
+    images: a rank's batch; taught: what `prepare_answers` returns, or None.
+    """
+    P = len(images['x'])
+    stats, cut = Stats(), 0
+    for _, rows, last in common.group_slices(P, 1, config.micro_batch):
+        flow, too_long = prepare(uae, config, images, rows, step, negative)
+        answers = None
+        if taught:
+            batch, count = taught
+            part = common.take(batch, rows)
+            answers = dict(seen=uae.see(part.pop('x')), **part, count=count)
+        with common.no_sync(ddp, last):
+            loss, nll = ddp(both_losses, flow, answers, 1 / P)
+            (loss + nll).backward()
+        stats.add_sum(loss=loss.detach(), caption_loss=nll.detach())
+        cut += too_long
+    return stats, cut
+
+
 def planned_loss(uae, tower, size, prompt_len, config):
     """For --plan: the losses of `size` images, zeros in place of latents, prompt and tokens."""
     latents = torch.zeros(size, *uae.latent_shape())
@@ -235,7 +257,7 @@ def main(argv):
     if config.plan:
         return plan(config, trained, planned_loss)
     run = common.start(config)
-    P = common.per_rank('batch', config.batch, run.world)
+    common.per_rank('batch', config.batch, run.world)
     first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
     train, gone, held_out = open_captioned(config, run, config.data_keys[1])
@@ -261,22 +283,11 @@ def main(argv):
             with averaged(adamw):
                 evaluate.every(step)
         images = train.batch(config.seed, step, config.batch, run.rank, run.world)
-        teach = None
+        taught = None
         if config.train_encoder and step % config.caption_every == 0:
-            taught = teachers.batch(config.seed, step, config.batch, run.rank, run.world)
-            teach, count = prepare_answers(uae, taught, run)
-        stats, cut = Stats(), 0
-        for _, rows, last in common.group_slices(P, 1, config.micro_batch):
-            flow, too_long = prepare(uae, config, images, rows, step, negative)
-            answers = None
-            if teach:
-                part = common.take(teach, rows)
-                answers = dict(seen=uae.see(part.pop('x')), **part, count=count)
-            with common.no_sync(ddp, last):
-                loss, nll = ddp(both_losses, flow, answers, 1 / P)
-                (loss + nll).backward()
-            stats.add_sum(loss=loss.detach(), caption_loss=nll.detach())
-            cut += too_long
+            examples = teachers.batch(config.seed, step, config.batch, run.rank, run.world)
+            taught = prepare_answers(uae, examples, run)
+        stats, cut = backward(uae, ddp, images, taught, step, negative, config)
         taken = optimiser.step(step)
         if config.ema and not optimiser.bad_steps:
             average(adamw, config.ema)
