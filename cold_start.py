@@ -103,7 +103,7 @@ def main(argv):
     P = common.per_rank('prompts', config.prompts, run.world)
     first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, held = open_data(config, run)
+    train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
     if uae.text_encoder:
         raise SystemExit(f'{config.init_from} has a text encoder of its own, which stage 1 would '
@@ -114,7 +114,7 @@ def main(argv):
     optimiser = common.Optimiser(params, config)
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
-    evaluate = Evaluator(uae, held, config, run, dict(reward=tower))
+    evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower))
 
     for step in progress('cold_start', first, config, run):
         evaluate.every(step)
@@ -131,7 +131,7 @@ def main(argv):
         fields = stats.reduce(run)
         log(step, reward=1 - fields['loss'], **fields, **taken,
             **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
-            skipped=count_skipped(train, held, run))
+            skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     evaluate.every(config.steps, last=True)
 

@@ -155,6 +155,12 @@ def uniform(shape, rows, *address):
     return torch.stack(draws)
 
 
+def permuted(t, *address):
+    """The entries of a tensor in another order, which depends on the address alone."""
+    order = torch.randperm(t.numel(), generator=generator(*address)).to(t.device)
+    return t.flatten()[order].view_as(t)
+
+
 # --- files ---------------------------------------------------------------------------------------
 def load(cls, path, **kwargs):
     """cls.from_pretrained with one clear line when the folder or hub id cannot be had."""

@@ -132,10 +132,10 @@ def window(step, config, sigmas=None):
 
 
 @torch.no_grad()
-def rollout(uae, tower, x, index, step, config, neg=None):
+def rollout(uae, tower, x, index, step, config, negative=None):
     """G drawings of each image's caption, and their rewards. x (P, 3, R, R), index (P,).
 
-    index: positions in the global batch, the address of all randomness. neg: the unconditional
+    index: positions in the global batch, the address of all randomness. negative: the unconditional
     branch's condition under guidance. Returns a dict of cond (B, cond_len, D), z, z_next, under
     guidance v0 (B, W, C, H, W), recorded (B, W); r (P, G); and spoken (P, T), the captions' tokens.
     """
@@ -160,7 +160,7 @@ def rollout(uae, tower, x, index, step, config, neg=None):
         cond = cond.repeat_interleave(G, 0)
         z_0, path = uae.draw_sde(
             z[rows].to(uae.device), cond, config.sample_steps, noise[rows].to(uae.device),
-            config.sde, config.noise_level, noisy, neg)
+            config.sde, config.noise_level, noisy, negative)
         r = clip_reward(x[images], uae.to_image(z_0), tower)
         parts.append(dict(path, cond=cond, r=r))
     batch = common.join(parts)
@@ -168,22 +168,7 @@ def rollout(uae, tower, x, index, step, config, neg=None):
     return batch, r, uae.spoken(y, mask)
 
 
-def advantages(r, step, run, config):
-    """Rewards (P, G) of this rank -> advantages (B,), and the rewards of all ranks.
-
-    Whole groups lie on one rank. The control permutes rewards over the whole batch, reproducibly.
-    """
-    P = len(r)
-    all_r = common.gather(r, run)
-    if config.shuffle_reward:
-        shuffle = common.generator(config.seed, 'shuffle', step)
-        order = torch.randperm(all_r.numel(), generator=shuffle).to(all_r.device)
-        all_r = all_r.flatten()[order].view_as(all_r)
-    mine = all_r[run.rank * P:(run.rank + 1) * P]
-    return group_advantage(mine).flatten(), all_r
-
-
-def loss_of(uae, reference, batch, step, share, first, config, neg=None):
+def loss_of(uae, reference, batch, step, share, first, config, negative=None):
     """The whole loss of a micro-batch, log fields, and the detached log-probs (B, n).
 
     batch: what `rollout` returns and adv (B,), old_logp (B, W). share: world / samples of the step,
@@ -191,7 +176,7 @@ def loss_of(uae, reference, batch, step, share, first, config, neg=None):
     """
     noisy, trained = window(step, config, uae.sigmas(config.sample_steps))
     replay = (trained, batch['cond'], config.sample_steps, config.sde, config.noise_level,
-              noisy[0], neg)
+              noisy[0], negative)
     path = dict(z=batch['z'], z_next=batch['z_next'])
     known = path
     if first and 'v0' in batch:                     # the unconditional branch is as it was
@@ -212,7 +197,7 @@ def loss_of(uae, reference, batch, step, share, first, config, neg=None):
     return loss * len(logp) * share, stats, logp.detach()
 
 
-def update(uae, ddp, optimiser, reference, batch, step, run, config, neg=None):
+def update(uae, ddp, optimiser, reference, batch, step, run, config, negative=None):
     """config.updates optimiser steps on one rollout -> log fields."""
     B, G = len(batch['adv']), config.group
     batch['old_logp'] = batch['recorded'].clone()
@@ -222,14 +207,12 @@ def update(uae, ddp, optimiser, reference, batch, step, run, config, neg=None):
         for _, rows, last in common.sample_slices(B // G, G, config.micro_batch):
             part = common.take(batch, rows)
             with common.no_sync(ddp, last):
-                loss, fields, logp = ddp(loss_of, reference, part, step, 1 / B, k == 0, config, neg)
+                loss, fields, logp = ddp(loss_of, reference, part, step, 1 / B, k == 0, config,
+                                         negative)
                 loss.backward()
             if k == 0 and config.old_logp == 'replay':
                 batch['old_logp'][rows, trained] = logp         # of every later update as well
-            stats.add_sum(loss=loss.detach())
-            stats.add_max(ratio_max=fields['ratio_max'], logp_diff=fields['logp_diff'])
-            stats.add_mean(len(part['adv']), clip_frac=fields['clip_frac'],
-                           kl=fields.get('kl', 0.0))
+            stats.add_update(loss.detach(), fields, len(part['adv']))
         reduced = stats.reduce(run)
         if k == 0:
             logp_diff = reduced['logp_diff']                    # after an update they differ
@@ -264,10 +247,10 @@ def main(argv):
     if config.plan:
         return plan(config, ['decoder'], planned_loss)
     run = common.start(config)
-    common.per_rank('prompts', config.prompts, run.world, config.group)
+    P = common.per_rank('prompts', config.prompts, run.world, config.group)
     first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, held = open_data(config, run)
+    train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
     params = uae.train_only('decoder')
     reference = None
@@ -281,23 +264,27 @@ def main(argv):
     tower = reward_tower(config, run.device)
     optimiser = common.Optimiser(params, config)
     checkpoint.restore(config, optimiser)
-    neg = None
+    negative = None
     if config.guidance != 1.0:
-        neg = uae.negative()                        # once: the encoder is frozen
+        negative = uae.negative()                        # once: the encoder is frozen
     log = Log(config, run)
-    evaluate = Evaluator(uae, held, config, run, dict(reward=tower))
+    evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower))
     idle = ('encoder', 'vae') if config.offload else ()
 
     for step in progress('grpo_decoder', first, config, run):
         evaluate.every(step)
         images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
         x = images['x'].to(run.device)
-        batch, r, spoken = rollout(uae, tower, x, images['index'], step, config, neg)
-        batch['adv'], all_r = advantages(r, step, run, config)
+        batch, r, spoken = rollout(uae, tower, x, images['index'], step, config, negative)
+        all_rewards = common.gather(r, run)                     # (world * P, G), whole groups
+        if config.shuffle_reward:
+            all_rewards = common.permuted(all_rewards, config.seed, 'shuffle', step)
+        mine = all_rewards[run.rank * P:(run.rank + 1) * P]
+        batch['adv'] = group_advantage(mine).flatten()        # (P, G) -> (B,)
         with uae.parked(*idle):
-            fields = update(uae, ddp, optimiser, reference, batch, step, run, config, neg)
-        log(step, **reward_fields(all_r), **fields, **caption_fields(spoken, run),
-            skipped=count_skipped(train, held, run))
+            fields = update(uae, ddp, optimiser, reference, batch, step, run, config, negative)
+        log(step, **reward_fields(all_rewards), **fields, **caption_fields(spoken, run),
+            skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     evaluate.every(config.steps, last=True)
 

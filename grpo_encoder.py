@@ -157,21 +157,6 @@ def rollout(uae, tower, x, index, step, config):
     return seen, batch, r
 
 
-def advantages(r, step, run, config):
-    """Rewards (P, G) of this rank -> advantages (B,), and the rewards of all ranks.
-
-    Whole groups lie on one rank. The control permutes rewards over the whole batch, reproducibly.
-    """
-    P = len(r)
-    all_r = common.gather(r, run)
-    if config.shuffle_reward:
-        shuffle = common.generator(config.seed, 'shuffle', step)
-        order = torch.randperm(all_r.numel(), generator=shuffle).to(all_r.device)
-        all_r = all_r.flatten()[order].view_as(all_r)
-    mine = all_r[run.rank * P:(run.rank + 1) * P]
-    return group_advantage(mine, config.adv_std).flatten(), all_r
-
-
 @torch.no_grad()
 def reference_logp(reference, seen, y, config):
     """log pi_ref (B, T) of the sampled tokens."""
@@ -222,10 +207,7 @@ def update(ddp, optimiser, seen, batch, step, run, config):
                 loss.backward()
             if k == 0 and config.old_logp == 'replay':
                 batch['old_logp'][rows] = logp          # of every later update as well
-            stats.add_sum(loss=loss.detach())
-            stats.add_max(ratio_max=fields['ratio_max'], logp_diff=fields['logp_diff'])
-            stats.add_mean(part['weight'].sum(), clip_frac=fields['clip_frac'],
-                           kl=fields.get('kl', 0.0))
+            stats.add_update(loss.detach(), fields, part['weight'].sum())
         reduced = stats.reduce(run)
         if k == 0:
             logp_diff = reduced['logp_diff']            # after an update they rightly differ
@@ -252,10 +234,10 @@ def main(argv):
     if config.plan:
         return plan(config, ['encoder'], planned_loss)
     run = common.start(config)
-    common.per_rank('prompts', config.prompts, run.world, config.group)
+    P = common.per_rank('prompts', config.prompts, run.world, config.group)
     first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, held = open_data(config, run)
+    train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
     params = uae.train_only('encoder')
     if config.text_encoder == 'start':
@@ -268,7 +250,7 @@ def main(argv):
     optimiser = common.Optimiser(params, config)
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
-    evaluate = Evaluator(uae, held, config, run, dict(reward=tower))
+    evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower))
     idle = ('decoder', 'vae') if config.offload else ()
 
     for step in progress('grpo_encoder', first, config, run):
@@ -276,16 +258,20 @@ def main(argv):
         images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
         x = images['x'].to(run.device)
         seen, batch, r = rollout(uae, tower, x, images['index'], step, config)
-        batch['adv'], all_r = advantages(r, step, run, config)
+        all_rewards = common.gather(r, run)                     # (world * P, G), whole groups
+        if config.shuffle_reward:
+            all_rewards = common.permuted(all_rewards, config.seed, 'shuffle', step)
+        mine = all_rewards[run.rank * P:(run.rank + 1) * P]
+        batch['adv'] = group_advantage(mine, config.adv_std).flatten()        # (P, G) -> (B,)
         if reference:
             batch['ref_logp'] = reference_logp(reference, seen, batch['y'], config)
         with uae.parked(*idle):
             fields = update(ddp, optimiser, seen, batch, step, run, config)
         surprise = common.total((batch['recorded'] * batch['mask']).sum(), run)
-        tokens = common.total(batch['mask'].sum(), run)
-        log(step, **reward_fields(all_r), **fields, entropy=-surprise / tokens,     # nats a token
+        entropy = -surprise / common.total(batch['mask'].sum(), run)        # nats a token
+        log(step, **reward_fields(all_rewards), **fields, entropy=entropy,
             **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
-            skipped=count_skipped(train, held, run))
+            skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     evaluate.every(config.steps, last=True)
 

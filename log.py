@@ -30,6 +30,12 @@ class Stats:
         for name, value in values.items():
             self.maxima.setdefault(name, []).append(value)
 
+    def add_update(self, loss, fields, weight):
+        """A micro-batch of a policy update: the loss and the fields of its `loss_of`."""
+        self.add_sum(loss=loss)
+        self.add_max(ratio_max=fields['ratio_max'], logp_diff=fields['logp_diff'])
+        self.add_mean(weight, clip_frac=fields['clip_frac'], kl=fields.get('kl', 0.0))
+
     def reduce(self, run):
         """{name: number}, the same on every rank."""
         fields = {}

@@ -359,28 +359,28 @@ class UAE(Parts):
                                pooled_projections=pooled.to(dtype), return_dict=False)
         return out[0].float()
 
-    def velocity(self, z, s, c, neg=None, guidance=1.0):
+    def velocity(self, z, s, c, negative=None, guidance=1.0):
         """v (B, C, H, W) at noise level s; with guidance v0 + guidance (v - v0).
 
-        neg: the unconditional branch's condition (1, n, D), or where the velocity v0 under it is
-        known already, v0 itself (B, C, H, W). No gradient passes through v0.
+        negative: the unconditional branch's condition (1, n, D), or where the velocity v0 under it
+        is known already, v0 itself (B, C, H, W). No gradient passes through v0.
         """
         if guidance == 1.0:
             return self.network(z, s, c)
-        if neg.dim() == 4:
+        if negative.dim() == 4:
             v = self.network(z, s, c)
-            v0 = neg
+            v0 = negative
         elif torch.is_grad_enabled():
             with torch.no_grad():
-                v0 = self.network(z, s, neg.expand(len(z), -1, -1))
+                v0 = self.network(z, s, negative.expand(len(z), -1, -1))
             v = self.network(z, s, c)
         else:
-            v, v0 = self.branches(z, s, c, neg)
+            v, v0 = self.branches(z, s, c, negative)
         return v0 + guidance * (v - v0)
 
-    def branches(self, z, s, c, neg):
+    def branches(self, z, s, c, negative):
         """v and v0 (B, C, H, W), both branches of the guidance in one pass of 2B rows."""
-        both = torch.cat([c, neg.expand(len(c), -1, -1)])
+        both = torch.cat([c, negative.expand(len(c), -1, -1)])
         s = s.expand(len(z)).repeat(2)
         v, v0 = self.network(torch.cat([z, z]), s, both).chunk(2)
         return v, v0
@@ -397,22 +397,22 @@ class UAE(Parts):
         Gradients flow through the last grad_steps of the S steps.
         """
         sigmas = self.sigmas(S)
-        neg = None
+        negative = None
         if self.c.guidance != 1.0:
-            neg = self.negative(0 if self.c.cond_len else c.shape[1])
+            negative = self.negative(0 if self.c.cond_len else c.shape[1])
         learning = torch.is_grad_enabled()
         for i in range(S):
             with torch.set_grad_enabled(learning and i >= S - grad_steps):
-                v = self.velocity(z, sigmas[i], c, neg, self.c.guidance)
+                v = self.velocity(z, sigmas[i], c, negative, self.c.guidance)
                 z = z + (sigmas[i + 1] - sigmas[i]) * v
         return z
 
     @torch.no_grad()
-    def draw_sde(self, z, c, S, noise, kind, noise_level, window, neg=None):
+    def draw_sde(self, z, c, S, noise, kind, noise_level, window, negative=None):
         """SDE sampler that records its log-probs.
 
         Steps in window = (first, last + 1) are stochastic, the others are steps of the ODE. noise
-        (B, W, C, H, W): a standard normal per stochastic step. neg: `negative()` under guidance.
+        (B, W, C, H, W): a standard normal per stochastic step. negative: `negative()`, if guided.
         Returns the latent at s = 0, and a dict of what an update needs: z, z_next, under guidance
         v0, each (B, W, C, H, W), and recorded, the log-probs (B, W).
         """
@@ -423,7 +423,7 @@ class UAE(Parts):
             path['v0'] = []
         for i in range(S):
             if guided:
-                v, v0 = self.branches(z, sigmas[i], c, neg)
+                v, v0 = self.branches(z, sigmas[i], c, negative)
                 v = v0 + self.c.guidance * (v - v0)
             else:
                 v = self.network(z, sigmas[i], c)
@@ -441,7 +441,7 @@ class UAE(Parts):
             z = z_next
         return z, {name: torch.stack(steps, 1) for name, steps in path.items()}
 
-    def step_logp(self, path, steps, c, S, kind, noise_level, first, neg=None):
+    def step_logp(self, path, steps, c, S, kind, noise_level, first, negative=None):
         """The update's log-prob of stored steps, all replayed in one pass of B*n rows.
 
         path: z, z_next of `draw_sde`; a v0 in it spares the unconditional branch while the
@@ -452,11 +452,11 @@ class UAE(Parts):
         z = path['z'][:, steps].flatten(0, 1)
         z_next = path['z_next'][:, steps].flatten(0, 1)
         if 'v0' in path:
-            neg = path['v0'][:, steps].flatten(0, 1)
+            negative = path['v0'][:, steps].flatten(0, 1)
         sigmas = self.sigmas(S)
         at = torch.tensor(steps, device=self.device).repeat(B) + first
         c = c.repeat_interleave(n, 0)
-        v = self.velocity(z, sigmas[at], c, neg, self.c.guidance)
+        v = self.velocity(z, sigmas[at], c, negative, self.c.guidance)
         _, logp, mean, std = sde_step(z, v, sigmas[at], sigmas[at + 1], kind, noise_level,
                                       z_next=z_next)
         return logp.view(B, n), mean.unflatten(0, (B, n)), std.unflatten(0, (B, n))

@@ -75,9 +75,9 @@ def open_captioned(config, run, key):
     """
     image_key, _, folder = config.data_keys
     config = argparse.Namespace(**dict(vars(config), data_keys=(image_key, key, folder)))
-    held = None
+    held_out = None
     if config.eval_every or config.data == 'shapes':
-        images, held = open_data(config, run)
+        images, held_out = open_data(config, run)
     else:
         images = open_images(config.data, config.resolution, *config.data_keys)
     if config.data == 'shapes':
@@ -94,7 +94,7 @@ def open_captioned(config, run, key):
     if gone and run.master:
         print(f'warning: {gone} of the {whole} images of {config.data} have no caption and are '
               'left out', flush=True)
-    return images, gone, held
+    return images, gone, held_out
 
 
 def flow_loss(uae, z0, y, mask, s, eps, seen=None, drop=None):
@@ -260,7 +260,7 @@ def main(argv):
     common.per_rank('batch', config.batch, run.world)
     first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, gone, held = open_captioned(config, run, config.data_keys[1])
+    train, gone, held_out = open_captioned(config, run, config.data_keys[1])
     teachers = train
     if config.train_encoder and config.answer_key != config.data_keys[1]:
         teachers, _, _ = open_captioned(config, run, config.answer_key)
@@ -272,7 +272,7 @@ def main(argv):
     checkpoint.restore(config, optimiser)
     swap(adamw)                         # a checkpoint's models are the averaged ones
     log = Log(config, run)
-    evaluate = Evaluator(uae, held, config, run) if config.eval_every else None
+    evaluate = Evaluator(uae, held_out, config, run) if config.eval_every else None
     room = config.cond_len - len(uae.before_text) - len(uae.after_text)
     y, mask, _ = uae.tokens([config.negative_prompt], room + 1)
     negative = dict(y=y[0], mask=mask[0])
@@ -294,8 +294,8 @@ def main(argv):
         cut = int(common.total(cut, run))
         cuts.add(cut, step)
         skipped = gone + int(common.total(len(train.skipped), run))
-        if held:
-            skipped += held['skipped']
+        if held_out:
+            skipped += held_out['skipped']
         log(step, **stats.reduce(run), **taken, truncated=cut, skipped=skipped)
         with averaged(adamw):
             checkpoint.maybe_save(config, run, step + 1, uae, optimiser)

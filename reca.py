@@ -229,10 +229,10 @@ def main(argv):
     P = common.per_rank('batch', config.batch, run.world)
     first = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
-    train, held = open_data(config, run)
+    train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
     templates = read_templates(uae, config)
-    example = see_small(uae, held['x'][:1].to(run.device), config)
+    example = see_small(uae, held_out['x'][:1].to(run.device), config)
     room = image_states(uae, example, [max(templates, key=len)], config.states).shape[1]
     if room > config.cond_len:
         raise SystemExit(f'the states of template and image are {room}, cond_len is '
@@ -245,7 +245,7 @@ def main(argv):
     optimiser = common.Optimiser(params, config, betas=(0.9, 0.99))
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
-    evaluate = Evaluator(uae, held, config, run)
+    evaluate = Evaluator(uae, held_out, config, run)
 
     for step in progress('reca', first, config, run):
         evaluate.every(step)
@@ -264,7 +264,7 @@ def main(argv):
                 captions.append(uae.spoken(*caption[:2]).cpu())
         taken = optimiser.step(step)
         log(step, **stats.reduce(run), **taken, **caption_fields(torch.cat(captions), run),
-            skipped=count_skipped(train, held, run))
+            skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     evaluate.every(config.steps, last=True)
 

@@ -210,7 +210,7 @@ def test_every_stage_on_random_weights(tmp_path, capsys):
 def test_published_sizes_with_fewer_layers(monkeypatch):
     """--layers cuts every network of a published architecture; widths and what is known stay."""
     monkeypatch.setattr(plan, 'skeleton', lambda c, device, known: known)
-    monkeypatch.setattr(plan, 'random_tower', lambda name, c, device, known: known)
+    monkeypatch.setattr(plan, 'random_reward', lambda c, device, known: known)
     c = config.parse({}, {}, ['--preset=medium'], 'x.py')
     cut, of_tower = steps.random_models(c, 2, 'cpu')
     assert cut == of_tower

@@ -21,10 +21,9 @@ FILES = (
 # what no symbol of the paper stands for: the loop, batches, tokens <-> strings, precision,
 # devices, disk
 PLUMBING = {
-    'main', 'prepare', 'prepare_answers', 'open_captioned', 'Cuts', 'planned_loss', 'check_keys',
-    'compile_blocks', 'backbone', 'UAE.__init__', 'UAE.unreachable', 'UAE.forward', 'UAE.parked',
-    'UAE.autocast', 'UAE.texts', 'UAE.tokens', 'UAE.pad', 'UAE.latent_shape',
-    'UAE.recompute_activations',
+    'main', 'backward', 'prepare', 'prepare_answers', 'open_captioned', 'Cuts', 'planned_loss', 'check_keys',
+    'compile_blocks', 'backbone', 'UAE.__init__', 'UAE.texts', 'UAE.tokens', 'UAE.pad',
+    'UAE.latent_shape',
 }
 # of the paper's method section, in the letters of the code
 SYMBOLS = (

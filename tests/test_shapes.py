@@ -8,7 +8,18 @@ import pytest
 from PIL import Image
 
 from data.shapes import scenes as world
-from data.shapes.scenes import Object, Scene, caption, caption_scores, draw, parse, pixels, read, t2i, terse
+from data.shapes.scenes import (
+    Object,
+    Scene,
+    caption,
+    caption_scores,
+    draw,
+    parse,
+    pixels,
+    read,
+    t2i,
+    terse,
+)
 
 RED = Object("small", "red", "circle", "top-left")
 BLUE = Object("large", "blue", "square", "bottom-right")
@@ -23,6 +34,7 @@ def score(text, scene=TWO):
 
 # --- scenes and pictures
 
+
 def test_scenes_are_well_formed_and_varied():
     rng = np.random.default_rng(0)
     scenes = [world.random_scene(rng) for _ in range(2000)]
@@ -32,7 +44,9 @@ def test_scenes_are_well_formed_and_varied():
     counts = np.bincount([len(scene.objects) for scene in scenes], minlength=6)
     assert counts[0] == counts[5] == 0 and (counts[1:5] > 430).all()  # 500 each, give or take
     assert {thing[:3] for scene in scenes for thing in scene.objects} == set(world.LOOKS)
-    assert len({(thing.cell, scene.background) for scene in scenes for thing in scene.objects}) == 16
+    assert (
+        len({(thing.cell, scene.background) for scene in scenes for thing in scene.objects}) == 16
+    )
     assert not world.BACKGROUNDS.keys() & world.COLOURS.keys()
 
 
@@ -50,20 +64,25 @@ def test_draw_puts_each_object_in_its_cell():
 
 def test_every_drawing_is_far_from_every_other():
     flat = world.CLEAN
-    distance = (flat ** 2).sum(1)[:, None] + (flat ** 2).sum(1) - 2 * flat @ flat.T
+    distance = (flat**2).sum(1)[:, None] + (flat**2).sum(1) - 2 * flat @ flat.T
     assert flat.shape == (260, 768)
-    assert distance[~np.eye(260, dtype=bool)].min() > 4 ** 2  # 20 times the noise of std .1 that the oracle bears
+    assert (
+        distance[~np.eye(260, dtype=bool)].min() > 4**2
+    )  # 20 times the noise of std .1 that the oracle bears
 
 
 def test_pixels_are_the_drawing_in_model_range():
     x = pixels([TWO, HELD_OUT[0]])
     assert x.shape == (2, 3, 32, 32) and x.dtype == np.float32
-    np.testing.assert_allclose(x[0, :, 24, 24], np.array(world.COLOURS["blue"]) / 127.5 - 1, rtol=1e-6)
+    np.testing.assert_allclose(
+        x[0, :, 24, 24], np.array(world.COLOURS["blue"]) / 127.5 - 1, rtol=1e-6
+    )
     assert pixels([Scene((BLUE._replace(colour="white"),), "black")]).min() == -1
     assert pixels([Scene((BLUE._replace(colour="white"),), "black")]).max() == 1
 
 
 # --- captions
+
 
 def test_full_caption():
     assert caption(TWO) == FULL
@@ -78,19 +97,34 @@ def test_caption_and_parser_round_trip():
         assert Scene(tuple(Object(**thing) for thing in things), background["background"]) == scene
 
 
-@pytest.mark.parametrize("text, phrases", [
-    ("", []), (" . ", []), (",", [None, None]),
-    ("red", [{"colour": "red"}]),
-    ("red .", [{"colour": "red"}]),
-    ("red , .", [{"colour": "red"}, None]),
-    ("small circle top-left , navy background", [{"size": "small", "shape": "circle", "cell": "top-left"},
-                                                 {"background": "navy"}]),
-    ("red small", [None]),  # wrong order
-    ("red red", [None]), ("red blue", [None]),  # an attribute twice
-    ("shiny red", [None]), ("red . blue", [None]), ("red . .", [None]),  # unknown words
-    ("gray", [None]), ("background", [None]), ("gray circle", [None]), ("red background", [None]),
-    ("background gray", [None]), ("gray gray background", [None]), ("red gray background", [None]),
-])
+@pytest.mark.parametrize(
+    "text, phrases",
+    [
+        ("", []),
+        (" . ", []),
+        (",", [None, None]),
+        ("red", [{"colour": "red"}]),
+        ("red .", [{"colour": "red"}]),
+        ("red , .", [{"colour": "red"}, None]),
+        (
+            "small circle top-left , navy background",
+            [{"size": "small", "shape": "circle", "cell": "top-left"}, {"background": "navy"}],
+        ),
+        ("red small", [None]),  # wrong order
+        ("red red", [None]),
+        ("red blue", [None]),  # an attribute twice
+        ("shiny red", [None]),
+        ("red . blue", [None]),
+        ("red . .", [None]),  # unknown words
+        ("gray", [None]),
+        ("background", [None]),
+        ("gray circle", [None]),
+        ("red background", [None]),
+        ("background gray", [None]),
+        ("gray gray background", [None]),
+        ("red gray background", [None]),
+    ],
+)
 def test_parse(text, phrases):
     assert parse(text) == phrases
 
@@ -114,9 +148,13 @@ def test_terse_is_true_and_never_repeats_itself(keep):
     assert caption_scores(texts, scenes)["truth"] == 1.0
     said = np.mean([text.split()[-2] == "background" for text in texts])
     assert abs(said - keep) < 0.05
-    if keep == 0.75:  # a kept object states .75 * 4 of its words, plus the rare one it is made to state
+    if (
+        keep == 0.75
+    ):  # a kept object states .75 * 4 of its words, plus the rare one it is made to state
         things = sum(len(scene.objects) for scene in scenes)
-        words = sum("background" not in phrase and len(phrase) for text in texts for phrase in parse(text))
+        words = sum(
+            "background" not in phrase and len(phrase) for text in texts for phrase in parse(text)
+        )
         assert abs(words / things - 0.75 * 3) < 0.1
 
 
@@ -125,33 +163,51 @@ def test_terse_never_says_nothing_and_drops_duplicates():
     alike = Scene((RED, RED._replace(cell="top-right")), "gray")
     texts = {terse(alike, 0.5, rng) for _ in range(2000)}
     assert "small red circle ." in texts and "small red circle , gray background ." in texts
-    assert len({terse(alike, 0, rng) for _ in range(200)}) == 5  # any one word: 3 shared and 2 cells
+    assert (
+        len({terse(alike, 0, rng) for _ in range(200)}) == 5
+    )  # any one word: 3 shared and 2 cells
 
 
 # --- scores of captions
+
 
 def test_scores_of_the_full_caption():
     assert score(FULL) == {"len": 13.0, "truth": 1.0, "recall": 1.0, "exact": 1.0}
 
 
-@pytest.mark.parametrize("text, truth, recall", [
-    ("red circle , gray background .", 1, 1 / 7),  # true, but only the background is placed
-    ("red circle top-left .", 1, 2 / 7),
-    ("blue circle .", 0, 0),  # there is blue and there is a circle, in different objects
-    ("small red circle top-right .", 0, 0),  # wrong cell
-    ("large red circle top-left .", 0, 2 / 7),  # wrong size: the phrase is false, two of its facts are right
-    ("navy background .", 0, 0),
-    ("gray background , gray background , gray background .", 1 / 3, 1 / 7),  # repeated
-    ("red , red , blue .", 2 / 3, 0),
-    ("top-left , bottom-left .", 1 / 2, 0),  # that a cell is full is no fact of its own
-    ("red top-left , blue top-left .", 1 / 2, 0),  # contradicts itself
-    ("red top-left , red circle top-left .", 1, 2 / 7),  # says it twice, consistently
-    ("gray background , navy background .", 1 / 2, 0),
-    ("red shiny top-left , circle small , , red circle .", 1 / 4, 0),  # only the last phrase parses
-    ("", 0, 0), (".", 0, 0), (" , .", 0, 0),
-])
+@pytest.mark.parametrize(
+    "text, truth, recall",
+    [
+        ("red circle , gray background .", 1, 1 / 7),  # true, but only the background is placed
+        ("red circle top-left .", 1, 2 / 7),
+        ("blue circle .", 0, 0),  # there is blue and there is a circle, in different objects
+        ("small red circle top-right .", 0, 0),  # wrong cell
+        (
+            "large red circle top-left .",
+            0,
+            2 / 7,
+        ),  # wrong size: the phrase is false, two of its facts are right
+        ("navy background .", 0, 0),
+        ("gray background , gray background , gray background .", 1 / 3, 1 / 7),  # repeated
+        ("red , red , blue .", 2 / 3, 0),
+        ("top-left , bottom-left .", 1 / 2, 0),  # that a cell is full is no fact of its own
+        ("red top-left , blue top-left .", 1 / 2, 0),  # contradicts itself
+        ("red top-left , red circle top-left .", 1, 2 / 7),  # says it twice, consistently
+        ("gray background , navy background .", 1 / 2, 0),
+        (
+            "red shiny top-left , circle small , , red circle .",
+            1 / 4,
+            0,
+        ),  # only the last phrase parses
+        ("", 0, 0),
+        (".", 0, 0),
+        (" , .", 0, 0),
+    ],
+)
 def test_scores_by_hand(text, truth, recall):
-    assert score(text) == pytest.approx({"len": len(text.split()), "truth": truth, "recall": recall, "exact": 0})
+    assert score(text) == pytest.approx(
+        {"len": len(text.split()), "truth": truth, "recall": recall, "exact": 0}
+    )
 
 
 def test_every_cell_stated_with_every_colour_earns_nothing():
@@ -176,12 +232,17 @@ def test_exact_is_word_for_word():
 
 # --- the oracle
 
+
 def test_oracle_reads_clean_and_noisy_drawings():
     x = pixels(HELD_OUT)
     assert read(x) == HELD_OUT and t2i(x, HELD_OUT) == 1.0
     noise = np.random.default_rng(0).normal(0, 0.1, x.shape)
     assert read(x + noise) == HELD_OUT
-    everywhere = [Scene((Object(*look, "top-right"),), ground) for look in world.LOOKS for ground in world.BACKGROUNDS]
+    everywhere = [
+        Scene((Object(*look, "top-right"),), ground)
+        for look in world.LOOKS
+        for ground in world.BACKGROUNDS
+    ]
     assert read(pixels(everywhere)) == everywhere
 
 
@@ -198,16 +259,25 @@ def test_oracle_settles_the_background_for_the_whole_picture():
     assert reading.background == "gray"
 
 
-@pytest.mark.parametrize("shown, right", [
-    (TWO, 11),
-    (TWO._replace(background="navy"), 10),
-    (TWO._replace(objects=(RED,)), 7),  # a missing object loses its four items
-    (TWO._replace(objects=()), 3),
-    (TWO._replace(objects=(RED, Object("large", "cyan", "cross", "top-right"), BLUE)), 10),  # one too many
-    (TWO._replace(objects=(RED, BLUE._replace(colour="green"))), 10),
-    (TWO._replace(objects=(RED._replace(size="large", shape="cross"), BLUE)), 9),
-    (TWO._replace(objects=(RED._replace(cell="top-right"), BLUE)), 6),  # missing here, too many there
-])
+@pytest.mark.parametrize(
+    "shown, right",
+    [
+        (TWO, 11),
+        (TWO._replace(background="navy"), 10),
+        (TWO._replace(objects=(RED,)), 7),  # a missing object loses its four items
+        (TWO._replace(objects=()), 3),
+        (
+            TWO._replace(objects=(RED, Object("large", "cyan", "cross", "top-right"), BLUE)),
+            10,
+        ),  # one too many
+        (TWO._replace(objects=(RED, BLUE._replace(colour="green"))), 10),
+        (TWO._replace(objects=(RED._replace(size="large", shape="cross"), BLUE)), 9),
+        (
+            TWO._replace(objects=(RED._replace(cell="top-right"), BLUE)),
+            6,
+        ),  # missing here, too many there
+    ],
+)
 def test_t2i_by_hand(shown, right):
     assert t2i(pixels([shown]), [TWO]) == pytest.approx(right / 11)
 
@@ -220,6 +290,7 @@ def test_t2i_pools_over_images():
 
 
 # --- data sets
+
 
 def test_splits_are_disjoint_and_deterministic():
     assert (len(TRAIN), len(HELD_OUT)) == (512, 256) and len({*TRAIN, *HELD_OUT}) == 768

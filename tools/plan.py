@@ -112,6 +112,8 @@ def random_reward(config, device='cpu', known=ARCHITECTURES):
     """The tower of the key `reward`, or the weighted sum of several, with random weights."""
     parts = reward.reward_parts(config)
     towers = [random_tower(name, config, device, known) for name in parts]
+    if len(towers) == 1:
+        return towers[0]
     return reward.Mixture(towers, list(parts.values()))
 
 
