@@ -34,9 +34,6 @@ def arguments(name, out_dir, *extra, steps=2, images=2):
     return every + own.get(name, []) + list(extra)
 
 
-words = arguments                                # the name before; goes when no test imports it
-
-
 def script(name, *argv):
     """Runs ROOT/name.py in this process as `python name.py *argv` would; returns its globals."""
     old = sys.argv

@@ -16,6 +16,10 @@ ADAPTED = ['--lora_rank=4']
 FULL = []
 IN_BFLOAT16 = ['--dtype=bfloat16', '--lora_rank=4']
 WAYS = pytest.mark.parametrize('way', [FULL, ADAPTED, IN_BFLOAT16], ids=['full', 'lora', 'bf16'])
+FULL_IN_BFLOAT16 = ['--dtype=bfloat16']
+ALL_WAYS = pytest.mark.parametrize(
+    'way', [FULL, FULL_IN_BFLOAT16, ADAPTED, IN_BFLOAT16],
+    ids=['full', 'full-bf16', 'lora', 'lora-bf16'])
 HERE = SimpleNamespace(master=True, world=1, rank=0, device='cpu')
 
 
@@ -79,7 +83,7 @@ def counted(monkeypatch):
     return loads
 
 
-@WAYS
+@ALL_WAYS
 @pytest.mark.parametrize('from_checkpoint', [False, True], ids=['base', 'checkpoint'])
 @pytest.mark.parametrize('parts', [['encoder'], ['decoder'], ['projector', 'decoder']], ids=str)
 def test_a_resumed_run_has_the_reference_of_a_fresh_one(
@@ -109,14 +113,35 @@ def test_a_resumed_run_has_the_reference_of_a_fresh_one(
     for part, logp in zip(parts, wanted):
         assert not same(logp, POLICIES[part](uae, x)), 'the policy itself goes on'
         assert not any(p.requires_grad for p in getattr(reference, part).parameters())
-    if way:
+    if '--lora_rank=4' in way:
         assert counted == [f'{tmp_path}/run/step_000002']
     else:
         assert len(counted) == 2
-    if from_checkpoint or not way:
+    if from_checkpoint or '--lora_rank=4' not in way:
         for part in parts:
             wanted_weights = getattr(first, part).state_dict()
             assert same(wanted_weights, getattr(reference, part).state_dict())
+
+
+# --- adapters -------------------------------------------------------------------------------------
+@WAYS
+@pytest.mark.parametrize('part', ['encoder', 'decoder'])
+def test_what_a_stage_freezes_it_saves_as_it_found_it(tmp_path, part, way):
+    """Adapters bit for bit also in bfloat16, where what is frozen below them is rounded."""
+    before = configured(tmp_path / 'before', *way)
+    uae, params = opened(before, 'encoder', 'projector', 'decoder')
+    shake(params, 1)
+    found = weights(save(before, uae, params, 1))
+    if way:
+        assert not any(torch.equal(p, p.bfloat16().float()) for p in params)
+
+    after = configured(tmp_path / 'after', *way, f'--init_from={tmp_path}/before')
+    uae, params = opened(after, part)
+    shake(params, 2)
+    left = weights(save(after, uae, params, 1))
+    changed = {name for name in found if not torch.equal(found[name], left[name])}
+    assert changed
+    assert {name.split('/')[0] for name in changed} == {part}
 
 
 # --- text_encoder=start ---------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import common
 import config
-from checkpoint import open_uae, save_models
-from conftest import ROOT, perturb
+from checkpoint import freeze_text_encoder, open_uae, save_models
+from conftest import ROOT
 from running import refusal, script, tiny
 from tools.release import released_key
 
@@ -355,6 +355,52 @@ def test_export_of_adapters(adapters, tmp_path, x):
     assert not os.path.exists(f'{tmp_path}/new/plain.tmp')
     hubs = load_file(f'{BASE}/encoder/model.safetensors').keys()
     assert names == hubs, "the hub's, no lora, no projector for vLLM to trip over, no tied copy"
+
+
+def plain_condition(folder, uae, y, mask):
+    """Conditions of captions y by the library's classes, from what an export wrote."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
+    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    language_model = Qwen2_5_VLTextModel(config.text_config).eval()
+    weights = load_file(f'{folder}/decoder/text_encoder/model.safetensors')
+    language_model.load_state_dict(weights)
+    saved = load_file(f'{folder}/decoder/projector.safetensors')
+    ids, attend = uae.text_ids(y, mask)
+    with torch.no_grad():
+        out = language_model(input_ids=ids, attention_mask=attend, use_cache=False)
+        inner = torch.nn.functional.linear(
+            out.last_hidden_state, saved['up.weight'], saved['up.bias'])
+        inner = torch.nn.functional.gelu(inner)
+        return torch.nn.functional.linear(inner, saved['down.weight'], saved['down.bias'])
+
+
+@pytest.mark.parametrize('rank', [0, 4])
+def test_export_of_a_text_encoder(tmp_path, x, rank):
+    """It stands beside the captioner, which has moved away from it; both agree with our own."""
+    run = tmp_path / 'run'
+    c = config.parse({}, {}, [f'--lora_rank={rank}'], 'x.py')
+    uae = open_uae(c)
+    name = 'lora_' if rank else ''
+    shake(uae, name, 0.03)
+    params = uae.train_only('encoder')
+    freeze_text_encoder(uae)
+    y, mask, _ = uae.tokens(['large red circle top-left .', 'blue .'])
+    with torch.no_grad():
+        at_first = uae.condition(y, mask)
+        for i, p in enumerate(params):
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+            p.add_(0.05 * noise)
+        assert torch.equal(uae.condition(y, mask), at_first)
+    save_models(uae, f'{run}/step_000001')
+    meta = json.dumps(dict(step=1, config=vars(c)))
+    (run / 'step_000001' / 'meta.json').write_text(meta)
+
+    folder = f'{tmp_path}/plain'
+    flags = [f'--lora_rank={rank}', f'--init_from={run}']
+    export_and_compare(folder, uae, x, *flags)
+    close(plain_condition(folder, uae, y, mask), at_first)
+    export_and_compare(f'{tmp_path}/live', uae, x, *flags, '--text_encoder=live')
+    assert not os.path.exists(f'{tmp_path}/live/decoder/text_encoder')
 
 
 def test_export_keeps_the_base_models_own_files(tmp_path, x):

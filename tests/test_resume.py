@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import checkpoint
 import common
+from checkpoint import ADAPTERS, TEXT_ENCODER
 from comparing import optimizer_state, timeless_log
 from running import ROOT, STAGES, arguments, lines, python, refusal, same, script, tiny, weights
 
@@ -42,6 +44,8 @@ for name, argv, die in json.load(open(sys.argv[1])):
     assert os.WIFSIGNALED(status) == bool(die), (name, argv, status)
     assert die or os.WEXITSTATUS(status) == 0, (name, argv, status)
 '''
+LORA = ('--dtype=bfloat16', '--lora_rank=4')
+REFERENCE = ('--kl=0.1', '--updates=2')
 CASES = [
     ('cold_start',),
     ('grpo_encoder',),
@@ -50,6 +54,11 @@ CASES = [
     ('grpo_decoder', '--kl=0.1'),
     ('grpo_encoder', '--kl=0.1', '--dtype=bfloat16'),
     ('cold_start', '--dtype=bfloat16'),
+    ('cold_start', *LORA),
+    ('grpo_encoder', *LORA, *REFERENCE),
+    ('grpo_decoder', *LORA, *REFERENCE),
+    ('grpo_encoder', '--text_encoder=start', *REFERENCE),
+    ('grpo_encoder', '--text_encoder=start', *LORA, *REFERENCE),
 ]
 
 
@@ -126,6 +135,30 @@ def test_logs_of_a_resumed_run_have_each_step_once(runs, case):
     evaluations = lines(resumed / 'eval.jsonl')
     assert lines(whole / 'eval.jsonl') == evaluations
     assert [line['step'] for line in evaluations] == [0, 3, 4]
+
+
+def stored_types(folder):
+    """{file: dtypes in it} of every safetensors file below a checkpoint folder."""
+    found = {}
+    for path, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith('.safetensors'):
+                file = os.path.join(path, name)
+                tensors = load_file(file).values()
+                found[os.path.relpath(file, folder)] = {t.dtype for t in tensors}
+    return found
+
+
+@pytest.mark.parametrize('case', [case for case in CASES if LORA[1] in case], ids=name_of)
+def test_adapters_are_never_rounded(runs, case):
+    """Also those that the stage freezes: the next one trains on. The base is in bfloat16."""
+    expected = {*ADAPTERS.values(), 'projector.safetensors'}
+    if '--text_encoder=start' in case:
+        expected.add(TEXT_ENCODER)
+    for run in ('whole', 'resumed'):
+        for step in (2, 4):
+            found = stored_types(runs / name_of(case) / run / f'step_{step:06d}')
+            assert found == {file: {torch.float32} for file in expected}
 
 
 @pytest.mark.parametrize('name', STAGES)
