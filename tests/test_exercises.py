@@ -1,7 +1,8 @@
-"""Every exercise's stub and wrong answers fail at its grader and the restored code passes; every fork's diff applies and runs.
+"""Every exercise's stub and wrong answers fail at its grader, and the restored code passes.
 
-One process imports the libraries, which takes long, and forks for each of the sixty runs; only the children import the project's modules,
-from a copy of it: `python tests/test_exercises.py COPY`.
+Every fork's edits apply and run. One process imports the libraries, which takes long, and forks
+for each of the runs; only the children import the project's modules, from a copy of it:
+`python tests/test_exercises.py COPY`.
 """
 import gc
 import importlib.util
@@ -13,71 +14,88 @@ import shutil
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ('--steps=2', '--prompts=2', '--sample_steps=4', '--eval_every=0', '--eval_images=2', '--data=../../pictures', '--device=cpu')
+PAGES = f'{ROOT}/docs/exercises'
+CODE = ('', 'data', 'data/shapes', 'bench', 'tools')
+TINY = (
+    '--steps=2', '--prompts=2', '--sample_steps=4', '--eval_every=0', '--eval_images=2',
+    '--data=../../pictures', '--device=cpu')
 
 
-def blank_of(root=ROOT):
-    """exercises/blank.py of a copy of the repository."""
-    spec = importlib.util.spec_from_file_location('blank', f'{root}/exercises/blank.py')
+def module_of(name, root=ROOT):
+    """docs/exercises/NAME.py of a copy of the repository."""
+    path = f'{root}/docs/exercises/{name}.py'
+    spec = importlib.util.spec_from_file_location(name, path)
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found
 
 
-def forks_of(root=ROOT):
-    """{name: dict(ablation, script, words, text)} of ablations.md, where an entry is `### name: title`, text with a command, and a diff."""
-    with open(f'{root}/exercises/ablations.md', encoding='utf-8') as f:
-        parts = f.read().split('\n# ')
+def page_of(name):
+    with open(f'{PAGES}/{name}', encoding='utf-8') as f:
+        return f.read()
+
+
+def commands():
+    """{fork: (script, its options, whether it is an ablation)}, as ablations.md has them."""
     found = {}
-    for part, ablation in zip(parts[-2:], (True, False)):
+    *_, ablations, mistakes = page_of('ablations.md').split('\n# ')
+    for part, is_ablation in ((ablations, True), (mistakes, False)):
         for entry in re.split(r'^### ', part, flags=re.M)[1:]:
             name = entry.split(':')[0]
-            script, words = re.search(r'`(grpo_\w+)\.py([^`]*)`', entry).groups()
-            found[name] = dict(ablation=ablation, script=script, words=words.split(), text=entry[:re.search(r'^```$', entry, re.M).end()] + '\n')
+            script, options = re.search(r'`(grpo_\w+)\.py([^`]*)`', entry).groups()
+            found[name] = (script, tuple(options.split()), is_ablation)
     return found
 
 
-EXERCISES, FORKS = blank_of().EXERCISES, forks_of()
-unchanged = '-'.join                             # (script, *words) -> the name of the run without a diff
+EXERCISES = module_of('blank').EXERCISES
+FORKS = module_of('ablations').FORKS
+COMMANDS = commands()
 
 
-# --- the process that forks ------------------------------------------------------------------------------------------
+def unchanged(name):
+    """The name of the run that a fork is laid beside."""
+    script, options, _ = COMMANDS[name]
+    return '-'.join([script, *options])
+
+
+# --- the process that forks -----------------------------------------------------------------------
 def child(call):
-    """[exit code, the end of the output] of call() in a forked process."""
+    """[exit code, the end of the output, CPU seconds] of call() in a forked process."""
     pid = os.fork()
     if not pid:
         code = 70
         try:
             with open('output.txt', 'wb') as f:
-                os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+                os.dup2(f.fileno(), 1)
+                os.dup2(f.fileno(), 2)
             code = int(call() or 0)
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
     _, status, usage = os.wait4(pid, 0)
     with open('output.txt', errors='replace') as f:
-        return [os.waitstatus_to_exitcode(status), f.read()[-2000:], usage.ru_utime + usage.ru_stime]
+        output = f.read()[-2000:]
+    return [os.waitstatus_to_exitcode(status), output, usage.ru_utime + usage.ru_stime]
 
 
-def script(name, root, words):
+def script(name, root, argv):
     """root/name.py with its own modules."""
     os.chdir(root)
     sys.path.insert(0, root)
-    sys.argv = [name, *words]
+    sys.argv = [name, *argv]
     runpy.run_path(f'{root}/{name}.py', run_name='__main__')
 
 
-def driver(root):
-    """Writes root/results.json: {'exercise variant' or 'restored' or 'fork name': [exit code, output, seconds]}."""
-    sys.dont_write_bytecode = True               # a wrong answer may have the size and the second of the right one
-    os.chdir(root)
+def import_libraries():
     import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
     import diffusers.models.transformers.transformer_sd3  # noqa: F401
     import open_clip  # noqa: F401
@@ -85,36 +103,68 @@ def driver(root):
     import transformers
     import transformers.models.convnext.modeling_convnext  # noqa: F401
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
-    transformers.AutoProcessor.from_pretrained('data/shapes/base/encoder')       # what the library works out once a process
-    transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained('data/shapes/base/encoder')
-    blank, results = blank_of(root), {}
-    gc.freeze()                                  # a child's collector need not look at the libraries
+    # what the library works out once a process
+    encoder = 'data/shapes/base/encoder'
+    transformers.AutoProcessor.from_pretrained(encoder)
+    transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(encoder)
+    gc.freeze()                                  # a child's collector need not look at these
 
-    def graded(*names):
-        return child(lambda: pytest.main(['-x', '-q', '-p', 'no:cacheprovider', '--assert=plain', *[f'tests/{g}' for n in names for g in blank.EXERCISES[n]['grader'].split()]]))
+
+def graded(exercises, names):
+    """pytest of some exercises' graders, in a child."""
+    tests = []
+    for name in names:
+        tests += [f'tests/{test}' for test in exercises[name]['grader']]
+    options = ['-x', '-q', '-p', 'no:cacheprovider', '--assert=plain']
+    return child(lambda: pytest.main([*options, *tests]))
+
+
+def run_exercises(root, results):
+    blank = module_of('blank', root)
     for name in blank.EXERCISES:
         for variant in range(4):
             blank.exchange(name, variant)
-            results[f'{name} {variant}'] = graded(name)
+            results[f'{name} {variant}'] = graded(blank.EXERCISES, [name])
         blank.exchange(name)
-    results['restored'] = graded(*blank.EXERCISES)
+    results['restored'] = graded(blank.EXERCISES, list(blank.EXERCISES))
+
+
+def run_forks(root, results):
     os.makedirs('pictures')
     for i in range(6):
-        Image.linear_gradient('L').rotate(60 * i).convert('RGB').resize((32, 32)).save(f'pictures/{i}.png')
-    runs = {name: (f['script'], f['words'], f['text']) for name, f in FORKS.items()}
-    runs.update({unchanged([f['script'], *f['words']]): (f['script'], f['words'], '') for f in FORKS.values()})
-    for name, (stage, words, text) in runs.items():
-        copy(f'{root}/forks/{name}')
-        if text:
-            subprocess.run(['git', 'apply', '-'], cwd=f'{root}/forks/{name}', input=text, text=True, check=True)
-        results[f'fork {name}'] = child(lambda: script(stage, f'{root}/forks/{name}', [*words, *TINY, *['--group=4'] * (stage == 'grpo_decoder'), '--out_dir=run']))
+        picture = Image.linear_gradient('L').rotate(60 * i).convert('RGB').resize((32, 32))
+        picture.save(f'pictures/{i}.png')
+    runs = {name: (name, True) for name in FORKS}
+    runs.update({unchanged(name): (name, False) for name in FORKS})
+    for run, (name, edited) in runs.items():
+        stage, options, _ = COMMANDS[name]
+        folder = copy(f'{root}/forks/{run}')
+        if edited:
+            module_of('ablations').exchange(name, root=Path(folder))
+        argv = [*options, *TINY, '--out_dir=run']
+        if stage == 'grpo_decoder':
+            argv.append('--group=4')
+        results[f'fork {run}'] = child(lambda: script(stage, folder, argv))
+
+
+def driver(root):
+    """Writes root/results.json: {run: [exit code, output, seconds]}."""
+    sys.dont_write_bytecode = True               # a wrong answer may be as long as the right one
+    os.chdir(root)
+    import_libraries()
+    results = {}
+    run_exercises(root, results)
+    run_forks(root, results)
     with open('results.json', 'w') as f:
         json.dump(results, f)
 
 
 def copy(target, *folders):
-    """The repository's Python files at `target`, with the shipped models and images by reference; of `folders` everything."""
-    for folder in ('', 'data', 'data/shapes'):
+    """The repository's Python files at `target`, models and images by reference.
+
+    `folders` are copied whole.
+    """
+    for folder in CODE:
         os.makedirs(f'{target}/{folder}', exist_ok=True)
         for name in os.listdir(f'{ROOT}/{folder}'):
             if name.endswith('.py'):
@@ -123,133 +173,202 @@ def copy(target, *folders):
         if os.path.exists(f'{ROOT}/data/shapes/{name}'):
             os.symlink(f'{ROOT}/data/shapes/{name}', f'{target}/data/shapes/{name}')
     for folder in folders:
-        shutil.copytree(f'{ROOT}/{folder}', f'{target}/{folder}', ignore=shutil.ignore_patterns('__pycache__'))
+        ignore = shutil.ignore_patterns('__pycache__')
+        shutil.copytree(f'{ROOT}/{folder}', f'{target}/{folder}', ignore=ignore)
     return target
+
+
+def sources(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.glob('*.py')}
 
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
-    root = copy(tmp_path_factory.mktemp('copy'), 'tests', 'exercises')
-    before = {p.relative_to(root): p.read_bytes() for p in root.glob('*.py')}
-    env = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', CUDA_VISIBLE_DEVICES='', PYTHONPATH='', PYTEST_DISABLE_PLUGIN_AUTOLOAD='1')
-    done = subprocess.run([sys.executable, f'{root}/tests/test_exercises.py', root], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    root = copy(tmp_path_factory.mktemp('copy'), 'tests', 'docs/exercises')
+    before = sources(root)
+    env = dict(
+        os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', CUDA_VISIBLE_DEVICES='',
+        PYTHONPATH='', PYTEST_DISABLE_PLUGIN_AUTOLOAD='1')
+    command = [sys.executable, f'{root}/tests/test_exercises.py', root]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert {p.relative_to(root): p.read_bytes() for p in root.glob('*.py')} == before, 'restored to the byte'
+    assert sources(root) == before, 'restored to the byte'
     return dict(json.loads((root / 'results.json').read_text()), root=root)
 
 
-# --- exercises -------------------------------------------------------------------------------------------------------
+# --- exercises ------------------------------------------------------------------------------------
 @pytest.mark.parametrize('variant', range(4), ids=['stub', 'wrong1', 'wrong2', 'wrong3'])
 @pytest.mark.parametrize('name', EXERCISES)
 def test_the_grader_fails_what_is_wrong(results, name, variant):
     code, output, _ = results[f'{name} {variant}']
-    assert code == 1 and ' failed' in output or ' error' in output, f'pytest {code}: {output}'
+    failed = code == 1 and ' failed' in output
+    assert failed or ' error' in output, f'pytest {code}: {output}'
     assert ('NotImplementedError' in output) == (variant == 0)
 
 
 def test_the_graders_pass_the_restored_code(results):
     code, output, _ = results['restored']
-    assert code == 0 and ' passed' in output, output
+    assert code == 0, output
+    assert ' passed' in output, output
 
 
 @pytest.mark.parametrize('name', EXERCISES)
 def test_each_wrong_answer_is_made_from_the_code_as_it_stands(name):
-    blank = blank_of()
-    original = {where: blank.split(where)[1] for where in EXERCISES[name]['where'].split()}
+    blank = module_of('blank')
+    original = {where: blank.split(where)[1] for where in EXERCISES[name]['where']}
     bodies = [original, *blank.variants(name, original)]
-    assert not any(a == b for i, a in enumerate(bodies) for b in bodies[:i])
+    for i, body in enumerate(bodies):
+        assert body not in bodies[:i]
 
 
 def test_ten_exercises_each_with_its_hand_out():
-    with open(f'{ROOT}/exercises/README.md', encoding='utf-8') as f:
-        text = f.read()
-    sections = dict(part.split('\n', 1) for part in text.split('\n## ')[1:])
-    assert [s for s in sections if s in EXERCISES] == list(EXERCISES) and len(EXERCISES) == 10
+    parts = page_of('README.md').split('\n## ')[1:]
+    sections = dict(part.split('\n', 1) for part in parts)
+    assert [section for section in sections if section in EXERCISES] == list(EXERCISES)
+    assert len(EXERCISES) == 10
     for name, exercise in EXERCISES.items():
-        assert len(exercise['wrong']) == 3 and all(f'**{word}**' in sections[name] for word in ('Shapes.', 'Hint.', 'Plot.')), name
-        assert all(f'`{where.split(":")[1]}`' in sections[name] and where.split(':')[0] in sections[name] for where in exercise['where'].split()), name
+        assert len(exercise['wrong']) == 3
+        for word in ('Shapes.', 'Hint.', 'Plot.'):
+            assert f'**{word}**' in sections[name], name
+        for where in exercise['where']:
+            file, function = where.split(':')
+            assert f'`{function}`' in sections[name], name
+            assert file in sections[name], name
 
 
 @pytest.fixture
 def blank(tmp_path):
-    return blank_of(copy(tmp_path, 'exercises'))
+    return module_of('blank', copy(tmp_path, 'docs/exercises'))
+
+
+NOTE = '\nNOTE = 1\n'                            # another edit of the student's, in the same file
+OPTIONS = (['--wrong=1'], [], ['--restore'])
 
 
 def test_a_stub_keeps_signature_and_docstring_and_an_answer_is_not_lost(blank, capsys):
-    path = f'{blank.ROOT}/model.py'
-    original, body = blank.read('model.py'), blank.split('model.py:sde_step')[1]
+    path = f'{blank.ROOT}/policy.py'
+    original = blank.read('policy.py')
+    body = blank.split('policy.py:sde_step')[1]
     blank.main(['sde_step'])
     assert 'tests/test_sde.py::' in capsys.readouterr().out
-    before, stub, after = blank.split('model.py:sde_step')
-    assert before + body + after == original and before.rstrip().endswith('"""')
-    assert stub.startswith('    raise NotImplementedError(') and stub.count('\n') == 1
+    before, stub, after = blank.split('policy.py:sde_step')
+    assert before + body + after == original
+    assert before.rstrip().endswith('"""')
+    assert stub.startswith('    raise NotImplementedError(')
+    assert stub.count('\n') == 1
     with open(path, 'a') as f:
-        f.write('\nNOTE = 1\n')                  # another edit of the student's, in the same file
-    for n, words in enumerate((['--wrong=1'], [], ['--restore']), 1):            # an answer is kept whatever comes next
-        blank.write('model.py', before + f'    return z, v, s, s_next      # mine {n}\n' + after + '\nNOTE = 1\n')
-        blank.main(['sde_step', *words])
-        assert f'# mine {n}' in blank.read(capsys.readouterr().out.splitlines()[0].split()[-1])
-    assert blank.read('model.py') == original + '\nNOTE = 1\n'
-    for words in (['--wrong=1'], [], ['--restore']):                             # nobody's answer is in between
-        blank.main(['sde_step', *words])
+        f.write(NOTE)
+    for n, options in enumerate(OPTIONS, 1):     # an answer is kept whatever comes next
+        mine = f'    return z, v, s, s_next      # mine {n}\n'
+        blank.write('policy.py', before + mine + after + NOTE)
+        blank.main(['sde_step', *options])
+        said = capsys.readouterr().out.splitlines()[0]
+        assert f'# mine {n}' in blank.read(said.split()[-1])
+    assert blank.read('policy.py') == original + NOTE
+    for options in OPTIONS:                      # nobody's answer is in between
+        blank.main(['sde_step', *options])
         assert 'kept' not in capsys.readouterr().out
-    assert blank.read('model.py') == original + '\nNOTE = 1\n' and len(os.listdir(f'{blank.ROOT}/{blank.KEPT}')) == 3
+    assert blank.read('policy.py') == original + NOTE
+    assert len(os.listdir(f'{blank.ROOT}/{blank.KEPT}')) == 3
 
 
-@pytest.mark.parametrize('words, said', [(['sde'], 'sde_step'), (['sde_step', '--wrong=4'], '--wrong=3'), (['sde_step', '--restore'], 'not blank')])
-def test_what_cannot_be_done_is_one_line(blank, words, said):
+@pytest.mark.parametrize('argv, said', [
+    (['sde'], 'sde_step'),
+    (['sde_step', '--wrong=4'], '--wrong=3'),
+    (['sde_step', '--restore'], 'not blank'),
+])
+def test_what_cannot_be_done_is_one_line(blank, argv, said):
     with pytest.raises(SystemExit) as stop:
-        blank.main(words)
-    assert said in stop.value.code and '\n' not in stop.value.code
+        blank.main(argv)
+    assert said in stop.value.code
+    assert '\n' not in stop.value.code
 
 
 def test_a_file_that_does_not_parse_or_is_not_the_original_is_left_alone(blank):
     blank.main(['kl_k3'])
-    for planted, said in (('    raise (', 'grpo_encoder.py, line'), ('    return 0 #', 'not the original')):
-        broken = blank.read('grpo_encoder.py').replace('    raise NotImplementedError', planted)
+    stub = '    raise NotImplementedError'
+    cases = (('    raise (', 'grpo_encoder.py, line'), ('    return 0 #', 'not the original'))
+    for planted, said in cases:
+        broken = blank.read('grpo_encoder.py').replace(stub, planted)
         blank.write('grpo_encoder.py', broken)
         if 'return' in planted:
             os.remove(f'{blank.ROOT}/{blank.KEPT}/kl_k3.json')
         with pytest.raises(SystemExit, match=said):
             blank.main(['kl_k3', '--wrong=1'])
         assert blank.read('grpo_encoder.py') == broken
-        blank.write('grpo_encoder.py', broken.replace(planted, '    raise NotImplementedError'))
+        blank.write('grpo_encoder.py', broken.replace(planted, stub))
 
 
-# --- forks -----------------------------------------------------------------------------------------------------------
+# --- forks ----------------------------------------------------------------------------------------
+def log_of(root, run):
+    """The log of a fork's run without its clock and memory."""
+    rows = []
+    with open(root / 'forks' / run / 'run' / 'log.jsonl') as f:
+        for line in f:
+            row = json.loads(line)
+            del row['sec'], row['peak_gb']
+            rows.append(row)
+    return rows
+
+
 @pytest.mark.parametrize('name', FORKS)
 def test_a_fork_applies_and_runs_and_is_another_run(results, name):
-    fork, logs = FORKS[name], []
-    for run in (name, unchanged([fork['script'], *fork['words']])):
-        assert results[f'fork {run}'][0] == 0, results[f'fork {run}'][1]
-        with open(results['root'] / 'forks' / run / 'run' / 'log.jsonl') as f:
-            logs.append([{k: v for k, v in json.loads(line).items() if k not in ('sec', 'peak_gb')} for line in f])
-        assert [line['step'] for line in logs[-1]] == [0, 1] and all(abs(v) < 1e4 for line in logs[-1] for v in line.values())
-    assert logs[0] != logs[1], 'the diff has an effect'
-    assert (logs[0][0]['logp_diff'] > 1e-3) == (name == 'bf16'), 'all but one are on policy at first'
+    logs = []
+    for run in (name, unchanged(name)):
+        code, output, _ = results[f'fork {run}']
+        assert code == 0, output
+        logs.append(log_of(results['root'], run))
+        assert [row['step'] for row in logs[-1]] == [0, 1]
+        for row in logs[-1]:
+            assert all(abs(value) < 1e4 for value in row.values())
+    assert logs[0] != logs[1], 'the edits have an effect'
+    off_policy = logs[0][0]['logp_diff'] > 1e-3
+    assert off_policy == (name == 'bf16'), 'all but one are on policy at first'
 
 
 def test_ten_ablations_of_at_most_ten_lines():
-    assert sum(fork['ablation'] for fork in FORKS.values()) == 10
-    for name, fork in FORKS.items():
-        diff = fork['text'].split('```diff\n')[1]
-        assert 1 <= sum(line[0] in '+-' and line[:4] not in ('+++ ', '--- ') for line in diff.splitlines()) <= 10, name
-        done = subprocess.run(['git', 'apply', '--check', '-'], cwd=ROOT, input=fork['text'], text=True, stderr=subprocess.PIPE)
-        assert done.returncode == 0, f'{name}: {done.stderr}'
+    assert set(COMMANDS) == set(FORKS)
+    assert sum(is_ablation for _, _, is_ablation in COMMANDS.values()) == 10
+    describe = module_of('ablations').describe
+    for name in FORKS:
+        changed = [line for line in describe(name).splitlines() if line[0] in '+-']
+        assert 1 <= len(changed) <= 10, name
+
+
+def test_the_page_shows_the_edits_as_the_code_stands():
+    text = page_of('ablations.md')
+    assert module_of('ablations').page(text) == text, 'python docs/exercises/ablations.py --write'
+
+
+@pytest.mark.parametrize('name', FORKS)
+def test_a_fork_is_taken_back_to_the_byte(tmp_path, name):
+    root = Path(copy(tmp_path))
+    exchange = module_of('ablations').exchange
+    before = sources(root)
+    exchange(name, root=root)
+    assert sources(root) != before
+    with pytest.raises(SystemExit, match='expects'):
+        exchange(name, root=root)
+    exchange(name, undo=True, root=root)
+    assert sources(root) == before
 
 
 def test_curves_of_named_fields(tmp_path):
+    from eval_unified import plot_runs           # not above: the process that forks imports this
     for run in 'ab':
         (tmp_path / run).mkdir()
         for kind, field in (('log', 'entropy'), ('eval', 'judge')):
-            (tmp_path / run / f'{kind}.jsonl').write_text(''.join(json.dumps({'step': i, 'reward': i, field: -i}) + '\n' for i in range(3)))
-    from eval_unified import plot_runs                                           # not above: the process that forks imports this file
+            rows = [json.dumps({'step': i, 'reward': i, field: -i}) + '\n' for i in range(3)]
+            (tmp_path / run / f'{kind}.jsonl').write_text(''.join(rows))
     folders = [str(tmp_path / run) for run in 'ab']
     plot_runs(folders, ['entropy', 'reward'], tmp_path / 'two.png')
     plot_runs(folders, ['entropy', 'reward', 'judge'], tmp_path / 'three.png')
-    two, three = (Image.open(tmp_path / f'{n}.png') for n in ('two', 'three'))
-    assert three.width == 1.5 * two.width and three.height == two.height
-    with pytest.raises(SystemExit, match='kl not in every run; fields there are: .*entropy.*judge'):
+    two, three = (Image.open(tmp_path / f'{name}.png') for name in ('two', 'three'))
+    assert three.width == 1.5 * two.width
+    assert three.height == two.height
+    said = 'kl not in every run; fields there are: .*entropy.*judge'
+    with pytest.raises(SystemExit, match=said):
         plot_runs(folders, ['kl', 'reward'], tmp_path / 'none.png')
 
 
