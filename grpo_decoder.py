@@ -10,24 +10,28 @@ of the G drawings looks most like x:
 
     c = g(h_T(y))               z_{s'} ~ N(mean_theta(z_s, c), std^2)
     R_i = cos(f_I(x), f_I(x_hat_i))             A_i = (R_i - mean R) / std R
-    ratio_s = p_theta(z_{s'} | z_s, c) / p_theta_old(z_{s'} | z_s, c)
+    ratio_s = p_theta(z_{s'} | z_s, c) / p_theta_old(z_{s'} | z_s, c),  std with sqrt(|dt|) in it
     J   = mean over steps of  min(ratio A, clip(ratio) A) - kl (mean_theta - mean_ref)^2 / (2 std^2)
 
     paper                       here                         why
     "Flow-GRPO style"           log-density is the mean      Flow-GRPO's code: the ratio stays near
                                 over dimensions              1, hence the clip of 1e-4
-    std of A not stated         the sample's, G - 1          GRPO's; Flow-GRPO's is the population's
-    KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; .02 there is .002 here at S = 10
-    all steps trained           `train_steps` of a window    time; the window's place is drawn from
-                                of noisy ones                the first half of the steps
+    std of A not stated         of the group, over G - 1     GRPO's; Flow-GRPO takes the batch's for
+                                                             SD3, the population's elsewhere
+    KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; .02 there is about .02 / S here
+    all steps trained           `train_steps` of a window    time; the window lies in the first half
+                                of noisy ones                of the steps, or if it is longer than
+                                                             that, it starts at step 0
     last step                   never noisy, never trained   its noise would stay in the image; the
                                                              same for cps steps that end below .02
-    Flow-CPS                    kind cps: its authors'       cps_exact has the density's constants,
-                                -(z_{s'} - mean)^2           which weigh the last step 6,934 times
-    c = {c_text, c_img}         condition=text               a true bottleneck; text+image is a key
-    caption temperature         0 (greedy)                   the captioner's best caption; a key
-    old log-prob not stated     key `old_logp`: recorded in  a GPU rounds another batch shape
-                                float32, replay in bfloat16  otherwise, by more than the clip
+    Flow-CPS                    kind cps: its authors'       cps_exact keeps 1 / (2 std^2), which is
+                                -(z_{s'} - mean)^2           .6 at the first step, 6,934 at the last
+    c = {c_text, c_img}         condition=text               a true bottleneck; text+image is the
+                                                             paper's (key `condition`)
+    caption temperature         0 (greedy)                   no sampling noise
+    old log-prob not stated     float32: as recorded while   key `old_logp`; in bfloat16 a GPU's
+                                sampling; bfloat16: the      result depends on the batch's shape, by
+                                update's own                 more than the clip
 """
 import sys
 
@@ -43,15 +47,16 @@ from reward import clip_reward, reward_tower
 from tools.plan import plan
 
 # --- script keys ---------------------------------------------------------------------------------
+# those that all scripts share, as old_logp and micro_batch, are in config.py
 keys = dict(
-    steps = 120,               # updates
-    prompts = 8,               # images per update, all ranks together
+    steps = 120,               # updates of the loop: a rollout and `updates` optimiser steps
+    prompts = 8,               # images per rollout, all ranks together
     group = 16,                # G drawings per image; their mean reward is the baseline
     caption_temperature = 0.0, # of the frozen captioner; one caption per image, for its group
     sde = 'flow',              # flow | cps (coefficient-preserving) | cps_exact: see sde_step
     noise_level = 0.7,         # of the SDE; 0.8 is usual with cps
     sde_window = 7,            # noisy steps, the others are ODE steps; at most sample_steps - 1
-    train_steps = 3,           # of those, drawn anew each update; all replayed in one forward pass
+    train_steps = 3,           # of those in the loss, drawn anew each rollout; one forward pass
     same_noise = False,        # one start noise for the whole group
     clip_range = (1e-4, 1e-4), # ratio in [1 - a, 1 + b]; narrow: a log-density is a mean
     kl = 0.0,                  # weight of the Gaussian KL against the stage's initial decoder
@@ -86,8 +91,8 @@ def group_advantage(r):
 def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
     """Clipped surrogate: minus the mean over denoising steps of min(ratio A, clip(ratio) A).
 
-    logp, old_logp (B, S), adv (B,), mask (B, S), 0 where a step does not count. Returns loss () and
-    detached stats.
+    logp, old_logp (B, n) of n steps, adv (B,), mask (B, n), 0 where a step does not count. The code
+    is grpo_encoder's, so that either file can be read alone. Returns loss () and detached stats.
     """
     if mask is None:
         mask = torch.ones_like(logp)
@@ -137,7 +142,8 @@ def rollout(uae, tower, x, index, step, config, negative=None):
 
     index: positions in the global batch, the address of all randomness. negative: the unconditional
     branch's condition under guidance. Returns a dict of cond (B, cond_len, D), z, z_next, under
-    guidance v0 (B, W, C, H, W), recorded (B, W); r (P, G); and spoken (P, T), the captions' tokens.
+    guidance v0 (B, W, C, H, W), recorded (B, W), B = P * G with a group's drawings together; r
+    (P, G); and spoken (P, T) bool, the captions' own tokens without the end token.
     """
     P, G = len(x), config.group
     seen = uae.see(x)
@@ -179,7 +185,7 @@ def loss_of(uae, reference, batch, step, share, first, config, negative=None):
               noisy[0], negative)
     path = dict(z=batch['z'], z_next=batch['z_next'])
     known = path
-    if first and 'v0' in batch:                     # the unconditional branch is as it was
+    if first and 'v0' in batch:         # same weights, same branch: its forward pass is spared
         known = dict(path, v0=batch['v0'])
     logp, mean, std = uae.step_logp(known, *replay)
     old_logp = batch['old_logp'][:, trained]
@@ -194,6 +200,7 @@ def loss_of(uae, reference, batch, step, share, first, config, negative=None):
         stats['kl'] = kl.detach()
     difference = logp - batch['recorded'][:, trained]
     stats['logp_diff'] = difference.detach().abs().max()
+    # a mean times its weight is a sum; times share, the sums of all parts are the step's mean
     return loss * len(logp) * share, stats, logp.detach()
 
 
@@ -207,6 +214,7 @@ def update(uae, ddp, optimiser, reference, batch, step, run, config, negative=No
         for _, rows, last in common.sample_slices(B // G, G, config.micro_batch):
             part = common.take(batch, rows)
             with common.no_sync(ddp, last):
+                # ddp(f, ...) calls f(uae, ...), so that DDP sees the forward pass
                 loss, fields, logp = ddp(loss_of, reference, part, step, 1 / B, k == 0, config,
                                          negative)
                 loss.backward()
@@ -215,7 +223,7 @@ def update(uae, ddp, optimiser, reference, batch, step, run, config, negative=No
             stats.add_update(loss.detach(), fields, len(part['adv']))
         reduced = stats.reduce(run)
         if k == 0:
-            logp_diff = reduced['logp_diff']                    # after an update they differ
+            logp_diff = reduced['logp_diff']            # after an optimiser step they differ
         taken = optimiser.step(step)
     reduced['logp_diff'] = logp_diff
     return dict(reduced, **taken)

@@ -1,4 +1,4 @@
-"""Stage 2, generation for understanding: GRPO on the captions, the decoder frozen in the reward.
+"""Stage 2, generation for understanding: GRPO on the captions, the decoder frozen.
 
     python grpo_encoder.py                                                  # tiny, the shipped base
     torchrun --nproc_per_node=2 grpo_encoder.py --init_from=out/cold_start  # tiny, two ranks
@@ -19,10 +19,13 @@ frozen, and no gradient passes through the drawing.
     paper                       here                         why
     mean over a caption, then   mean over all tokens of the  no bias to short captions; key
     over captions               step                         `loss_mean`
-    start noise not stated      one start noise per group    the reward compares captions, not noise
+    text encoder of the reward  the captioner as it is now   training it also moves the condition
+    not stated                                               that the frozen decoder reads;
+                                                             text_encoder=start holds it still
+    start noise not stated      one start noise per group    captions alone tell rewards apart
     ratio clip not stated       0.2                          GRPO's own; binds only if updates > 1
     KL 1e-6 (v5)                tiny: kl 0, a falling        the falling rate keeps the captioner
-                                learning rate                from collapsing (LOG.md)
+                                learning rate                from collapsing (docs/results.md)
     truncated captions          rewarded as they stand       what was cut off draws nothing; the
     not stated                                               field `truncated` is their share
     old log-prob not stated     float32: as recorded while   key `old_logp`; in bfloat16 another
@@ -44,26 +47,27 @@ from reward import clip_reward, reward_tower
 from tools.plan import plan
 
 # --- script keys ---------------------------------------------------------------------------------
+# those that all scripts share, as old_logp and micro_batch, are in config.py
 keys = dict(
-    steps = 200,               # updates
-    prompts = 8,               # images per update, all ranks together
+    steps = 200,               # updates of the loop: a rollout and `updates` optimiser steps
+    prompts = 8,               # images per rollout, all ranks together
     group = 8,                 # G captions per image; their mean reward is the baseline
     temperature = 1.0,         # of the sampling, and of the log-probs in the loss
     caption_batch = 0,         # captions sampled at once on a rank, 0 = all
     clip_range = (0.2, 0.2),   # ratio in [1 - a, 1 + b]; (0.2, 0.28) is clip-higher
-    adv_std = True,            # divide by the group's std; False (Dr. GRPO): groups that hardly
-                               # differ weigh less
+    adv_std = True,            # divide by the group's std; False (Dr. GRPO): then a group of nearly
+                               # equal rewards teaches little
     loss_mean = 'token',       # token: over all tokens of the step | caption: over each caption,
                                # then captions (GRPO, the paper) | constant: the sum / (captions *
                                # caption_len), no length normalisation at all (Dr. GRPO)
     kl = 0.0,                  # weight of the k3 estimate against the stage's initial captioner
     updates = 1,               # optimiser steps per rollout; 1 = on policy
-    lr = 1e-4,                 # policy and text encoder are one: a larger step outruns the decoder
+    lr = 1e-4,                 # a larger step makes conditions that the decoder does not know
     grad_clip = 1.0,           # largest gradient norm
     patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 0,                # updates of linear warm-up
-    lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant: without
-                               # it and without KL the captioner collapses (docs/results.md)
+    lr_decay = 1.0,            # cosine from lr to 0 at update lr_decay * steps; 0 = constant: then
+                               # the captioner collapses without a KL (docs/results.md)
     offload = False,           # decoder and VAE wait on the CPU while the encoder is updated
     shuffle_reward = False,    # control: rewards permuted over the batch teach nothing
 )
@@ -87,9 +91,9 @@ def group_advantage(r, std=True):
 
 
 def token_weights(mask, config):
-    """How much each sampled token weighs in the loss, by config.loss_mean.
+    """How much each sampled token weighs in the loss, by config.loss_mean. mask (B, T).
 
-    Returns weights (B, T), and the number that the sum of the weighted terms is divided by.
+    Returns weights (B, T), and what this rank adds to the divisor of their weighted sum.
     """
     if config.loss_mean == 'caption':
         return mask / mask.sum(1, keepdim=True), len(mask)
@@ -121,7 +125,10 @@ def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
 
 
 def kl_k3(logp, ref_logp):
-    """Elementwise, non-negative estimate of KL(pi || ref): exp(d) - d - 1, d = ref_logp - logp."""
+    """Elementwise, non-negative estimate of KL(pi || ref): exp(d) - d - 1, d = ref_logp - logp.
+
+    logp, ref_logp (B, T), of tokens that were sampled from pi. Returns (B, T).
+    """
     d = ref_logp - logp
     return d.exp() - d - 1
 
@@ -131,8 +138,8 @@ def rollout(uae, tower, x, index, step, config):
     """G captions per image, drawn and rewarded. x (P, 3, R, R), index (P,) in the global batch.
 
     All randomness is a function of (seed, step, position in the global batch, group member).
-    Returns seen (the images as the encoder sees them), a dict of y, mask, recorded (B, T), the
-    log-probs while sampling, and r (P, G).
+    Returns seen, the vision tower's output for the P images; a dict of y tokens, mask and recorded,
+    the log-probs while sampling, (B, T) each, B = P * G with a group's captions together; r (P, G).
     """
     P, G = len(x), config.group
     member = (index[:, None] * G + torch.arange(G)).flatten()
@@ -181,13 +188,14 @@ def loss_of(uae, seen, batch, share, first, config):
         old_logp = logp.detach()
     loss, stats = policy_loss(logp, old_logp, batch['adv'], weight, config.clip_range)
     if config.kl:
-        policy = torch.where(weight > 0, logp, 0.0)
-        reference = torch.where(weight > 0, batch['ref_logp'], 0.0)
-        kl = (kl_k3(policy, reference) * weight).sum() / weight.sum()
+        own_logp = torch.where(weight > 0, logp, 0.0)
+        ref_logp = torch.where(weight > 0, batch['ref_logp'], 0.0)
+        kl = (kl_k3(own_logp, ref_logp) * weight).sum() / weight.sum()
         loss = loss + config.kl * kl
         stats['kl'] = kl.detach()
     difference = torch.where(weight > 0, logp - batch['recorded'], 0.0)
     stats['logp_diff'] = difference.detach().abs().max()
+    # a mean times its weight is a sum; times share, the sums of all parts are the step's mean
     return loss * weight.sum() * share, stats, logp.detach()
 
 
@@ -196,13 +204,14 @@ def update(ddp, optimiser, seen, batch, step, run, config):
     P = len(seen[0])
     batch['weight'], count = token_weights(batch['mask'], config)
     batch['old_logp'] = batch['recorded'].clone()
-    share = run.world / common.total(count, run)
+    share = run.world / common.total(count, run)        # DDP averages over ranks: hence world
     for k in range(config.updates):
         stats = Stats()
         for images, rows, last in common.sample_slices(P, config.group, config.micro_batch):
             part = common.take(batch, rows)
             shown = common.take(seen, images)
             with common.no_sync(ddp, last):
+                # ddp(f, ...) calls f(uae, ...), so that DDP sees the forward pass
                 loss, fields, logp = ddp(loss_of, shown, part, share, k == 0, config)
                 loss.backward()
             if k == 0 and config.old_logp == 'replay':
@@ -210,7 +219,7 @@ def update(ddp, optimiser, seen, batch, step, run, config):
             stats.add_update(loss.detach(), fields, part['weight'].sum())
         reduced = stats.reduce(run)
         if k == 0:
-            logp_diff = reduced['logp_diff']            # after an update they rightly differ
+            logp_diff = reduced['logp_diff']            # after an optimiser step they differ
         taken = optimiser.step(step)
     reduced['logp_diff'] = logp_diff
     return dict(reduced, **taken)
@@ -267,8 +276,8 @@ def main(argv):
             batch['ref_logp'] = reference_logp(reference, seen, batch['y'], config)
         with uae.parked(*idle):
             fields = update(ddp, optimiser, seen, batch, step, run, config)
-        surprise = common.total((batch['recorded'] * batch['mask']).sum(), run)
-        entropy = -surprise / common.total(batch['mask'].sum(), run)        # nats a token
+        logp_sum = common.total((batch['recorded'] * batch['mask']).sum(), run)
+        entropy = -logp_sum / common.total(batch['mask'].sum(), run)        # nats a token
         log(step, **reward_fields(all_rewards), **fields, entropy=entropy,
             **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
             skipped=count_skipped(train, held_out, run))
