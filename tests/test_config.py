@@ -388,7 +388,7 @@ def python_files():
     for folder, subfolders, names in os.walk(ROOT):
         visible = [name for name in subfolders if not name.startswith('.')]
         if folder == ROOT:
-            visible = [name for name in visible if name not in ('tests', 'data', 'out')]
+            visible = [name for name in visible if name not in ('tests', 'data', 'docs', 'out')]
         subfolders[:] = visible                  # os.walk goes on with these
         for name in names:
             if name.endswith('.py'):

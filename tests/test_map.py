@@ -21,7 +21,8 @@ FILES = (
 # what no symbol of the paper stands for: the loop, batches, tokens <-> strings, precision,
 # devices, disk
 PLUMBING = {
-    'main', 'backward', 'prepare', 'prepare_answers', 'open_captioned', 'Cuts', 'planned_loss', 'check_keys',
+    'main', 'backward', 'prepare', 'prepare_answers', 'open_captioned', 'Cuts', 'planned_loss',
+    'check_keys',
     'compile_blocks', 'backbone', 'UAE.__init__', 'UAE.texts', 'UAE.tokens', 'UAE.pad',
     'UAE.latent_shape',
 }
