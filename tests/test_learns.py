@@ -14,7 +14,7 @@ import grpo_decoder
 import grpo_encoder
 import pretrain_decoder
 from model import sde_step
-from reward import Backbone, clip_reward
+from reward import backbone, clip_reward
 
 
 def shuffled(r, generator):
@@ -190,7 +190,7 @@ def test_flow_loss_is_the_velocity_s_error(uae, captions, noised):
 def test_cold_start_learns_a_batch(uae, x, seen, captions):
     u, (y, mask, _) = copy.deepcopy(uae), captions
     params = u.train_only('encoder', 'projector', 'decoder')
-    tower = Backbone('clip', u.c.clip, u.c.judge)
+    tower = backbone('clip', u.c)
     c = at(u, sample_steps=4, grad_steps=2).c
     z = torch.randn(P, *u.latent_shape(), generator=torch.Generator().manual_seed(0))
 
