@@ -102,6 +102,9 @@ def check_whole(folder, lora_rank):
     parts = ('encoder/config.json', 'decoder/transformer/config.json')
     if lora_rank:
         parts = ADAPTERS.values()
+    parts = list(parts)
+    if read_meta(folder).get('text_encoder'):   # the captioner would take its place
+        parts.append(TEXT_ENCODER)
     for part in parts:
         if not os.path.exists(f'{folder}/{part}'):
             raise SystemExit(f'{folder} is half a checkpoint: {part} is missing')
@@ -390,7 +393,8 @@ def save(config, run, step, uae, optimiser, keep=2):
         shutil.rmtree(half, ignore_errors=True)
         save_models(uae, half)
         torch.save(dict(optimizer=optimiser.adamw.state_dict(), step=step), f'{half}/state.pt')
-        meta = dict(step=step, release=uae.release, config=vars(config))
+        meta = dict(step=step, release=uae.release, text_encoder=uae.text_encoder is not None,
+                    config=vars(config))
         common.write_json(f'{half}/meta.json', meta)
         os.replace(half, folder)
         done = [f for f in glob.glob(f'{config.out_dir}/step_*') if step_of(f) >= 0]

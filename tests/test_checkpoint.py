@@ -1,6 +1,7 @@
 """Where a reference policy comes from, and the text encoder that stands still."""
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -265,3 +266,12 @@ def test_stage_1_refuses_a_text_encoder_that_it_would_not_train(chain, tmp_path)
     message = refusal(tiny, 'cold_start', tmp_path / 'out', f'--init_from={chain}/decoder')
     assert 'text encoder of its own' in message
     assert not os.listdir(tmp_path / 'out')
+
+
+def test_a_text_encoder_that_is_lost_is_missed(chain, tmp_path):
+    start = tmp_path / 'out'
+    shutil.copytree(chain / 'encoder', start)
+    path, = start.glob(f'step_*/{checkpoint.TEXT_ENCODER}')
+    path.unlink()
+    message = refusal(checkpoint.find_checkpoint, shared_config(f'--init_from={start}'))
+    assert 'text_encoder/model.safetensors is missing' in message

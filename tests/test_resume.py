@@ -240,7 +240,7 @@ def write_weights(uae, folder):
 def test_save_keeps_the_newest_and_clears_what_a_kill_left(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, 'save_models', write_weights)
     c = SimpleNamespace(out_dir=str(tmp_path))
-    uae = SimpleNamespace(release='')
+    uae = SimpleNamespace(release='', text_encoder=None)
     adamw = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     optimiser = SimpleNamespace(adamw=adamw)
 
