@@ -159,10 +159,10 @@ def open_uae(config, device='cpu', new_projector=False):
 def check_sizes(uae):
     """Refuses a resolution or a cond_len that the models cannot take."""
     around = len(uae.before_text) + len(uae.after_text)
-    if 0 < uae.c.cond_len <= around:
-        raise SystemExit(f'--cond_len={uae.c.cond_len}: the template around a caption has {around} '
-                         'tokens, expected more, or 0 for no padding')
-    R, vision = uae.c.resolution, uae.encoder.config.vision_config
+    if 0 < uae.config.cond_len <= around:
+        raise SystemExit(f'--cond_len={uae.config.cond_len}: the template around a caption has '
+                         f'{around} tokens, expected more, or 0 for no padding')
+    R, vision = uae.config.resolution, uae.encoder.config.vision_config
     step = 2 ** (len(uae.vae.config.block_out_channels) - 1) * uae.decoder.config.patch_size
     least = vision.patch_size * vision.spatial_merge_size
     if R % step or R < 2 * least:
@@ -408,7 +408,7 @@ def save_models(uae, folder):
     """Writes projector, encoder and decoder: full weights, or with LoRA the adapters alone."""
     os.makedirs(folder, exist_ok=True)
     save_file(uae.projector.state_dict(), f'{folder}/projector.safetensors')
-    if uae.c.lora_rank:
+    if uae.config.lora_rank:
         save_lora(uae.encoder, uae.decoder, folder)
     else:
         uae.encoder.save_pretrained(f'{folder}/encoder')

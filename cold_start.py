@@ -78,9 +78,9 @@ def caption(uae, x, index, step, config):
     Returns seen (the images as the encoder sees them) and the batch of `loss_of`.
     """
     z = common.normal(uae.latent_shape(), index, config.seed, 'start', step).to(uae.device)
-    u = common.uniform((config.caption_len,), index, config.seed, 'token', step).to(uae.device)
+    uniforms = common.uniform((config.caption_len,), index, config.seed, 'token', step)
     seen = uae.see(x)
-    y, mask, _ = uae.sample_captions(seen, 1, config.cold_temperature, u)
+    y, mask, _ = uae.sample_captions(seen, 1, config.cold_temperature, uniforms.to(uae.device))
     return seen, dict(x=x, y=y, mask=mask, z=z)
 
 
@@ -101,7 +101,7 @@ def main(argv):
         return plan(config, ['encoder', 'projector', 'decoder'], planned_loss)
     run = common.start(config)
     P = common.per_rank('prompts', config.prompts, run.world)
-    first = checkpoint.open_out_dir(config, run)
+    start_step = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
@@ -116,7 +116,7 @@ def main(argv):
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower))
 
-    for step in progress('cold_start', first, config, run):
+    for step in progress('cold_start', start_step, config, run):
         evaluate.every(step)
         images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
         seen, batch = caption(uae, images['x'].to(run.device), images['index'], step, config)

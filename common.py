@@ -253,17 +253,17 @@ class Optimiser:
 
     def __init__(self, params, config, betas=(0.9, 0.999), weight_decay=0.0):
         self.params = params
-        self.c = config
+        self.config = config
         self.adamw = torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=weight_decay,
                                        fused=True)
         self.bad_steps = 0          # with a non-finite gradient, in a row so far
 
     def step(self, step):
         """One update -> log fields grad_norm (before clipping, -1 if bad), lr, bad_steps."""
-        lr = lr_at(step, self.c)
+        lr = lr_at(step, self.config)
         for group in self.adamw.param_groups:
             group['lr'] = lr
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.c.grad_clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.config.grad_clip).item()
         if math.isfinite(norm):
             self.bad_steps = 0
             self.adamw.step()
@@ -271,7 +271,7 @@ class Optimiser:
             norm = -1.0
             self.bad_steps += 1
         self.adamw.zero_grad(set_to_none=True)
-        if self.bad_steps >= self.c.patience:
+        if self.bad_steps >= self.config.patience:
             raise SystemExit(f'{self.bad_steps} steps in a row with a non-finite gradient, the '
-                             f'last one {step}; checkpoints of before are in {self.c.out_dir}')
+                             f'last one {step}; checkpoints of before are in {self.config.out_dir}')
         return dict(grad_norm=norm, lr=lr, bad_steps=self.bad_steps)

@@ -134,13 +134,13 @@ def draw_prompts(uae, jobs):
 
     Start noise is a function of (seed, the item's number, sample) alone.
     """
-    shape, seed = uae.latent_shape(), uae.c.seed
+    shape, seed = uae.latent_shape(), uae.config.seed
     noise = []
     for item, sample in jobs:
         noise.append(common.normal(shape, [sample], 't2i', seed, item['number']))
     z = torch.cat(noise).to(uae.device)
     y, mask, _ = uae.tokens([item['prompt'] for item, _ in jobs])
-    z = uae.draw(z, uae.condition(y, mask), uae.c.eval_steps)
+    z = uae.draw(z, uae.condition(y, mask), uae.config.eval_steps)
     return uae.to_image(z).clamp(-1, 1)
 
 

@@ -22,8 +22,8 @@ def reconstruct(uae, x, rows, temperature=0.0, drawn=True, seed=()):
     greedy. x_hat is None if not `drawn`.
     """
     seen = uae.see(x)
-    u = common.uniform((uae.c.caption_len,), rows, 'eval', 'token', *seed).to(uae.device)
-    y, mask, _ = uae.sample_captions(seen, 1, temperature, u)
+    uniforms = common.uniform((uae.config.caption_len,), rows, 'eval', 'token', *seed)
+    y, mask, _ = uae.sample_captions(seen, 1, temperature, uniforms.to(uae.device))
     lengths = ((y != uae.end) * mask).sum(1)                 # the end token does not count
     x_hat = None
     if drawn:
@@ -36,7 +36,7 @@ def draw_captions(uae, y, mask, rows, seen=None, seed=()):
     """Captions y, mask (n, T) -> images (n, 3, R, R); the same start noise as in `reconstruct`."""
     z = common.normal(uae.latent_shape(), rows, 'eval', 'start', *seed).to(uae.device)
     cond = uae.condition(y, mask, seen)
-    z = uae.draw(z, cond, uae.c.eval_steps)
+    z = uae.draw(z, cond, uae.config.eval_steps)
     return uae.to_image(z).clamp(-1, 1)
 
 
@@ -48,7 +48,7 @@ class Evaluator:
     """
 
     def __init__(self, uae, held, config, run, towers=None):
-        self.uae, self.held, self.c, self.run = uae, held, config, run
+        self.uae, self.held, self.config, self.run = uae, held, config, run
         self.towers = dict(towers or {})
         if 'reward' not in self.towers:
             self.towers['reward'] = reward_tower(config, run.device)
@@ -58,7 +58,7 @@ class Evaluator:
     def records(self, rows):
         """One dict for each of these images: caption, scores, what an oracle reads in it."""
         x = self.held['x'][rows].to(self.uae.device)
-        texts, lengths, x_hat = reconstruct(self.uae, x, rows, self.c.eval_temperature)
+        texts, lengths, x_hat = reconstruct(self.uae, x, rows, self.config.eval_temperature)
         records = []
         for row, text, length in zip(rows, texts, lengths.tolist()):
             name = self.held['names'][row]
@@ -92,8 +92,8 @@ class Evaluator:
         """-> (summary {name: number}, records of all images in order); the same on every rank."""
         mine = list(range(self.run.rank, len(self.held['x']), self.run.world))
         records = []
-        for start in range(0, len(mine), self.c.eval_batch):
-            records += self.records(mine[start:start + self.c.eval_batch])
+        for start in range(0, len(mine), self.config.eval_batch):
+            records += self.records(mine[start:start + self.config.eval_batch])
         records = common.gather_objects(records, self.run)
         records.sort(key=lambda record: record['row'])
 
@@ -106,14 +106,14 @@ class Evaluator:
 
     def every(self, step, last=False):
         """Evaluates every `eval_every` updates and at the end; prints, appends to eval.jsonl."""
-        due = self.c.eval_every and (last or step % self.c.eval_every == 0)
+        due = self.config.eval_every and (last or step % self.config.eval_every == 0)
         if not due:
             return
         summary, _ = self()
         if self.run.master:
             numbers = ' '.join(f'{name} {value:.3f}' for name, value in summary.items())
             tqdm.write(f'eval {step:4d} | {numbers}')
-            with open(f'{self.c.out_dir}/eval.jsonl', 'a') as f:
+            with open(f'{self.config.out_dir}/eval.jsonl', 'a') as f:
                 f.write(json.dumps(dict(step=step, **summary)) + '\n')
 
 

@@ -49,7 +49,7 @@ from tools.plan import plan
 # --- script keys ---------------------------------------------------------------------------------
 # those that all scripts share, as old_logp and micro_batch, are in config.py
 keys = dict(
-    steps = 120,               # updates of the loop: a rollout and `updates` optimiser steps
+    steps = 120,               # of the loop: one rollout and `updates` optimiser steps each
     prompts = 8,               # images per rollout, all ranks together
     group = 16,                # G drawings per image; their mean reward is the baseline
     caption_temperature = 0.0, # of the frozen captioner; one caption per image, for its group
@@ -119,21 +119,21 @@ def kl_gauss(mean, ref_mean, std):
 
 
 def window(step, config, sigmas=None):
-    """(first, last + 1) of this update's noisy steps, and which of them are trained.
+    """(begin, end) of this update's noisy steps, and which of them are trained.
 
-    The trained ones are sorted offsets from `first`. Never noisy: the last step, whose noise would
+    The trained ones are sorted offsets from `begin`. Never noisy: the last step, whose noise would
     stay in the image, and steps of cps that end below .02, where its std is hardly more than 0;
     for these sigmas (S + 1,) is needed.
     """
-    last = config.sample_steps - 1
+    usable = config.sample_steps - 1                    # steps that may be noisy, from the first
     if config.sde != 'flow':
-        last = min(last, int((sigmas[1:] >= 0.02).sum()))
-    width = min(config.sde_window, last)
+        usable = min(usable, int((sigmas[1:] >= 0.02).sum()))
+    width = min(config.sde_window, usable)
     place = common.generator(config.seed, 'window', step)
-    room = max(0, min(config.sample_steps // 2, last) - width)
-    first = torch.randint(room + 1, (), generator=place).item()
+    room = max(0, min(config.sample_steps // 2, usable) - width)
+    begin = torch.randint(room + 1, (), generator=place).item()
     trained = torch.randperm(width, generator=place)[:config.train_steps]
-    return (first, first + width), sorted(trained.tolist())
+    return (begin, begin + width), sorted(trained.tolist())
 
 
 @torch.no_grad()
@@ -147,8 +147,9 @@ def rollout(uae, tower, x, index, step, config, negative=None):
     """
     P, G = len(x), config.group
     seen = uae.see(x)
-    u = common.uniform((config.caption_len,), index, config.seed, 'token', step).to(uae.device)
-    y, mask, _ = uae.sample_captions(seen, 1, config.caption_temperature, u)
+    uniforms = common.uniform((config.caption_len,), index, config.seed, 'token', step)
+    y, mask, _ = uae.sample_captions(seen, 1, config.caption_temperature,
+                                     uniforms.to(uae.device))
 
     member = (index[:, None] * G + torch.arange(G)).flatten()
     if config.same_noise:
@@ -157,7 +158,8 @@ def rollout(uae, tower, x, index, step, config, negative=None):
     else:
         z = common.normal(uae.latent_shape(), member, config.seed, 'start', step)
     noisy, _ = window(step, config, uae.sigmas(config.sample_steps))
-    shape = (noisy[1] - noisy[0], *uae.latent_shape())
+    begin, end = noisy
+    shape = (end - begin, *uae.latent_shape())
     noise = common.normal(shape, member, config.seed, 'sde', step)
 
     parts = []
@@ -174,27 +176,28 @@ def rollout(uae, tower, x, index, step, config, negative=None):
     return batch, r, uae.spoken(y, mask)
 
 
-def loss_of(uae, reference, batch, step, share, first, config, negative=None):
+def loss_of(uae, reference, batch, step, share, same_weights, config, negative=None):
     """The whole loss of a micro-batch, log fields, and the detached log-probs (B, n).
 
     batch: what `rollout` returns and adv (B,), old_logp (B, W). share: world / samples of the step,
-    so that micro-batches and ranks add up. first: whether the weights are still the rollout's.
+    so that micro-batches and ranks add up. same_weights: whether the model is still the rollout's.
     """
-    noisy, trained = window(step, config, uae.sigmas(config.sample_steps))
-    replay = (trained, batch['cond'], config.sample_steps, config.sde, config.noise_level,
-              noisy[0], negative)
+    # a function of `step` alone: the rollout's
+    (begin, _), trained = window(step, config, uae.sigmas(config.sample_steps))
+    settings = dict(steps=trained, c=batch['cond'], S=config.sample_steps, kind=config.sde,
+                    noise_level=config.noise_level, begin=begin, negative=negative)
     path = dict(z=batch['z'], z_next=batch['z_next'])
-    known = path
-    if first and 'v0' in batch:         # same weights, same branch: its forward pass is spared
-        known = dict(path, v0=batch['v0'])
-    logp, mean, std = uae.step_logp(known, *replay)
+    own_path = dict(path)
+    if same_weights and 'v0' in batch:      # the unconditional branch would come out the same
+        own_path['v0'] = batch['v0']
+    logp, mean, std = uae.step_logp(own_path, **settings)
     old_logp = batch['old_logp'][:, trained]
-    if first and config.old_logp == 'replay':
+    if same_weights and config.old_logp == 'replay':
         old_logp = logp.detach()
     loss, stats = policy_loss(logp, old_logp, batch['adv'], clip=config.clip_range)
     if config.kl:
         with torch.no_grad():
-            _, ref_mean, _ = reference.step_logp(path, *replay)
+            _, ref_mean, _ = reference.step_logp(path, **settings)
         kl = kl_gauss(mean, ref_mean, std)
         loss = loss + config.kl * kl
         stats['kl'] = kl.detach()
@@ -210,30 +213,24 @@ def update(uae, ddp, optimiser, reference, batch, step, run, config, negative=No
     batch['old_logp'] = batch['recorded'].clone()
     _, trained = window(step, config, uae.sigmas(config.sample_steps))
     for k in range(config.updates):
+        same_weights = k == 0
         stats = Stats()
         for _, rows, last in common.sample_slices(B // G, G, config.micro_batch):
             part = common.take(batch, rows)
             with common.no_sync(ddp, last):
                 # ddp(f, ...) calls f(uae, ...), so that DDP sees the forward pass
-                loss, fields, logp = ddp(loss_of, reference, part, step, 1 / B, k == 0, config,
-                                         negative)
+                loss, fields, logp = ddp(loss_of, reference, part, step, 1 / B, same_weights,
+                                         config, negative)
                 loss.backward()
-            if k == 0 and config.old_logp == 'replay':
+            if same_weights and config.old_logp == 'replay':
                 batch['old_logp'][rows, trained] = logp         # of every later update as well
             stats.add_update(loss.detach(), fields, len(part['adv']))
         reduced = stats.reduce(run)
-        if k == 0:
-            logp_diff = reduced['logp_diff']            # after an optimiser step they differ
+        if same_weights:
+            logp_diff = reduced['logp_diff']            # later it would measure the step taken
         taken = optimiser.step(step)
     reduced['logp_diff'] = logp_diff
     return dict(reduced, **taken)
-
-
-def compile_blocks(*uaes):
-    """Compiles each transformer block by itself, once for blocks of a kind and all batch sizes."""
-    for uae in uaes:
-        for block in uae.decoder.transformer_blocks:
-            block.compile(dynamic=True)
 
 
 def planned_loss(uae, tower, size, prompt_len, config):
@@ -256,7 +253,7 @@ def main(argv):
         return plan(config, ['decoder'], planned_loss)
     run = common.start(config)
     P = common.per_rank('prompts', config.prompts, run.world, config.group)
-    first = checkpoint.open_out_dir(config, run)
+    start_step = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
@@ -265,9 +262,9 @@ def main(argv):
     if config.kl:
         reference = checkpoint.stage_start(uae, ['decoder'], config)
     if config.compile:
-        compile_blocks(uae)
-        if reference:
-            compile_blocks(reference)
+        uae.compile_decoder()
+        if config.kl:
+            reference.compile_decoder()
     ddp = common.parallel(uae, run)
     tower = reward_tower(config, run.device)
     optimiser = common.Optimiser(params, config)
@@ -279,11 +276,11 @@ def main(argv):
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower))
     idle = ('encoder', 'vae') if config.offload else ()
 
-    for step in progress('grpo_decoder', first, config, run):
+    for step in progress('grpo_decoder', start_step, config, run):
         evaluate.every(step)
-        images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
-        x = images['x'].to(run.device)
-        batch, r, spoken = rollout(uae, tower, x, images['index'], step, config, negative)
+        source = train.batch(config.seed, step, config.prompts, run.rank, run.world)
+        x = source['x'].to(run.device)
+        batch, r, spoken = rollout(uae, tower, x, source['index'], step, config, negative)
         all_rewards = common.gather(r, run)                     # (world * P, G), whole groups
         if config.shuffle_reward:
             all_rewards = common.permuted(all_rewards, config.seed, 'shuffle', step)

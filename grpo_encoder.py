@@ -49,7 +49,7 @@ from tools.plan import plan
 # --- script keys ---------------------------------------------------------------------------------
 # those that all scripts share, as old_logp and micro_batch, are in config.py
 keys = dict(
-    steps = 200,               # updates of the loop: a rollout and `updates` optimiser steps
+    steps = 200,               # of the loop: one rollout and `updates` optimiser steps each
     prompts = 8,               # images per rollout, all ranks together
     group = 8,                 # G captions per image; their mean reward is the baseline
     temperature = 1.0,         # of the sampling, and of the log-probs in the loss
@@ -93,7 +93,8 @@ def group_advantage(r, std=True):
 def token_weights(mask, config):
     """How much each sampled token weighs in the loss, by config.loss_mean. mask (B, T).
 
-    Returns weights (B, T), and what this rank adds to the divisor of their weighted sum.
+    Returns weights (B, T), 0 where no token was sampled, and this rank's share of the number that
+    the weighted sum is divided by: its tokens, its captions, or its captions times T.
     """
     if config.loss_mean == 'caption':
         return mask / mask.sum(1, keepdim=True), len(mask)
@@ -143,12 +144,13 @@ def rollout(uae, tower, x, index, step, config):
     """
     P, G = len(x), config.group
     member = (index[:, None] * G + torch.arange(G)).flatten()
-    u = common.uniform((config.caption_len,), member, config.seed, 'token', step).to(uae.device)
+    uniforms = common.uniform((config.caption_len,), member, config.seed, 'token', step)
+    uniforms = uniforms.to(uae.device)
     seen = uae.see(x)
     parts = []
     for images, rows, _ in common.group_slices(P, G, config.caption_batch):
-        part = common.take(seen, images)
-        y, mask, logp = uae.sample_captions(part, G, config.temperature, u[rows])
+        shown = common.take(seen, images)
+        y, mask, logp = uae.sample_captions(shown, G, config.temperature, uniforms[rows])
         parts.append(dict(y=y, mask=mask, recorded=logp))
     batch = common.join(parts)
 
@@ -156,8 +158,8 @@ def rollout(uae, tower, x, index, step, config):
     z = z.repeat_interleave(G, 0)                   # one start noise per group
     rewards = []
     for images, rows, _ in common.group_slices(P, G, config.micro_batch):
-        part = common.take(seen, images)
-        cond = uae.condition(batch['y'][rows], batch['mask'][rows], part)
+        shown = common.take(seen, images)
+        cond = uae.condition(batch['y'][rows], batch['mask'][rows], shown)
         x_hat = uae.to_image(uae.draw(z[rows], cond, config.sample_steps))
         rewards.append(clip_reward(x[images], x_hat, tower))
     r = torch.cat(rewards).view(P, G)
@@ -169,22 +171,22 @@ def reference_logp(reference, seen, y, config):
     """log pi_ref (B, T) of the sampled tokens."""
     parts = []
     for images, rows, _ in common.sample_slices(len(seen[0]), config.group, config.micro_batch):
-        part = common.take(seen, images)
-        parts.append(reference.caption_logp(part, y[rows], config.temperature))
+        shown = common.take(seen, images)
+        parts.append(reference.caption_logp(shown, y[rows], config.temperature))
     return torch.cat(parts)
 
 
-def loss_of(uae, seen, batch, share, first, config):
+def loss_of(uae, seen, batch, share, same_weights, config):
     """The whole loss of a micro-batch, log fields, and the detached log-probs (B, T).
 
     batch: y, weight, recorded, old_logp (B, T), adv (B,), with a KL ref_logp (B, T). share: world /
-    the step's `count` of `token_weights`, so that micro-batches and ranks add up. first: whether
-    the weights are still those of the rollout.
+    the step's `count` of `token_weights`, so that micro-batches and ranks add up. same_weights:
+    whether the model is still that of the rollout.
     """
     weight = batch['weight']
     logp = uae.caption_logp(seen, batch['y'], config.temperature)
     old_logp = batch['old_logp']
-    if first and config.old_logp == 'replay':
+    if same_weights and config.old_logp == 'replay':
         old_logp = logp.detach()
     loss, stats = policy_loss(logp, old_logp, batch['adv'], weight, config.clip_range)
     if config.kl:
@@ -206,20 +208,21 @@ def update(ddp, optimiser, seen, batch, step, run, config):
     batch['old_logp'] = batch['recorded'].clone()
     share = run.world / common.total(count, run)        # DDP averages over ranks: hence world
     for k in range(config.updates):
+        same_weights = k == 0
         stats = Stats()
         for images, rows, last in common.sample_slices(P, config.group, config.micro_batch):
             part = common.take(batch, rows)
             shown = common.take(seen, images)
             with common.no_sync(ddp, last):
                 # ddp(f, ...) calls f(uae, ...), so that DDP sees the forward pass
-                loss, fields, logp = ddp(loss_of, shown, part, share, k == 0, config)
+                loss, fields, logp = ddp(loss_of, shown, part, share, same_weights, config)
                 loss.backward()
-            if k == 0 and config.old_logp == 'replay':
+            if same_weights and config.old_logp == 'replay':
                 batch['old_logp'][rows] = logp          # of every later update as well
             stats.add_update(loss.detach(), fields, part['weight'].sum())
         reduced = stats.reduce(run)
-        if k == 0:
-            logp_diff = reduced['logp_diff']            # after an optimiser step they differ
+        if same_weights:
+            logp_diff = reduced['logp_diff']            # later it would measure the step taken
         taken = optimiser.step(step)
     reduced['logp_diff'] = logp_diff
     return dict(reduced, **taken)
@@ -244,7 +247,7 @@ def main(argv):
         return plan(config, ['encoder'], planned_loss)
     run = common.start(config)
     P = common.per_rank('prompts', config.prompts, run.world, config.group)
-    first = checkpoint.open_out_dir(config, run)
+    start_step = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
@@ -262,17 +265,17 @@ def main(argv):
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower))
     idle = ('decoder', 'vae') if config.offload else ()
 
-    for step in progress('grpo_encoder', first, config, run):
+    for step in progress('grpo_encoder', start_step, config, run):
         evaluate.every(step)
-        images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
-        x = images['x'].to(run.device)
-        seen, batch, r = rollout(uae, tower, x, images['index'], step, config)
+        source = train.batch(config.seed, step, config.prompts, run.rank, run.world)
+        x = source['x'].to(run.device)
+        seen, batch, r = rollout(uae, tower, x, source['index'], step, config)
         all_rewards = common.gather(r, run)                     # (world * P, G), whole groups
         if config.shuffle_reward:
             all_rewards = common.permuted(all_rewards, config.seed, 'shuffle', step)
         mine = all_rewards[run.rank * P:(run.rank + 1) * P]
         batch['adv'] = group_advantage(mine, config.adv_std).flatten()        # (P, G) -> (B,)
-        if reference:
+        if config.kl:
             batch['ref_logp'] = reference_logp(reference, seen, batch['y'], config)
         with uae.parked(*idle):
             fields = update(ddp, optimiser, seen, batch, step, run, config)

@@ -73,9 +73,9 @@ def count_skipped(train, held, run):
     return int(common.total(len(train.skipped), run)) + held['skipped']
 
 
-def progress(name, first, config, run):
+def progress(name, start_step, config, run):
     """Numbers of the updates that are left, behind a progress bar on rank 0."""
-    return tqdm(range(first, config.steps), initial=first, total=config.steps, desc=name,
+    return tqdm(range(start_step, config.steps), initial=start_step, total=config.steps, desc=name,
                 disable=not run.master, mininterval=1)
 
 

@@ -45,16 +45,16 @@ class Projector(nn.Module):
 class UAE(Parts):
     """Encoder, projector and decoder with everything that samples from them.
 
-    c: the configuration (config.py). The parts come built: `checkpoint.open_uae` loads them,
+    config: the keys (config.py). The parts come built: `checkpoint.open_uae` loads them,
     `tools.plan.skeleton` makes them with random weights. pooled (1, n): the decoder's constant
     pooled embedding. text_encoder: the frozen language model that re-encodes captions, None where
     the captioner does it itself.
     """
 
-    def __init__(self, c, encoder, projector, decoder, vae, scheduler, processor, pooled,
+    def __init__(self, config, encoder, projector, decoder, vae, scheduler, processor, pooled,
                  device='cpu', text_encoder=None):
         super().__init__()
-        self.c = c
+        self.config = config
         self.device = torch.device(device)
         self.encoder = encoder
         self.projector = projector
@@ -63,7 +63,7 @@ class UAE(Parts):
         self.text_encoder = text_encoder
         self.scheduler = scheduler
         self.noise_levels = {}                  # S -> the scheduler's, see `sigmas`
-        self.source = c.encoder                 # folder or hub id of the processor
+        self.source = config.encoder                 # folder or hub id of the processor
         self.release = ''                       # folder of the authors' release under the weights
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -89,13 +89,13 @@ class UAE(Parts):
 
     def read_templates(self):
         """Token ids around a caption prompt's image, and around a text that is to be drawn."""
-        ask = dict(type='text', text=self.c.caption_prompt)
+        ask = dict(type='text', text=self.config.caption_prompt)
         user = dict(role='user', content=[ask, dict(type='image')])
         self.before_image, self.after_image = self.ids_around(user, '<|image_pad|>')
         text = dict(role='generate', content=[dict(type='text', text='\0')])
         self.before_text, self.after_text = self.ids_around(text, '\0')
-        negative = self.tokenizer(self.c.negative_prompt, add_special_tokens=False).input_ids
-        self.negative_length = min(len(negative), self.c.caption_len - 1)
+        negative = self.tokenizer(self.config.negative_prompt, add_special_tokens=False).input_ids
+        self.negative_length = min(len(negative), self.config.caption_len - 1)
 
     def ids_around(self, message, mark):
         """Token ids before and after `mark` in a message under the chat template."""
@@ -152,14 +152,14 @@ class UAE(Parts):
         return cache, h, positions.max().item() + 1
 
     @torch.no_grad()
-    def sample_captions(self, seen, G=1, temperature=1.0, u=None):
+    def sample_captions(self, seen, G=1, temperature=1.0, uniforms=None):
         """G captions per image by cached decoding.
 
-        u (B, T): uniforms in [0, 1), the randomness behind each token. temperature 0 is greedy
-        and needs none. Returns y (B, T), the end token and then padding with it; mask (B, T)
+        uniforms (B, T) in [0, 1): the randomness behind each token. temperature 0 is greedy and
+        needs none. Returns y (B, T), the end token and then padding with it; mask (B, T)
         float; logp (B, T), recorded while sampling.
         """
-        T = self.c.caption_len
+        T = self.config.caption_len
         B = len(seen[0]) * G
         y = torch.full((B, T), self.end, device=self.device)
         mask = torch.zeros(B, T, device=self.device)
@@ -174,7 +174,7 @@ class UAE(Parts):
                     token = logits.argmax(-1)
                     logp[:, t] = pick_logp(logits, token) * alive
                 else:
-                    token = choose(logits / temperature, u[:, t:t + 1])
+                    token = choose(logits / temperature, uniforms[:, t:t + 1])
                     logp[:, t] = pick_logp(logits, token, temperature) * alive
                 y[:, t] = torch.where(alive, token, self.end)
                 mask[:, t] = alive.float()
@@ -192,7 +192,7 @@ class UAE(Parts):
         """
         B, T = y.shape
         G = B // len(seen[0])
-        if self.c.checkpointing:    # recomputation forbids the cache: one prompt per caption
+        if self.config.checkpointing:    # recomputation forbids the cache: one prompt per caption
             embedded, positions = self.prompt(seen)
             embedded = embedded.repeat_interleave(G, 0)
             positions = positions.repeat_interleave(G, 1)
@@ -236,7 +236,7 @@ class UAE(Parts):
 
         T is caption_len if it is not given.
         """
-        T = T or self.c.caption_len
+        T = T or self.config.caption_len
         y = torch.full((len(texts), T), self.end)
         mask = torch.zeros(len(texts), T)
         cut = 0
@@ -266,7 +266,7 @@ class UAE(Parts):
         spoken = self.spoken(y, mask)
         start = len(self.before_text)
         around = start + len(self.after_text)
-        width = width or self.c.cond_len
+        width = width or self.config.cond_len
         if not width:       # cond_len 0, as the release: the longest row or the negative prompt
             longest = spoken.sum(1).max().item()
             width = around + max(longest, self.negative_length)
@@ -297,13 +297,13 @@ class UAE(Parts):
 
     def pad(self, h):
         """h (B, n, d) -> (B, cond_len, d), zeros on the right; as it is where cond_len is 0."""
-        if not self.c.cond_len:
+        if not self.config.cond_len:
             return h
-        h = h[:, :self.c.cond_len]
-        return F.pad(h, (0, 0, 0, self.c.cond_len - h.shape[1]))
+        h = h[:, :self.config.cond_len]
+        return F.pad(h, (0, 0, 0, self.config.cond_len - h.shape[1]))
 
     def condition(self, y, mask, seen=None):
-        """c for captions y (B, T), by c.condition: how the decoder is wired to the encoder.
+        """c for captions y (B, T), by config.condition: how the decoder is wired to the encoder.
 
         text         the caption re-encoded alone (default)
         answer       projected states at the caption's positions after the image: the paper's h_T
@@ -312,7 +312,7 @@ class UAE(Parts):
         `seen`, P images of B = P*G captions, is needed by all but `text`. Differentiable.
         Returns (B, cond_len, D), twice as long for text+image.
         """
-        kind = self.c.condition
+        kind = self.config.condition
         with self.autocast():
             if kind == 'text':
                 return self.text_condition(y, mask)
@@ -333,9 +333,9 @@ class UAE(Parts):
         width: the length instead, where cond_len is 0.
         """
         with self.autocast():
-            y, mask, _ = self.tokens([self.c.negative_prompt])
+            y, mask, _ = self.tokens([self.config.negative_prompt])
             c = self.text_condition(y, mask, width)
-            if self.c.condition != 'text+image':
+            if self.config.condition != 'text+image':
                 return c
             nothing = torch.zeros(1, c.shape[1], self.projector.up.in_features)
             return torch.cat([c, self.project(nothing.to(self.device))], 1)
@@ -386,9 +386,9 @@ class UAE(Parts):
         return v, v0
 
     def latent_shape(self):
-        """(C, H, W) of a latent at c.resolution."""
+        """(C, H, W) of a latent at config.resolution."""
         halvings = len(self.vae.config.block_out_channels) - 1
-        side = self.c.resolution // 2 ** halvings
+        side = self.config.resolution // 2 ** halvings
         return self.vae.config.latent_channels, side, side
 
     def draw(self, z, c, S, grad_steps=0):
@@ -398,12 +398,12 @@ class UAE(Parts):
         """
         sigmas = self.sigmas(S)
         negative = None
-        if self.c.guidance != 1.0:
-            negative = self.negative(0 if self.c.cond_len else c.shape[1])
+        if self.config.guidance != 1.0:
+            negative = self.negative(0 if self.config.cond_len else c.shape[1])
         learning = torch.is_grad_enabled()
         for i in range(S):
             with torch.set_grad_enabled(learning and i >= S - grad_steps):
-                v = self.velocity(z, sigmas[i], c, negative, self.c.guidance)
+                v = self.velocity(z, sigmas[i], c, negative, self.config.guidance)
                 z = z + (sigmas[i + 1] - sigmas[i]) * v
         return z
 
@@ -411,28 +411,29 @@ class UAE(Parts):
     def draw_sde(self, z, c, S, noise, kind, noise_level, window, negative=None):
         """SDE sampler that records its log-probs.
 
-        Steps in window = (first, last + 1) are stochastic, the others are steps of the ODE. noise
+        Steps in window = (begin, end) are stochastic, the others are steps of the ODE. noise
         (B, W, C, H, W): a standard normal per stochastic step. negative: `negative()`, if guided.
         Returns the latent at s = 0, and a dict of what an update needs: z, z_next, under guidance
         v0, each (B, W, C, H, W), and recorded, the log-probs (B, W).
         """
         sigmas = self.sigmas(S)
-        guided = self.c.guidance != 1.0
+        guided = self.config.guidance != 1.0
         path = dict(z=[], z_next=[], recorded=[])
         if guided:
             path['v0'] = []
+        begin, end = window
         for i in range(S):
             if guided:
                 v, v0 = self.branches(z, sigmas[i], c, negative)
-                v = v0 + self.c.guidance * (v - v0)
+                v = v0 + self.config.guidance * (v - v0)
             else:
                 v = self.network(z, sigmas[i], c)
-            if not window[0] <= i < window[1]:
+            if not begin <= i < end:
                 z = sde_step(z, v, sigmas[i], sigmas[i + 1], kind, 0.0,
                              noise=torch.zeros_like(z))[0]
                 continue
             z_next, logp, _, _ = sde_step(z, v, sigmas[i], sigmas[i + 1], kind, noise_level,
-                                          noise=noise[:, i - window[0]])
+                                          noise=noise[:, i - begin])
             path['z'].append(z)
             path['z_next'].append(z_next)
             path['recorded'].append(logp)
@@ -441,12 +442,12 @@ class UAE(Parts):
             z = z_next
         return z, {name: torch.stack(steps, 1) for name, steps in path.items()}
 
-    def step_logp(self, path, steps, c, S, kind, noise_level, first, negative=None):
+    def step_logp(self, path, steps, c, S, kind, noise_level, begin, negative=None):
         """The update's log-prob of stored steps, all replayed in one pass of B*n rows.
 
         path: z, z_next of `draw_sde`; a v0 in it spares the unconditional branch while the
         weights are those of the rollout. steps: n indices into the window that starts at
-        denoising step `first`. Returns logp (B, n), mean (B, n, C, H, W), std (B, n, 1, 1, 1).
+        denoising step `begin`. Returns logp (B, n), mean (B, n, C, H, W), std (B, n, 1, 1, 1).
         """
         B, n = len(c), len(steps)
         z = path['z'][:, steps].flatten(0, 1)
@@ -454,25 +455,25 @@ class UAE(Parts):
         if 'v0' in path:
             negative = path['v0'][:, steps].flatten(0, 1)
         sigmas = self.sigmas(S)
-        at = torch.tensor(steps, device=self.device).repeat(B) + first
+        at = torch.tensor(steps, device=self.device).repeat(B) + begin
         c = c.repeat_interleave(n, 0)
-        v = self.velocity(z, sigmas[at], c, negative, self.c.guidance)
+        v = self.velocity(z, sigmas[at], c, negative, self.config.guidance)
         _, logp, mean, std = sde_step(z, v, sigmas[at], sigmas[at + 1], kind, noise_level,
                                       z_next=z_next)
         return logp.view(B, n), mean.unflatten(0, (B, n)), std.unflatten(0, (B, n))
 
     def to_image(self, z):
         """Latent (B, C, H, W) -> image (B, 3, R, R) float32, about [-1, 1]; differentiable."""
-        config = self.vae.config
-        z = z / config.scaling_factor + (config.shift_factor or 0)
+        vae = self.vae.config
+        z = z / vae.scaling_factor + (vae.shift_factor or 0)
         z = z.to(self.vae.dtype)
-        parts = z.split(self.c.micro_batch or len(z))
+        parts = z.split(self.config.micro_batch or len(z))
         return torch.cat([self.vae.decode(part).sample.float() for part in parts])
 
     @torch.no_grad()
     def to_latent(self, x):
         """Image (B, 3, R, R) in [-1, 1] -> latent (B, C, H, W) float32, the posterior's mean."""
-        config = self.vae.config
-        parts = x.to(self.vae.dtype).split(self.c.micro_batch or len(x))
+        vae = self.vae.config
+        parts = x.to(self.vae.dtype).split(self.config.micro_batch or len(x))
         means = [self.vae.encode(part).latent_dist.mean.float() for part in parts]
-        return (torch.cat(means) - (config.shift_factor or 0)) * config.scaling_factor
+        return (torch.cat(means) - (vae.shift_factor or 0)) * vae.scaling_factor

@@ -1,7 +1,7 @@
 """Which parts of the model a stage trains, in which precision, and where the idle ones wait.
 
-`UAE` in model.py is a `Parts`: encoder, projector, decoder and vae are its modules, c the
-configuration. Nothing here knows what the parts compute.
+`UAE` in model.py is a `Parts`: encoder, projector, decoder and vae are its modules, config its
+keys. Nothing here knows what the parts compute.
 """
 import copy
 from contextlib import contextmanager, nullcontext
@@ -32,12 +32,12 @@ class Parts(nn.Module):
 
         names: of 'encoder' (the language model without lm_head, but where that is tied to the
         embedding both move; never the vision tower), 'projector', 'decoder' (the transformer,
-        never the VAE). With LoRA only the adapters. Everything else is frozen, in c.dtype.
+        never the VAE). With LoRA only the adapters. Everything else is frozen, in config.dtype.
         """
         parts = dict(encoder=self.language_model, projector=self.projector, decoder=self.decoder)
         for name in names:
             for key, p in parts[name].named_parameters():
-                adapted = self.c.lora_rank and name != 'projector'
+                adapted = self.config.lora_rank and name != 'projector'
                 if adapted and 'lora_' not in key:
                     continue
                 if name == 'decoder' and self.unreachable(key):
@@ -48,8 +48,8 @@ class Parts(nn.Module):
             for key, p in module.named_parameters():
                 # adapters stay float32 also in a stage that freezes them: the next one trains on
                 if not p.requires_grad and 'lora_' not in key:
-                    p.data = p.data.to(getattr(torch, self.c.dtype))
-        if self.c.checkpointing:
+                    p.data = p.data.to(getattr(torch, self.config.dtype))
+        if self.config.checkpointing:
             self.recompute_activations()
         return [p for p in self.parameters() if p.requires_grad]
 
@@ -62,6 +62,11 @@ class Parts(nn.Module):
         # it asks for gradients of every embedding too: useless work through a frozen encoder
         self.encoder.disable_input_require_grads()
         self.decoder.enable_gradient_checkpointing()
+
+    def compile_decoder(self):
+        """Compiles each transformer block by itself, once for blocks of a kind and all sizes."""
+        for block in self.decoder.transformer_blocks:
+            block.compile(dynamic=True)
 
     def unreachable(self, key):
         """Whether no loss reaches this decoder parameter.
@@ -76,7 +81,7 @@ class Parts(nn.Module):
 
     def forward(self, loss, *args, **kwargs):
         """loss(self, ...) of a stage: the door through which DistributedDataParallel sees it."""
-        if not self.c.checkpointing:
+        if not self.config.checkpointing:
             return loss(self, *args, **kwargs)
         towers = (self.language_model, self.decoder)
         for tower in towers:        # libraries recompute in train mode only; nothing has dropout
@@ -102,10 +107,10 @@ class Parts(nn.Module):
                 part.to(self.device)
 
     def autocast(self):
-        """Matrix work in c.dtype over float32 master weights; nothing to do in float32."""
-        if self.c.dtype == 'float32':
+        """Matrix work in config.dtype over float32 master weights; nothing to do in float32."""
+        if self.config.dtype == 'float32':
             return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.c.dtype))
+        return torch.autocast(self.device.type, getattr(torch, self.config.dtype))
 
     def reference(self, name):
         """A UAE that shares all but one part, which is frozen as it is: the reference policy."""

@@ -235,7 +235,7 @@ class Cuts:
     """Counts captions that do not fit, and says so at the first one and at the end."""
 
     def __init__(self, room, config, run):
-        self.room, self.c, self.run = room, config, run
+        self.room, self.config, self.run = room, config, run
         self.so_far = 0
 
     def add(self, cut, step):
@@ -243,10 +243,10 @@ class Cuts:
         told = self.so_far > 0
         self.so_far += cut
         now = cut and not told
-        end = self.so_far and step == self.c.steps - 1
+        end = self.so_far and step == self.config.steps - 1
         if self.run.master and (now or end):
             tqdm.write(f'warning: {self.so_far} captions so far do not fit the {self.room} tokens '
-                       f'that cond_len={self.c.cond_len} has for them, and were cut')
+                       f'that cond_len={self.config.cond_len} has for them, and were cut')
 
 
 def main(argv):
@@ -258,7 +258,7 @@ def main(argv):
         return plan(config, trained, planned_loss)
     run = common.start(config)
     common.per_rank('batch', config.batch, run.world)
-    first = checkpoint.open_out_dir(config, run)
+    start_step = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
     train, gone, held_out = open_captioned(config, run, config.data_keys[1])
     teachers = train
@@ -278,7 +278,7 @@ def main(argv):
     negative = dict(y=y[0], mask=mask[0])
     cuts = Cuts(room, config, run)
 
-    for step in progress('pretrain_decoder', first, config, run):
+    for step in progress('pretrain_decoder', start_step, config, run):
         if evaluate:
             with averaged(adamw):
                 evaluate.every(step)

@@ -227,7 +227,7 @@ def main(argv):
         return plan(config, ['projector', 'decoder'], planned_loss)
     run = common.start(config)
     P = common.per_rank('batch', config.batch, run.world)
-    first = checkpoint.open_out_dir(config, run)
+    start_step = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
@@ -247,7 +247,7 @@ def main(argv):
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run)
 
-    for step in progress('reca', first, config, run):
+    for step in progress('reca', start_step, config, run):
         evaluate.every(step)
         images = train.batch(config.seed, step, config.batch, run.rank, run.world)
         stats = Stats()

@@ -41,8 +41,8 @@ class Networks:
     """The networks of a stage, each called with a number of rows n."""
 
     def __init__(self, stage):
-        c, uae = stage.c, stage.uae
-        self.c = c
+        c, uae = stage.config, stage.uae
+        self.config = c
         self.uae = uae
         self.tower = stage.tower
         self.G = stage.G
@@ -83,7 +83,7 @@ class Networks:
 
     def captions(self, n, G=1):
         """n captions token by token, G for each image."""
-        T = self.c.caption_len
+        T = self.config.caption_len
         cache, h = self.prefill(n, G)
         self.uae.head(h)
         for t in range(T - 1):
@@ -94,12 +94,12 @@ class Networks:
     def scores(self, n):
         """Logits (n, T, V) of n captions at once."""
         cache, first = self.prefill(n, self.G)
-        others = self.cached(n, self.c.caption_len, self.prompt_len, cache)
+        others = self.cached(n, self.config.caption_len, self.prompt_len, cache)
         return self.uae.head(torch.cat([first, others], 1)[:, :-1])
 
     def text(self, n):
         """Captions to conditions (n, cond_len, D)."""
-        out = self.text_encoder(inputs_embeds=self.embedded(n, self.c.cond_len),
+        out = self.text_encoder(inputs_embeds=self.embedded(n, self.config.cond_len),
                                 attention_mask=self.attend.expand(n, -1), use_cache=False)
         return self.uae.projector(out.last_hidden_state.to(self.uae.projector.up.weight.dtype))
 
@@ -113,7 +113,7 @@ class Networks:
         decoder = self.uae.decoder
         width = self.uae.projector.down.out_features
         z = self.noise(n, self.uae.latent_shape(), decoder.dtype, latent_grad)
-        c = self.noise(n, (self.c.cond_len, width), decoder.dtype, condition_grad)
+        c = self.noise(n, (self.config.cond_len, width), decoder.dtype, condition_grad)
         pooled = self.uae.pooled.expand(n, -1).to(decoder.dtype)
         return decoder(z, c, pooled, torch.ones(n, device=self.uae.device)).sample
 
@@ -136,7 +136,7 @@ def whole_groups(B, G, size):
 
 def network_calls(stage):
     """What the mathematics of one step needs from the networks: a list of `Call`."""
-    c = stage.c
+    c = stage.config
     if c.condition != 'text' or c.checkpointing or c.reward != 'clip':
         raise SystemExit('the bare networks are known for --condition=text --reward=clip '
                          '--checkpointing=False')
@@ -158,7 +158,7 @@ def rows_of_a_denoising_step(c, rows):
 
 
 def cold_start_calls(net, P):
-    c = net.c
+    c = net.config
     S, K = c.sample_steps, c.grad_steps
     part = whole_groups(P, 1, c.micro_batch)
     updates = P // part
@@ -181,7 +181,7 @@ def cold_start_calls(net, P):
 
 def drawing_calls(net, B, G, captions):
     """A rollout's drawings and rewards; captions: how many of an image are drawn."""
-    c = net.c
+    c = net.config
     rows = whole_groups(B, G, c.micro_batch)
     drawn = min(rows, c.micro_batch or rows)        # the VAE goes by micro_batch in any case
     rollouts = B // rows
@@ -204,7 +204,7 @@ def update_rows(B, G, size):
 
 
 def grpo_encoder_calls(net, P, G):
-    c, B = net.c, P * G
+    c, B = net.config, P * G
     written = whole_groups(B, G, c.caption_batch)
     write = partial(net.captions, G=G)
     part = update_rows(B, G, c.micro_batch)
@@ -220,7 +220,7 @@ def grpo_encoder_calls(net, P, G):
 
 def grpo_decoder_calls(net, P, G):
     """The trained steps are replayed in one pass."""
-    c, B = net.c, P * G
+    c, B = net.config, P * G
     _, trained = grpo_decoder.window(0, c, net.uae.sigmas(c.sample_steps))
     part = update_rows(B, G, c.micro_batch)
     rows = len(trained) * part

@@ -28,7 +28,6 @@ sys.path.insert(0, ROOT)
 os.chdir(ROOT)
 import common
 import config
-import grpo_decoder
 from bench.networks import network_calls
 from bench.steps import SCRIPTS, STEPS, WARM_UP, Stage
 from bench.steps import forget_gradients, in_turn, key_of, measure, medians, seconds
@@ -81,7 +80,7 @@ def utilisation(stage, update_seconds):
     flops = counter.get_total_flops()
     device = stage.uae.device
     side = 8192 if device.type == 'cuda' else 1024
-    a = torch.randn(side, side, device=device, dtype=getattr(torch, stage.c.dtype))
+    a = torch.randn(side, side, device=device, dtype=getattr(torch, stage.config.dtype))
     turns = [seconds(torch.matmul, a, a) for _ in range(10 + WARM_UP)]
     peak = 2 * side ** 3 / statistics.median(turns[WARM_UP:])
     return dict(update_flops=flops, matmul_peak=peak,
@@ -128,7 +127,7 @@ def one_stage(name, options, argv):
     row['peak_gb'] = peak_memory()
     row.update(utilisation(stage, row['update']))
 
-    own = stage.c
+    own = stage.config
     title = (f'{name}: {len(stage.x)} x {stage.G}, T {own.caption_len}, '
              f'S {own.sample_steps}, guidance {own.guidance}, {own.dtype}')
     print_column(title, {part: row.get(part, 0.0) for part in PRINTED})
@@ -199,9 +198,9 @@ def compiled(options, argv):
     """grpo_decoder.py's step with and without --compile=True."""
     off = Stage('grpo_decoder', argv, options.random, options.layers)
     on = Stage('grpo_decoder', argv, options.random, options.layers)
-    grpo_decoder.compile_blocks(on.uae)
+    on.uae.compile_decoder()
     if on.reference:
-        grpo_decoder.compile_blocks(on.reference)
+        on.reference.compile_decoder()
     first_step = seconds(measure, on)
     found = in_turn(dict(off=(off, None), on=(on, None)), options.steps)
     out = {}

@@ -106,7 +106,7 @@ class Stage:
         config = parse(script.keys, script.own_presets, argv, script.__file__)
         run = common.start(config)
         self.name = name
-        self.c = config
+        self.config = config
         self.G = getattr(config, 'group', 1)
         self.open_models(random, layers, run.device)
         self.optimiser = common.Optimiser(self.params, config)
@@ -120,7 +120,7 @@ class Stage:
         self.watch_networks()
 
     def open_models(self, random, layers, device):
-        config = self.c
+        config = self.config
         if random:
             self.uae, self.tower = random_models(config, layers, device)
         else:
@@ -137,7 +137,7 @@ class Stage:
 
     def data(self):
         """A batch of images, read anew."""
-        config = self.c
+        config = self.config
         if self.train:
             return self.train.batch(config.seed, 0, config.prompts)
         x = torch.rand(config.prompts, 3, config.resolution, config.resolution) * 2 - 1
@@ -169,7 +169,7 @@ class Stage:
 # Each step as its script does it, without data, optimiser and log: yields the name of each part
 # that is done, and leaves the gradients.
 def cold_start_step(stage):
-    config = stage.c
+    config = stage.config
     seen, batch = cold_start.caption(stage.uae, stage.x, stage.index, 0, config)
     yield 'rollout'
     for _, rows, _ in common.group_slices(len(stage.x), 1, config.micro_batch):
@@ -181,7 +181,7 @@ def cold_start_step(stage):
 
 
 def grpo_encoder_step(stage):
-    config, uae = stage.c, stage.uae
+    config, uae = stage.config, stage.uae
     seen, batch, r = grpo_encoder.rollout(uae, stage.tower, stage.x, stage.index, 0, config)
     batch['adv'] = grpo_encoder.group_advantage(r, config.adv_std).flatten()
     yield 'rollout'
@@ -198,15 +198,15 @@ def grpo_encoder_step(stage):
 
 def decoder_rollout(stage):
     """The batch of grpo_decoder.loss_of."""
-    batch, r, _ = grpo_decoder.rollout(stage.uae, stage.tower, stage.x, stage.index, 0, stage.c,
-                                       stage.negative)
+    batch, r, _ = grpo_decoder.rollout(stage.uae, stage.tower, stage.x, stage.index, 0,
+                                       stage.config, stage.negative)
     batch['adv'] = grpo_decoder.group_advantage(r).flatten()
     batch['old_logp'] = batch['recorded']
     return batch
 
 
 def grpo_decoder_step(stage):
-    config = stage.c
+    config = stage.config
     batch = decoder_rollout(stage)
     yield 'rollout'
     share = 1 / len(batch['adv'])

@@ -152,11 +152,11 @@ def draw_given(uae, text, x, row, seed, name):
     """Draws somebody else's caption of x (1, 3, H, W), the image called `name` -> (1, 3, R, R)."""
     y, mask, cut = uae.tokens([text])
     if cut:
-        most = uae.c.caption_len - 1
+        most = uae.config.caption_len - 1
         print(f'warning: the caption of {name} has more than caption_len - 1 = {most} tokens '
               'and was cut')
     seen = None
-    if uae.c.condition != 'text':                # the decoder is shown the image as well
+    if uae.config.condition != 'text':                # the decoder is shown the image as well
         seen = uae.see(x)
     return draw_captions(uae, y, mask, [row], seen, seed)
 

@@ -37,7 +37,7 @@ def new_uae(c, device='cpu'):
 def at(uae, **keys):
     """The same model under another configuration."""
     other = copy.copy(uae)
-    other.c = types.SimpleNamespace(**{**vars(uae.c), **keys})
+    other.config = types.SimpleNamespace(**{**vars(uae.config), **keys})
     return other
 
 
@@ -92,9 +92,9 @@ def seen(uae, x):
 @pytest.fixture(scope='session')
 def sampled(uae, seen):
     """G captions of each image at temperature 1: y, mask, logp."""
-    u = uniforms(P * G, uae.c.caption_len)
+    u = uniforms(P * G, uae.config.caption_len)
     y, mask, logp = uae.sample_captions(seen, G, 1.0, u)
     lengths = mask.sum(1)
     assert lengths.unique().numel() > 2, 'these tests need captions of several lengths'
-    assert lengths.min() < uae.c.caption_len, 'and some that end'
+    assert lengths.min() < uae.config.caption_len, 'and some that end'
     return y, mask, logp

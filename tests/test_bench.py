@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import config
-import grpo_decoder
 from bench import speed, steps
 from bench.networks import network_calls
 from bench.steps import Stage, measure
 from conftest import at
+from parts import Parts
 from policy import next_state
 from running import STAGES, refusal, tiny
 from tests.peers import flow_grpo, full_logits
@@ -158,7 +158,7 @@ def test_compiled_blocks_are_the_plain_ones(tmp_path, monkeypatch):
         assert a['logp_diff'] < 1e-5
 
 
-def test_the_reference_is_compiled_too(monkeypatch):
+def test_every_block_is_compiled_by_itself(monkeypatch):
     blocks = []
     layers = [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)]
     net = SimpleNamespace(decoder=SimpleNamespace(transformer_blocks=layers))
@@ -167,10 +167,8 @@ def test_the_reference_is_compiled_too(monkeypatch):
         blocks.append(options)
 
     monkeypatch.setattr(torch.nn.Module, 'compile', spy)
-    grpo_decoder.compile_blocks(net)
+    Parts.compile_decoder(net)
     assert len(blocks) == 2
-    grpo_decoder.compile_blocks(net, net)
-    assert len(blocks) == 6
     assert all(options == dict(dynamic=True) for options in blocks)
 
 

@@ -64,7 +64,7 @@ def test_strings_there_and_back(uae):
     y, mask, cut = uae.tokens(texts)
     assert uae.texts(y, mask) == texts
     assert cut == 0
-    T = uae.c.caption_len
+    T = uae.config.caption_len
     assert y.shape == mask.shape == (len(texts), T)
     assert not uae.forbidden[y].any()
     for row, row_mask, text in zip(y.tolist(), mask.int().tolist(), texts):
@@ -74,7 +74,7 @@ def test_strings_there_and_back(uae):
 
 
 def test_strings_too_long_are_cut_and_counted(uae):
-    T = uae.c.caption_len
+    T = uae.config.caption_len
     lengths = (T - 1, T, T + 30)
     texts = [' '.join(['red'] * n) for n in lengths]
     y, mask, count = uae.tokens(texts)
@@ -141,7 +141,7 @@ def test_negative(uae, kind):
         neg = u.negative()
     assert not neg.requires_grad
     y, mask, _ = u.tokens(['large red circle'])
-    n = u.c.cond_len
+    n = u.config.cond_len
     torch.testing.assert_close(neg[:, :n], at(u, condition='text').condition(y, mask))
     rest = 0
     if kind == 'text+image':
@@ -183,7 +183,7 @@ def test_projector_is_two_linear_layers_and_a_gelu():
 def test_text_does_not_see_the_image(uae, seen, sampled):
     y, mask, _ = sampled
     c = uae.condition(y, mask)
-    assert uae.c.condition == 'text'
+    assert uae.config.condition == 'text'
     assert torch.equal(uae.condition(y, mask, seen), c)
     assert torch.equal(uae.condition(y, mask, rolled(seen)), c)
     assert largest(uae.condition(other_token(y, 1), mask) - c).min() > 1e-3
@@ -198,7 +198,7 @@ def test_text_is_the_library_s_encoding_of_the_chat_message(uae):
     ids = torch.tensor([uae.tokenizer(message, add_special_tokens=False).input_ids])
     states = uae.encoder(input_ids=ids, output_hidden_states=True).hidden_states[-1]
     n = ids.shape[1]
-    assert n < uae.c.cond_len
+    assert n < uae.config.cond_len
     c = uae.condition(y, mask)
     torch.testing.assert_close(c[:, :n], uae.projector(states), atol=1e-5, rtol=1e-4)
 
@@ -217,7 +217,7 @@ def test_text_holds_the_caption_and_nothing_after_its_end(uae, sampled):
     assert c.abs().amax((0, 2)).min() > 0
     short = int(mask.sum(1).argmin())
     end = int(mask.sum(1).min()) - 1 + len(uae.before_text) + len(uae.after_text)
-    assert end < uae.c.cond_len - 2
+    assert end < uae.config.cond_len - 2
     assert (c[short, end] - c[short, end - 1]).abs().max() > 1e-3
 
 
@@ -236,14 +236,14 @@ def test_padding_is_masked(uae, sampled):
         handle.remove()
     length = without_end(uae, y, mask).sum(1).long()
     length = length + len(uae.before_text) + len(uae.after_text)
-    length = length.clamp(max=uae.c.cond_len)
-    assert torch.equal(masks[0].bool(), torch.arange(uae.c.cond_len) < length[:, None])
+    length = length.clamp(max=uae.config.cond_len)
+    assert torch.equal(masks[0].bool(), torch.arange(uae.config.cond_len) < length[:, None])
 
 
 def test_text_too_long_keeps_its_beginning_and_the_template_s_end(uae):
     g = torch.Generator().manual_seed(0)
     y, ones = torch.randint(15, 40, (2, 60), generator=g), torch.ones(2, 60)
-    room = uae.c.cond_len - len(uae.before_text) - len(uae.after_text)
+    room = uae.config.cond_len - len(uae.before_text) - len(uae.after_text)
     c = uae.condition(y, ones)
     assert torch.equal(uae.condition(y[:, :room], ones[:, :room]), c)
     shorter = uae.condition(y[:, :room - 1], ones[:, :room - 1])
@@ -266,7 +266,7 @@ def test_answer_is_the_caption_s_states_after_the_image(uae, seen, sampled):
         n = int(lengths[i])
         own = u.projector(states[i, :n])
         torch.testing.assert_close(c[i, :n], own, atol=1e-5, rtol=1e-4)
-        behind = nothing.expand(u.c.cond_len - n, -1)
+        behind = nothing.expand(u.config.cond_len - n, -1)
         torch.testing.assert_close(c[i, n:], behind, atol=1e-6, rtol=1e-5)
     moved = (u.condition(other_token(y, 2), mask, seen) - c).abs().amax(-1)
     assert not moved[:, :2].gt(1e-5).any()                  # causal
@@ -282,7 +282,7 @@ def test_image_does_not_see_the_caption(uae, seen, sampled):
     moved = u.condition(y, mask, rolled(seen))
     torch.testing.assert_close(moved, c.roll(G, 0), atol=1e-6, rtol=1e-5)
     N = seen[0].shape[1]
-    nothing = projection_of_nothing(u).expand(P * G, u.c.cond_len - N, -1)
+    nothing = projection_of_nothing(u).expand(P * G, u.config.cond_len - N, -1)
     torch.testing.assert_close(c[:, N:], nothing, atol=1e-6, rtol=1e-5)
     # each of the image's positions, and no other
     assert positions(c[::G])[1:, :N].min() > 1e-4

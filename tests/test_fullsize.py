@@ -167,7 +167,7 @@ def test_shared_prompt_is_the_naive_forward(uae, photos, G, checkpointing):
     """One vision pass and prefill per image, expanded to the group, against the whole model on
     every row alone: 1e-5."""
     x, seen = photos
-    y, mask, recorded = sample(uae, seen, uniforms(3 * G, uae.c.caption_len))
+    y, mask, recorded = sample(uae, seen, uniforms(3 * G, uae.config.caption_len))
     want = full_forward(uae, x, y).masked_fill(uae.forbidden, -torch.inf).log_softmax(-1)
     with torch.no_grad():
         states = at(uae, checkpointing=checkpointing).caption_states(seen, y)[:, :-1]
@@ -209,7 +209,7 @@ def test_positions_are_the_library_s_in_three_dimensions(uae, photos):
 
 def test_leaving_out_mm_token_type_ids_would_be_seen(uae, photos, monkeypatch):
     x, seen = photos
-    y, mask, recorded = sample(uae, seen, uniforms(6, uae.c.caption_len))
+    y, mask, recorded = sample(uae, seen, uniforms(6, uae.config.caption_len))
     rope_index = uae.encoder.model.get_rope_index
 
     def without_kinds(ids, mm_token_type_ids, **other):
@@ -225,7 +225,7 @@ def test_rope_deltas_of_an_earlier_image_do_not_leak(uae, photos):
     """The library keeps the offset of the last image on the model; ours must not read it, nor
     leave one behind."""
     x, seen = photos
-    u = uniforms(6, uae.c.caption_len)
+    u = uniforms(6, uae.config.caption_len)
     inner = uae.encoder.model
     y, mask, logp = sample(uae, seen, u)
     before = inner.rope_deltas
@@ -248,7 +248,7 @@ def test_images_of_two_sizes_one_after_the_other(uae):
     g = torch.Generator().manual_seed(4)
     small = torch.rand(1, 3, 32, 32, generator=g) * 2 - 1
     large = torch.rand(1, 3, 96, 96, generator=g) * 2 - 1
-    u = uniforms(2, uae.c.caption_len)
+    u = uniforms(2, uae.config.caption_len)
     with torch.no_grad():
         first = sample(uae, uae.see(small), u)
         y, _, _ = sample(uae, uae.see(large), u)

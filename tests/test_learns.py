@@ -190,8 +190,8 @@ def test_flow_loss_is_the_velocity_s_error(uae, captions, noised):
 def test_cold_start_learns_a_batch(uae, x, seen, captions):
     u, (y, mask, _) = copy.deepcopy(uae), captions
     params = u.train_only('encoder', 'projector', 'decoder')
-    tower = backbone('clip', u.c)
-    c = at(u, sample_steps=4, grad_steps=2).c
+    tower = backbone('clip', u.config)
+    c = at(u, sample_steps=4, grad_steps=2).config
     z = torch.randn(P, *u.latent_shape(), generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()

@@ -56,7 +56,7 @@ def largest(difference, mask):
 # --- captions: sampled against re-scored ---------------------------------------------------------
 @pytest.mark.parametrize('temperature', [1.0, 0.7, 1.5])
 def test_recorded_equals_rescored(uae, seen, temperature):
-    u = uniforms(P * G, uae.c.caption_len)
+    u = uniforms(P * G, uae.config.caption_len)
     y, mask, logp = uae.sample_captions(seen, G, temperature, u)
     assert mask.sum(1).unique().numel() > 1
     again = score(uae, seen, y, temperature)
@@ -91,7 +91,7 @@ def test_groups_are_contiguous_blocks(uae, seen, sampled):
     Sampled and scored alone they are the same, and against another image they are not.
     """
     y, mask, logp = sampled
-    u = uniforms(P * G, uae.c.caption_len)
+    u = uniforms(P * G, uae.config.caption_len)
     for i in range(P):
         b = slice(i * G, (i + 1) * G)
         one = rows_of(seen, slice(i, i + 1))
@@ -151,7 +151,7 @@ def test_image_positions_are_two_dimensional(uae, x, sampled):
 def test_template_is_the_processor_s(uae, x, seen):
     """The prompt is what apply_chat_template and the processor make of caption prompt and image."""
     from PIL import Image
-    content = [dict(type='text', text=uae.c.caption_prompt), dict(type='image')]
+    content = [dict(type='text', text=uae.config.caption_prompt), dict(type='image')]
     user = dict(role='user', content=content)
     text = uae.processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     pixels = ((x[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
@@ -169,7 +169,7 @@ def encoder_gradients(uae, checkpointing, seen, y, mask):
         return model.caption_logp(seen, y, 0.9)
 
     other = copy.deepcopy(uae)
-    other.c.checkpointing = checkpointing
+    other.config.checkpointing = checkpointing
     params = other.train_only('encoder')
     logp = other(loss)
     (logp * mask).sum().backward()
@@ -264,7 +264,7 @@ def test_what_is_forbidden(uae):
 def test_forbidden_tokens_are_never_sampled(uae, seen, temperature):
     """Not even where their logits are the largest; they take nothing from the others' share."""
     pushed = with_head(uae, uae.forbidden * 50.0)
-    u = uniforms(P * G, uae.c.caption_len)
+    u = uniforms(P * G, uae.config.caption_len)
     u[0], u[1], u[2] = 0.0, 1 - 2 ** -24, 1e-30
     y, mask, logp = pushed.sample_captions(seen, G, temperature, u)
     assert not uae.forbidden[y].any()
@@ -320,7 +320,7 @@ def test_frequencies_are_the_softmax(uae, seen, temperature):
 
 def test_greedy_is_the_argmax(uae, x, seen):
     y, mask, logp = uae.sample_captions(seen, 2, 0)
-    again = uae.sample_captions(seen, 2, 0, uniforms(2 * P, uae.c.caption_len))
+    again = uae.sample_captions(seen, 2, 0, uniforms(2 * P, uae.config.caption_len))
     for a, b in zip((y, mask, logp), again):
         assert torch.equal(a, b)
     assert torch.equal(y[::2], y[1::2])
@@ -331,7 +331,7 @@ def test_greedy_is_the_argmax(uae, x, seen):
 
 def test_the_uniforms_are_the_randomness(uae, seen, sampled):
     """Same uniforms, same captions; members of a group differ because theirs do."""
-    T, y = uae.c.caption_len, sampled[0]
+    T, y = uae.config.caption_len, sampled[0]
     first, second = uniforms(P * G, T), uniforms(P * G, T, seed=2)
     torch.manual_seed(7)
     assert torch.equal(uae.sample_captions(seen, G, 1.0, first)[0], y)
@@ -357,7 +357,7 @@ def test_the_uniforms_are_the_randomness(uae, seen, sampled):
 def test_mask_has_one_entry_per_sampled_token(uae, sampled):
     """1 up to and with the end token, 0 after it; after it only end tokens."""
     y, mask, _ = sampled
-    T = uae.c.caption_len
+    T = uae.config.caption_len
     assert y.shape == mask.shape == (P * G, T)
     assert set(mask.unique().tolist()) == {0., 1.}
     ends = 0
@@ -373,7 +373,7 @@ def test_mask_has_one_entry_per_sampled_token(uae, sampled):
 
 def test_caption_length_is_respected(uae, seen, sampled):
     short = at(uae, caption_len=5)
-    y, mask, logp = short.sample_captions(seen, G, 1.0, uniforms(P * G, uae.c.caption_len))
+    y, mask, logp = short.sample_captions(seen, G, 1.0, uniforms(P * G, uae.config.caption_len))
     assert y.shape == (P * G, 5)
     assert torch.equal(y, sampled[0][:, :5])
     assert torch.equal(mask, sampled[1][:, :5])

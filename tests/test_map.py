@@ -23,7 +23,7 @@ FILES = (
 PLUMBING = {
     'main', 'backward', 'prepare', 'prepare_answers', 'open_captioned', 'Cuts', 'planned_loss',
     'check_keys',
-    'compile_blocks', 'backbone', 'UAE.__init__', 'UAE.texts', 'UAE.tokens', 'UAE.pad',
+    'backbone', 'UAE.__init__', 'UAE.texts', 'UAE.tokens', 'UAE.pad',
     'UAE.latent_shape',
 }
 # of the paper's method section, in the letters of the code

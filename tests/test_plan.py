@@ -49,7 +49,7 @@ def open_models(c):
 # --- a micro-batch of each stage's own loss, its inputs random ------------------------------------
 def inputs(uae):
     """x, seen, y, mask, z, ones (B,) of one micro-batch."""
-    c = uae.c
+    c = uae.config
     g = torch.Generator().manual_seed(0)
     x = torch.rand(c.micro_batch, 3, c.resolution, c.resolution, generator=g) * 2 - 1
     z = torch.randn(c.micro_batch, *uae.latent_shape(), generator=g)
@@ -61,23 +61,23 @@ def inputs(uae):
 def cold_start_loss(stage, uae, tower):
     x, seen, y, mask, z, _ = inputs(uae)
     batch = dict(x=x, y=y, mask=mask, z=z)
-    return stage.loss_of, tower, seen, batch, 1.0, uae.c
+    return stage.loss_of, tower, seen, batch, 1.0, uae.config
 
 
 def grpo_encoder_loss(stage, uae, tower):
     x, seen, y, mask, z, adv = inputs(uae)
     batch = dict(y=y, weight=mask, recorded=mask, old_logp=mask, adv=adv)
-    return stage.loss_of, seen, batch, 1.0, True, uae.c
+    return stage.loss_of, seen, batch, 1.0, True, uae.config
 
 
 def grpo_decoder_loss(stage, uae, tower):
     x, seen, y, mask, z, adv = inputs(uae)
-    noisy, _ = stage.window(0, uae.c)
+    noisy, _ = stage.window(0, uae.config)
     path = torch.randn(len(z), noisy[1] - noisy[0], *z.shape[1:])
     old_logp = torch.zeros(path.shape[:2])
     batch = dict(z=path, z_next=path, cond=uae.condition(y, mask, seen), adv=adv,
                  recorded=old_logp, old_logp=old_logp)
-    return stage.loss_of, None, batch, 0, 1.0, True, uae.c
+    return stage.loss_of, None, batch, 0, 1.0, True, uae.config
 
 
 def pretrain_decoder_loss(stage, uae, tower):
@@ -91,7 +91,7 @@ def reca_loss(stage, uae, tower):
     x, seen, y, mask, z, ones = inputs(uae)
     drop = torch.zeros(len(z), dtype=torch.bool)
     batch = dict(z0=z, s=ones / 2, eps=z, drop=drop, h=seen[0])
-    return stage.loss_of, None, batch, (y, mask, seen), 1.0, uae.c
+    return stage.loss_of, None, batch, (y, mask, seen), 1.0, uae.config
 
 
 LOSSES = dict(

@@ -58,7 +58,7 @@ def prepare(uae, batch, step, negative, **keys):
 
     keys: configuration keys other than the model's own; the noise levels are SD3's published ones.
     """
-    c = at(uae, sigma_mean=0.0, sigma_std=1.0, **keys).c
+    c = at(uae, sigma_mean=0.0, sigma_std=1.0, **keys).config
     rows = slice(0, len(batch['index']))
     return pretrain_decoder.prepare(uae, c, batch, rows, step, negative)
 

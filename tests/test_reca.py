@@ -75,7 +75,7 @@ def test_states_are_those_of_the_image_wiring(model, seen, sampled, before):
     or beside longer templates."""
     y, mask, _ = sampled
     _, long = before
-    own = reca.before_image(model, model.c.caption_prompt)
+    own = reca.before_image(model, model.config.caption_prompt)
     assert own == model.before_image
     with torch.no_grad():
         want = at(model, condition='image').condition(y[::4], mask[::4], seen)
@@ -91,7 +91,7 @@ def test_states_of_template_and_image(model, seen, before):
     image = reca.image_states(model, seen, templates, 'image')
     both = reca.image_states(model, seen, templates, 'image+template')
     end = len(short) + N
-    assert both.shape[1] == len(long) + N <= model.c.cond_len
+    assert both.shape[1] == len(long) + N <= model.config.cond_len
     assert torch.equal(both[0, len(short):end], image[0])
     assert torch.equal(both[1, len(long):], image[1])
     assert not both[0, end:].any()
@@ -99,16 +99,16 @@ def test_states_of_template_and_image(model, seen, before):
 
 
 def test_a_smaller_image_has_fewer_states(model, x, before):
-    small = reca.see_small(model, x, at(model, see_resolution=16).c)
+    small = reca.see_small(model, x, at(model, see_resolution=16).config)
     assert reca.image_states(model, small, before * 2).shape[1] == 4
-    assert torch.equal(reca.see_small(model, x, model.c)[0], model.see(x)[0])
+    assert torch.equal(reca.see_small(model, x, model.config)[0], model.see(x)[0])
 
 
 def test_templates_are_words_that_the_tokenizer_knows_and_all_are_drawn(model, x, monkeypatch):
     ids = [reca.before_image(model, template) for template in KEYS['templates'].split('|')]
     assert len(set(map(tuple, ids))) == len(ids) >= 5
     assert not any(model.tokenizer.unk_token_id in row for row in ids)
-    assert max(map(len, ids)) + N <= model.c.cond_len
+    assert max(map(len, ids)) + N <= model.config.cond_len
     alone = reca.before_image(model, '')
     assert len(alone) < min(map(len, ids)), 'no template: the image alone'
 
@@ -118,7 +118,7 @@ def test_templates_are_words_that_the_tokenizer_knows_and_all_are_drawn(model, x
         drawn.append([ids.index(row) for row in before])
 
     monkeypatch.setattr(reca, 'image_states', spy)
-    c = at(model, lambda_t2i=0.0).c
+    c = at(model, lambda_t2i=0.0).config
     for rows in (range(4), range(4), range(2, 4)):
         reca.prepare(model, c, x[:len(rows)], rows, 0, ids)
     assert drawn[0] == drawn[1], 'a function of (seed, step, image)'
@@ -185,7 +185,7 @@ def test_loss_is_flow_matching_twice(model, batch):
     start = copy.copy(model)
     student.velocity = off_by(2.0, 3.0)
     start.velocity = off_by(None, 1.0)
-    c = at(model, lambda_t2i=0.5).c
+    c = at(model, lambda_t2i=0.5).config
     with torch.no_grad():
         for target, want, passes in ((None, 9.0, 2), (start, 4.0, 3)):
             calls.clear()
@@ -204,7 +204,7 @@ def train(model, batch, weight):
     student = copy.deepcopy(model)
     params = student.train_only('projector', 'decoder')
     start = student.reference('decoder').reference('projector')
-    c = at(model, lambda_t2i=weight).c
+    c = at(model, lambda_t2i=weight).config
     optimizer = torch.optim.Adam(params, lr=2e-3)
     terms = []
     for _ in range(10):
@@ -236,7 +236,7 @@ def test_dropout_rate_is_the_key_s(model, x, monkeypatch, rate):
     blind = copy.copy(model)
     blind.see = lambda x: None
     blind.to_latent = lambda x: None
-    c = at(model, drop=rate, lambda_t2i=0.0).c
+    c = at(model, drop=rate, lambda_t2i=0.0).config
     batch, _ = reca.prepare(blind, c, x, range(n), 0, [[0]])
     drop = batch['drop']
     noise = (rate * (1 - rate) / n) ** 0.5

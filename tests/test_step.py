@@ -196,7 +196,7 @@ def plain_decoder_loss(uae, samples, step, c, stale=False):
 # --- rollout: noise -------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def tower(uae):
-    return backbone('clip', uae.c)
+    return backbone('clip', uae.config)
 
 
 def stage_2(uae, *argv):
@@ -485,7 +485,7 @@ class Draughtsman:
     """
 
     def __init__(self, uae, held, told):
-        self.c, self.device = uae.c, uae.device
+        self.config, self.device = uae.config, uae.device
         self.real, self.end = uae, uae.end
         self.tokens, self.texts, self.latent_shape = uae.tokens, uae.texts, uae.latent_shape
         self.held, self.told = held, told

@@ -479,7 +479,7 @@ def test_towers_that_are_there_are_not_loaded_again(monkeypatch):
 
 def test_images_in_several_chunks_score_like_all_at_once(uae, x):
     """Every image once and in order, its randomness its own."""
-    c = types.SimpleNamespace(**dict(vars(uae.c), reward='clip', eval_steps=2))
+    c = types.SimpleNamespace(**dict(vars(uae.config), reward='clip', eval_steps=2))
     here = types.SimpleNamespace(rank=0, world=1, device='cpu', master=True)
     held = dict(x=x, names=list('abcd'), scenes=None)
     at_once, _ = evaluate.Evaluator(uae, held, c, here)()

@@ -140,7 +140,7 @@ def random_tower(name, config, device='cpu', known=ARCHITECTURES):
 
 def prompt_tokens(uae):
     """Tokens of a caption prompt, the image's among them; about, where there is no tokenizer."""
-    config, vision = uae.c, uae.encoder.config.vision_config
+    config, vision = uae.config, uae.encoder.config.vision_config
     side = round(config.resolution / vision.patch_size / vision.spatial_merge_size)
     if os.path.isdir(config.encoder):
         return side ** 2 + len(uae.before_image) + len(uae.after_image)
@@ -188,7 +188,7 @@ def kept_by_autograd(uae, tower, loss, size):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, give), uae.autocast():
-        end = uae(loss, tower, size, prompt_tokens(uae), uae.c)     # alive while we count
+        end = uae(loss, tower, size, prompt_tokens(uae), uae.config)     # alive while we count
     own = storages([uae, tower])
     found = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
     del end
@@ -235,7 +235,7 @@ def evaluation_peak(uae, tower):
 
     The caption's cache is the larger of the captioner's needs, and the drawing runs by micro_batch.
     """
-    config, text = uae.c, uae.encoder.config.text_config
+    config, text = uae.config, uae.encoder.config.text_config
     heads = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
     tokens = prompt_tokens(uae) + config.caption_len
     numbers = 2 * tokens * text.num_hidden_layers * heads       # keys and values of a caption
@@ -301,9 +301,9 @@ def plan(config, trained, loss):
         without_storage([uae, tower])
         uae.device = torch.device('cpu')
         evaluation = evaluation_peak(uae, tower) / 1e9
-        uae.c.checkpointing = True
+        uae.config.checkpointing = True
         kept[True] = kept_by_autograd(uae, tower, loss, size)
-        uae.c.checkpointing = False
+        uae.config.checkpointing = False
         uae.decoder.disable_gradient_checkpointing()
         kept[False] = kept_by_autograd(uae, tower, loss, size)
     layers = dict(encoder=uae.encoder.config.text_config.num_hidden_layers,

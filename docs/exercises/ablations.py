@@ -17,7 +17,7 @@ PAGE = 'docs/exercises/ablations.md'
 
 REWARDS = '    r = torch.cat(rewards).view(P, G)\n'
 ADVANTAGE = "group_advantage(mine, config.adv_std)"
-WINDOW = '    noisy, trained = window(step, config, uae.sigmas(config.sample_steps))\n'
+WINDOW = '    (begin, _), trained = window(step, config, uae.sigmas(config.sample_steps))\n'
 IMAGE = '        return torch.cat([self.vae.decode(part).sample.float() for part in parts])\n'
 
 # name -> [(file, old text, new text)]
@@ -51,7 +51,7 @@ FORKS = dict(
         ('grpo_decoder.py', WINDOW,
          WINDOW + "    tokens = batch['cond']              # the condition anew, with a gradient\n"
          '    cond = uae.condition(tokens[:, 0].long(), tokens[:, 1])\n'),
-        ('grpo_decoder.py', "replay = (trained, batch['cond'],", 'replay = (trained, cond,'),
+        ('grpo_decoder.py', "steps=trained, c=batch['cond'], ", 'steps=trained, c=cond, '),
         ('grpo_decoder.py', "train_only('decoder')", "train_only('decoder', 'projector')")],
     blind=[
         ('model.py', IMAGE,

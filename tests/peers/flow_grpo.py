@@ -26,7 +26,7 @@ def replay(stage, uae, batch, j):
     One forward pass of 2B rows for both branches of the guidance; the unconditional half has a
     gradient too, and is then detached.
     """
-    c, cond = stage.c, batch['cond']
+    c, cond = stage.config, batch['cond']
     z, z_next = batch['z'][:, j], batch['z_next'][:, j]
     sigmas = uae.sigmas(c.sample_steps)
     noisy, _ = grpo_decoder.window(0, c, sigmas)
@@ -46,7 +46,7 @@ def step(stage):
     The rollout runs the networks as often as ours, so that is shared; `dit` is the decoder's time
     in the rollout and the whole update.
     """
-    c = stage.c
+    c = stage.config
     batch = decoder_rollout(stage)
     yield 'rollout'
 

@@ -49,7 +49,7 @@ WAYS = dict(token_logp=token_logp, naive=naive_logp)
 
 def compare(argv):
     """Peak of the caption log-prob and its gradient on rows of the stage, V = 152k."""
-    c = Stage('grpo_encoder', argv).c
+    c = Stage('grpo_encoder', argv).config
     B, T = c.prompts * c.group, c.caption_len
     head = torch.nn.Linear(d, V, bias=False)
     states = torch.randn(B, T, d)

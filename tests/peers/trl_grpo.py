@@ -57,7 +57,7 @@ def open_stage(argv, vocab):
     uae.encoder = widened(uae.encoder, vocab)
     uae.requires_grad_(False)
     stage.params = uae.train_only('encoder')
-    stage.optimiser = common.Optimiser(stage.params, stage.c)
+    stage.optimiser = common.Optimiser(stage.params, stage.config)
     uae.forbidden = torch.zeros(uae.head.weight.shape[0], dtype=torch.bool)
     uae.forbidden[uae.tokenizer.all_special_ids] = True
     return stage
@@ -68,7 +68,7 @@ def our_loss(stage, y=None):
 
     y: completions given instead of sampled.
     """
-    c, uae = stage.c, stage.uae
+    c, uae = stage.config, stage.uae
     B = len(stage.x) * stage.G
     mask = torch.ones(B, c.caption_len)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def trainer_of(captioner, stage, steps, callbacks=()):
     """TRL's trainer on the same pictures, for so many updates, and its data set."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
-    c = stage.c
+    c = stage.config
     T = c.caption_len
     special = stage.uae.tokenizer.all_special_ids
     pictures = []
@@ -146,7 +146,7 @@ def speed(stage, captioner, steps):
 def gradients_differ(stage, captioner):
     """Relative Euclidean distance of the language model's gradients on the same completions."""
     uae = stage.uae
-    B, T = len(stage.x) * stage.G, stage.c.caption_len
+    B, T = len(stage.x) * stage.G, stage.config.caption_len
     allowed = (~uae.forbidden).nonzero().flatten()
     draws = torch.Generator().manual_seed(0)
     y = allowed[torch.randint(len(allowed), (B, T), generator=draws)]
@@ -198,13 +198,13 @@ def main(argv):
     encoder.load_state_dict(start.state_dict())
     trainer, _ = trainer_of(copy.deepcopy(start), stage, 1)
     out['trl_peak_bytes'] = peak(trainer.train, stage.x.device)
-    stage.optimiser = common.Optimiser(stage.params, stage.c)
+    stage.optimiser = common.Optimiser(stage.params, stage.config)
     out['ours_peak_bytes'] = peak(lambda: our_step(stage), stage.x.device)
 
     encoder.load_state_dict(start.state_dict())
     out['gradients_differ_by'] = gradients_differ(stage, copy.deepcopy(start))
-    title = (f'TRL: {len(stage.x)} images x {stage.G} captions of {stage.c.caption_len} tokens, '
-             f'V = {len(stage.uae.forbidden)}')
+    title = (f'TRL: {len(stage.x)} images x {stage.G} captions of '
+             f'{stage.config.caption_len} tokens, V = {len(stage.uae.forbidden)}')
     table(title, {name: {'': value} for name, value in out.items()})
     if 'json' in own:
         common.write_json(own['json'], dict(out, argv=argv))
