@@ -19,13 +19,13 @@ frozen, and no gradient passes through the drawing.
     paper                       here                         why
     mean over a caption, then   mean over all tokens of the  no bias to short captions; key
     over captions               step                         `loss_mean`
-    text encoder of the reward  the captioner as it is now   training it also moves the condition
-    not stated                                               that the frozen decoder reads;
-                                                             text_encoder=start holds it still
+    text encoder of the reward  tiny: the captioner as the   else each update also moves what the
+    not stated                  stage found it; else the     frozen decoder reads, and true
+                                captioner as it is now       captions are drawn worse
     start noise not stated      one start noise per group    captions alone tell rewards apart
     ratio clip not stated       0.2                          GRPO's own; binds only if updates > 1
-    KL 1e-6 (v5)                tiny: kl 0, a falling        the falling rate keeps the captioner
-                                learning rate                from collapsing (docs/results.md)
+    KL 1e-6 (v5)                tiny: 0.03, and a falling    it keeps captions true: without it
+                                learning rate                they become a code for this decoder
     truncated captions          rewarded as they stand       what was cut off draws nothing; the
     not stated                                               field `truncated` is their share
     old log-prob not stated     float32: as recorded while   key `old_logp`; in bfloat16 another
@@ -60,7 +60,7 @@ keys = dict(
     loss_mean = 'token',       # token: over all tokens of the step | caption: over each caption,
                                # then captions (GRPO, the paper) | constant: the sum / (captions *
                                # caption_len), no length normalisation at all (Dr. GRPO)
-    kl = 0.0,                  # weight of the k3 estimate against the stage's initial captioner
+    kl = 0.03,                 # weight of the k3 estimate against the stage's initial captioner
     updates = 1,               # optimiser steps per rollout; 1 = on policy
     lr = 1e-4,                 # a larger step makes conditions that the decoder does not know
     grad_clip = 1.0,           # largest gradient norm
@@ -72,6 +72,7 @@ keys = dict(
     shuffle_reward = False,    # control: rewards permuted over the batch teach nothing
 )
 own_presets = dict(
+    tiny=dict(text_encoder='start'),        # the published sizes keep the paper's live one
     medium=dict(steps=500, prompts=8, group=4, lr=1e-6, kl=1e-6, lr_decay=0.0),
     paper=dict(steps=500, prompts=64, group=4, lr=1e-6, kl=1e-6, lr_decay=0.0))
 # -------------------------------------------------------------------------------------------------

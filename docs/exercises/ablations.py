@@ -1,4 +1,4 @@
-"""Ten ablations and three mistakes, each a fork: a few named edits to one file of the project.
+"""Twelve ablations and three mistakes, each a fork: a few named edits to one file of the project.
 
     python docs/exercises/ablations.py                  # the forks, and what each changes
     python docs/exercises/ablations.py length           # makes the edits in the working tree
@@ -18,6 +18,13 @@ PAGE = 'docs/exercises/ablations.md'
 REWARDS = '    r = torch.cat(rewards).view(P, G)\n'
 ADVANTAGE = "group_advantage(mine, config.adv_std)"
 WINDOW = '    (begin, _), trained = window(step, config, uae.sigmas(config.sample_steps))\n'
+PIXEL_REWARD = '''def own_reward(texts, x, x_hat):
+    """Any function of B captions and images (B, 3, R, R) -> (B,); here minus the pixels' error."""
+    return -(x - x_hat).square().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def rollout('''
 IMAGE = '        return torch.cat([self.vae.decode(part).sample.float() for part in parts])\n'
 
 # name -> [(file, old text, new text)]
@@ -29,10 +36,18 @@ FORKS = dict(
         ('grpo_encoder.py', 'adv_std = True, ', 'adv_std = False,')],
     no_clip=[
         ('grpo_encoder.py', 'clip_range = (0.2, 0.2),', 'clip_range = (1e9, 1e9),')],
-    kl=[
-        ('grpo_encoder.py', '    kl = 0.0,', '    kl = 0.1,')],
+    no_kl=[
+        ('grpo_encoder.py', '    kl = 0.03, ', '    kl = 0.0,  ')],
+    live=[
+        ('grpo_encoder.py', "tiny=dict(text_encoder='start'), ", "tiny=dict(text_encoder='live'),  ")],
     judge=[
         ('config.py', "reward = 'clip', ", "reward = 'judge',")],
+    function=[
+        ('grpo_encoder.py', '@torch.no_grad()\ndef rollout(', PIXEL_REWARD),
+        ('grpo_encoder.py', '        rewards.append(clip_reward(x[images], x_hat, tower))\n',
+         "        texts = uae.texts(batch['y'][rows], batch['mask'][rows])\n"
+         '        sources = x[images].repeat_interleave(G, 0)\n'
+         '        rewards.append(own_reward(texts, sources, x_hat))\n')],
     length=[
         ('grpo_encoder.py', REWARDS,
          REWARDS + "    r = r - 0.02 * batch['mask'].sum(1).view(P, G)\n")],
