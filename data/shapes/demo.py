@@ -55,6 +55,10 @@ PANELS = {                     # title -> fields of the curves
 }
 PACKAGES = ('torch', 'transformers', 'diffusers', 'open_clip_torch', 'numpy')
 PICTURES = 8                   # scenes shown in before_after.png
+NEXT = '''Look at   {out}/report.html
+Then try  python sample.py --init_from={out}/grpo_decoder --prompt="small red circle top-left ."
+          make bench
+          python docs/exercises/ablations.py function'''
 
 
 # --- stages and their scores ---------------------------------------------------------------------
@@ -132,6 +136,13 @@ def limits(uae, towers, held):
     for name, value in world.caption_scores(texts, scenes).items():
         cool[f'caption_{name}'] = value
     return dict(ceiling=ceiling, floor=floor, base_cool=cool)
+
+
+def announce(name, summary, seconds):
+    """Prints what a stage came to, in three numbers."""
+    print(f'{name} ({seconds:.0f} s): judge {summary["judge"]:.3f} for its reconstructions; '
+          f'sampled captions state {summary["caption_recall"]:.0%} of a scene; '
+          f'images of true captions are {summary["t2i_true"]:.0%} right', flush=True)
 
 
 def read_history(out):
@@ -225,8 +236,10 @@ def versions():
 # --- the loop ------------------------------------------------------------------------------------
 def run_all(config, held):
     """Trains and scores everything -> results, seconds, history: dicts by name."""
+    print('scoring the base models on held-out scenes, then three stages', flush=True)
     results = dict(base=score('base', '', config, held))
     seconds = dict(eval_base=results['base']['seconds'])
+    announce('base', results['base']['summary'], seconds['eval_base'])
     history, out = {}, ''
     for name, script in STAGES.items():
         flags = [f'--steps={config.steps}'] if config.steps else []
@@ -236,6 +249,7 @@ def run_all(config, held):
         history[name] = read_history(out)
         results[name] = score(name, out, config, held)
         seconds[f'eval_{name}'] = results[name]['seconds']
+        announce(name, results[name]['summary'], seconds[name])
         if name == 'grpo_encoder' and config.controls:
             # half the updates on the same learning rate schedule
             half = (config.steps or grpo_encoder.keys['steps']) // 2
@@ -245,6 +259,8 @@ def run_all(config, held):
             history[CONTROL] = read_history(control)
             results[CONTROL] = score(CONTROL, control, config, held)
             seconds[f'eval_{CONTROL}'] = results[CONTROL]['seconds']
+            announce('stage 2 with shuffled rewards', results[CONTROL]['summary'],
+                     seconds[CONTROL])
     return results, seconds, history
 
 
