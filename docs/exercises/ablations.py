@@ -39,7 +39,8 @@ FORKS = dict(
     no_kl=[
         ('grpo_encoder.py', '    kl = 0.03, ', '    kl = 0.0,  ')],
     live=[
-        ('grpo_encoder.py', "tiny=dict(text_encoder='start'), ", "tiny=dict(text_encoder='live'),  ")],
+        ('grpo_encoder.py', "tiny=dict(text_encoder='start'), ",
+         "tiny=dict(text_encoder='live'),  ")],
     judge=[
         ('config.py', "reward = 'clip', ", "reward = 'judge',")],
     function=[
