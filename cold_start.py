@@ -118,8 +118,8 @@ def main(argv):
 
     for step in progress('cold_start', start_step, config, run):
         evaluate.every(step)
-        images = train.batch(config.seed, step, config.prompts, run.rank, run.world)
-        seen, batch = caption(uae, images['x'].to(run.device), images['index'], step, config)
+        source = train.batch(config.seed, step, config.prompts, run.rank, run.world)
+        seen, batch = caption(uae, source['x'].to(run.device), source['index'], step, config)
         stats = Stats()
         for _, rows, last in common.group_slices(P, 1, config.micro_batch):
             part = common.take(batch, rows)

@@ -249,12 +249,12 @@ def main(argv):
 
     for step in progress('reca', start_step, config, run):
         evaluate.every(step)
-        images = train.batch(config.seed, step, config.batch, run.rank, run.world)
+        source = train.batch(config.seed, step, config.batch, run.rank, run.world)
         stats = Stats()
         captions = [torch.zeros(0, config.caption_len, dtype=torch.bool)]
         for _, rows, last in common.group_slices(P, 1, config.micro_batch):
-            x = images['x'][rows].to(run.device)
-            batch, caption = prepare(uae, config, x, images['index'][rows], step, templates)
+            x = source['x'][rows].to(run.device)
+            batch, caption = prepare(uae, config, x, source['index'][rows], step, templates)
             with common.no_sync(ddp, last):
                 loss, f_v, f_y = ddp(loss_of, start, batch, caption, 1 / P, config)
                 loss.backward()
