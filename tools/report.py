@@ -8,7 +8,6 @@ The page is one file without a server: images are inside it, and it reads withou
 --out_dir=DIR puts it elsewhere.
 """
 import base64
-import difflib
 import io
 import os
 import re
@@ -21,8 +20,10 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from config import ConfigError, literal
-from tools.report_curves import curves_html, number
-from tools.report_data import read_json, read_runs, scenes_of, stops_of
+from tools.report_curves import curves_html
+from tools.report_data import finite, number, read_json, read_runs, scenes_of, stops_of
+from tools.report_gif import write_gif
+from tools.report_words import SHADES, caption_html, closed_up, tokens_html
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
@@ -33,8 +34,6 @@ keys = dict(
 HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = 64                     # pixels: images up to this size stay as they are, square by square
 LARGE = 256                    # pixels: larger ones are made as small as this
-SHADES = 8                     # steps of a token's shade
-LOGP_FLOOR = -4.6              # a token with probability .01 or less has the darkest shade
 LOOP_PLACES = dict(            # left and top of the two images in the drawings of the loop
     x=dict(wide=(26, 22), narrow=(38, 26)),
     x_hat=dict(wide=(744, 22), narrow=(38, 272)))
@@ -101,71 +100,6 @@ def stop_label(stop, runs):
     return f'{run.name}, update {stop.step}{of}'
 
 
-# --- captions ------------------------------------------------------------------------------------
-def new_words(words, before):
-    """Places of the words that a caption did not have before, as a set."""
-    matcher = difflib.SequenceMatcher(None, before, words, autojunk=False)
-    places = set()
-    for kind, _, _, start, end in matcher.get_opcodes():
-        if kind != 'equal':
-            places.update(range(start, end))
-    return places
-
-
-def false_words(words, false):
-    """Places of the words of those phrases, between commas, that are among the false ones."""
-    false = {' '.join(str(phrase).split()) for phrase in false}
-    places, start = set(), 0
-    for end in range(len(words) + 1):
-        if end == len(words) or words[end] in (',', '.'):
-            phrase = range(start, end)
-            if ' '.join(words[start:end]) in false:
-                places.update(phrase)
-            start = end + 1
-    return places
-
-
-def caption_html(caption, before=None, false=()):
-    """A caption: words new since `before` marked, false phrases struck out."""
-    words = str(caption).split()
-    new = set()
-    if before is not None:
-        new = new_words(words, str(before).split())
-    struck = false_words(words, false)
-    parts, last = [], None
-    for place, word in enumerate(words):
-        style = (place in new, place in struck)
-        if style == last:
-            parts[-1][1].append(word)
-        else:
-            parts.append((style, [word]))
-        last = style
-    texts = []
-    for (is_new, is_struck), group in parts:
-        text = escape(' '.join(group))
-        if is_new:
-            text = f'<mark>{text}</mark>'
-        if is_struck:
-            text = f'<del>{text}</del>'
-        texts.append(text)
-    return ' '.join(texts) or '<em>empty caption</em>'
-
-
-def shade(logp):
-    """0 for a certain token to SHADES for an unlikely one."""
-    share = min(1, max(0, logp / LOGP_FLOOR))
-    return round(share * SHADES)
-
-
-def tokens_html(member):
-    """A caption whose tokens are shaded by their log-prob."""
-    parts = []
-    for token, logp in zip(member.get('tokens') or [], member.get('logp') or []):
-        parts.append(f'<span class="shade{shade(logp)}" title="log-prob {logp:.2f}">'
-                     f'{escape(str(token))}</span>')
-    return ''.join(parts) or escape(str(member.get('caption', '')))
-
-
 # --- sections ------------------------------------------------------------------------------------
 def runs_html(runs, stops):
     """What was run, and how far it came."""
@@ -225,13 +159,13 @@ def slider_html(runs, stops):
             f'<div id="stages">{"".join(buttons)}</div></div>')
 
 
-def sample_html(stop, runs, sample, before, alone):
+def sample_html(stop, runs, sample, before):
     """One watched image at one stop."""
-    label = escape(stop_label(stop, runs))
     image = picture(sample['image'], f'reconstruction: {sample.get("caption", "")}')
     caption = caption_html(sample.get('caption', ''), before, sample.get('false') or ())
     scores = [f'{name} {number(sample[name])}' for name in ('reward', 'judge') if name in sample]
-    return (f'<figure {at_stop(stop)}><p class="when">{label}</p>{image}'
+    when = f'came back<span class="then">: {escape(stop_label(stop, runs))}</span>'
+    return (f'<figure {at_stop(stop)}><p class="when">{when}</p>{image}'
             f'<figcaption><p class="caption">{caption}</p>'
             f'<p class="scores">{" · ".join(scores)}</p></figcaption></figure>')
 
@@ -244,11 +178,11 @@ def scene_html(scene, runs, stops):
         if sample is None:
             figures.append(f'<p data-stop="{stop.index}" class="absent">not watched here</p>')
             continue
-        figures.append(sample_html(stop, runs, sample, before, len(stops) == 1))
+        figures.append(sample_html(stop, runs, sample, before))
         before = sample.get('caption', '')
         truth = sample.get('truth') or truth
     if truth:
-        truth = f'<p class="truth">{escape(str(truth))}</p>'
+        truth = f'<p class="truth">{closed_up(escape(str(truth)))}</p>'
     source = picture(scene.source, f'source: {scene.name}')
     return (f'<article class="scene"><figure class="source"><p class="when">source</p>{source}'
             f'<figcaption>{truth}</figcaption></figure>{"".join(figures)}</article>')
@@ -256,25 +190,22 @@ def scene_html(scene, runs, stops):
 
 def sort_key(member):
     reward = member.get('reward')
-    if number(reward) == '–':
+    if not finite(reward):
         return -float('inf')
     return reward
 
 
 def bar_html(advantage, most):
-    """A bar from the middle, negative to the left, `most` filling one half."""
-    value = advantage
-    if number(advantage) == '–':
-        value = 0.0
+    """A bar from the middle, negative to the left, `most` filling one half; and the number."""
+    value = 0.0
+    if finite(advantage):
+        value = advantage
     share = 50 * abs(value) / most
-    side = 'left: 50%'
-    sign = 'plus'
+    side, sign = 'left', 'plus'
     if value < 0:
-        side = 'right: 50%'
-        sign = 'minus'
-    return (f'<span class="advantage"><span class="bar"><i class="{sign}" '
-            f'style="{side}; width: {share:.1f}%"></i></span>'
-            f'<b>{value:+.2f}</b></span>').replace('-', '−', 0)
+        side, sign = 'right', 'minus'
+    return (f'<span class="bar"><i class="{sign}" style="{side}: 50%; width: {share:.1f}%"></i>'
+            f'</span><b>{value:+.2f}</b>')
 
 
 def member_html(member, place, run, most):
@@ -284,7 +215,7 @@ def member_html(member, place, run, most):
     if 'image' in member:
         path = os.path.join(run.folder, member['image'] or '')
         image = picture(path, f'drawing {place + 1} of the group')
-        return f'<li class="drawing">{image}<span class="row">{reward}{bar}</span></li>'
+        return f'<li class="drawing">{image}{reward}{bar}</li>'
     return f'<li class="words">{reward}{bar}<span class="tokens">{tokens_html(member)}</span></li>'
 
 
@@ -293,7 +224,7 @@ def group_html(stop, runs, edge):
     run = runs[stop.run]
     group = run.groups[stop.step]
     members = sorted(group.get('members') or [], key=sort_key, reverse=True)
-    sizes = [abs(member['adv']) for member in members if number(member.get('adv')) != '–']
+    sizes = [abs(member['adv']) for member in members if finite(member.get('adv'))]
     most = max(sizes, default=0) or 1
     kind = 'words'
     if group.get('kind') == 'drawings':
@@ -304,29 +235,32 @@ def group_html(stop, runs, edge):
         shown = ' edge'
     caption = ''
     if group.get('caption'):
-        caption = f'<p class="caption">{escape(str(group["caption"]))}</p>'
+        caption = f'<p class="caption">{caption_html(group["caption"])}</p>'
     source = picture(os.path.join(run.folder, group.get('source') or ''), 'the image of the group')
+    when = f'source<span class="then">: {escape(stop_label(stop, runs))}</span>'
+    head = f'<li class="head"><span>reward</span><span>advantage</span><span>{LEGEND}</span></li>'
+    if kind == 'drawings':
+        head = ''
     return (f'<div class="stop group{shown}" data-stop="{stop.index}">'
-            f'<figure class="source"><p class="when">{escape(stop_label(stop, runs))}</p>{source}'
+            f'<figure class="source"><p class="when">{when}</p>{source}'
             f'<figcaption>{caption}</figcaption></figure>'
-            f'<ol class="members {kind}"><li class="head" aria-hidden="true"><span>reward</span>'
-            f'<span>advantage</span></li>{"".join(rows)}</ol></div>')
+            f'<ol class="members {kind}">{head}{"".join(rows)}</ol></div>')
 
 
-LEGEND = ''.join(f'<span class="shade{k}">&nbsp;</span>' for k in range(SHADES + 1))
+SWATCHES = ''.join(f'<i class="shade{k}"></i>' for k in range(SHADES + 1))
+LEGEND = f'tokens: certain <span class="swatches">{SWATCHES}</span> probability .01 or less'
 NO_GROUP = 'No group here: groups open after an update of stage 2 or 3.'
 
 
 def groups_html(runs, stops):
-    """The groups of all stops, and what the shades mean."""
+    """The groups of all stops."""
     opened = {}
     for stop in stops:
         if stop.step in runs[stop.run].groups:
             opened.setdefault(stop.run, []).append(stop)
     if not opened:
         return '<p class="none">No run here opened a group.</p>'
-    parts = [f'<p class="legend shades">tokens: certain {LEGEND} surprising (probability .01 or '
-             'less)</p>']
+    parts = []
     for stop in stops:
         own = opened.get(stop.run, [])
         if stop in own:
@@ -449,7 +383,6 @@ def main(argv):
         return
     folders, values = read_arguments(argv)
     if values['gif']:
-        from tools.report_gif import write_gif
         write_gif(folders, values['gif'])
         print(values['gif'])
         return

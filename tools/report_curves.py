@@ -6,6 +6,8 @@ import math
 from html import escape
 from typing import NamedTuple
 
+from tools.report_data import finite, number
+
 WIDTH, HEIGHT = 360, 190       # of a drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 34, 352, 22, 168
 GAP = 10                       # between two runs
@@ -41,19 +43,6 @@ PANELS = (
           'the decoder still reads plain language, not only what this encoder writes.',
           dict(t2i_own='own captions', t2i_true='true captions'), 0, 1),
 )
-
-
-def number(value):
-    """A score as .83, a count as 14.8; a dash for what is none."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        return '–'
-    if abs(value) >= 10:
-        return f'{value:.1f}'
-    return f'{value:.2f}'
-
-
-def finite(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 # --- where things are ----------------------------------------------------------------------------
@@ -107,6 +96,16 @@ def scale(values, least, most):
     return low, high
 
 
+def ticks(low, high):
+    """Two to five round numbers between the ends of an axis."""
+    rough = (high - low) / 3
+    power = 10 ** math.floor(math.log10(rough))
+    step = max(unit * power for unit in (1, 2, 5) if unit * power <= rough)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(place * step, 12) for place in range(first, last + 1)]
+
+
 def lines_of(runs, stops, field):
     """One list of (run, step, value) for each run that measured the field."""
     found = []
@@ -120,7 +119,7 @@ def lines_of(runs, stops, field):
 
 
 # --- one drawing ---------------------------------------------------------------------------------
-def frame(runs, axis, low, high):
+def frame(runs, axis, height, low, high):
     """Names of the runs, their first and last update, and the scale."""
     parts = []
     for run, (start, end) in axis.ends.items():
@@ -133,10 +132,11 @@ def frame(runs, axis, low, high):
         parts.append(f'<text class="stage" x="{middle:.1f}" y="{TOP - 8}">{escape(name)}</text>')
         parts.append(f'<text class="update" x="{middle:.1f}" y="{BOTTOM + 15}">'
                      f'{axis.last[run]} updates</text>')
-    for share in (0.06, 0.5, 0.94):
-        y = BOTTOM - share * (BOTTOM - TOP)
-        value = number(low + share * (high - low))
-        parts.append(f'<text class="scale" x="{LEFT - 5}" y="{y + 3:.1f}">{value}</text>')
+    for value in ticks(low, high):
+        y = f'{height(value):.1f}'
+        parts.append(f'<line class="grid" x1="{LEFT + GAP / 4}" x2="{RIGHT - GAP / 4}" '
+                     f'y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="scale" x="{LEFT - 4}" y="{y}" dy="3.5">{value:g}</text>')
     return parts
 
 
@@ -192,7 +192,7 @@ def panel_html(panel, runs, stops):
     def height(value):
         return BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP)
 
-    drawn = frame(runs, axis, low, high)
+    drawn = frame(runs, axis, height, low, high)
     for place, lines in enumerate(curves.values()):
         drawn += [curve(points, axis, height, f'line{place}') for points in lines]
     drawn += [cursor(stop, runs[stop.run], curves, axis, height) for stop in stops]

@@ -4,6 +4,7 @@ Nothing here needs torch. A run may be unfinished, of an older version, or watch
 missing is empty, and a line that a kill cut short is passed over.
 """
 import json
+import math
 import os
 from typing import NamedTuple
 
@@ -30,6 +31,20 @@ class Stop(NamedTuple):
     run: int
     step: int
     edge: bool                 # the first or the last of its run: shown without scripts
+
+
+# --- numbers ------------------------------------------------------------------------------------
+def finite(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def number(value):
+    """A score as 0.83, a count as 14.8, and a dash for what is no number."""
+    if not finite(value):
+        return '–'
+    if abs(value) >= 10:
+        return f'{value:.1f}'
+    return f'{value:.2f}'
 
 
 # --- files ---------------------------------------------------------------------------------------
