@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from data.shapes import scenes as world
 from running import lines, refusal
-from tools import report, report_data
+from tools import report, report_curves, report_data
 from tools import report_words as words
 
 STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
@@ -190,6 +191,16 @@ def test_shades_go_from_certain_to_unlikely():
     assert words.shade(-9.0) == words.shade(-math.inf) == words.shade(None) == words.SHADES
 
 
+@pytest.mark.parametrize('low, high, expected', [
+    (0, 1, [0, 0.5, 1]),
+    (0.41, 1.03, [0.6, 0.8, 1]),
+    (0, 15.2, [0, 10]),
+    (-0.3, 0.3, [-0.2, 0, 0.2]),
+])
+def test_ticks_are_round(low, high, expected):
+    assert report_curves.ticks(low, high) == expected
+
+
 # --- what may be missing --------------------------------------------------------------------------
 @pytest.fixture
 def run(tmp_path):
@@ -328,7 +339,8 @@ def colours(browser, scheme):
 
 
 STATE = '''
-const seen = selector => [...document.querySelectorAll(selector)].filter(e => e.getClientRects().length)
+const all = selector => [...document.querySelectorAll(selector)]
+const seen = selector => all(selector).filter(e => e.getClientRects().length)
 const text = selector => seen(selector).map(e => e.textContent)
 return {
   stop: Number(document.querySelector('#stop').value),
@@ -405,6 +417,20 @@ def test_keys_move_the_slider_by_one(browser):
     outline = browser.execute_script(
         'return getComputedStyle(document.activeElement).outlineStyle')
     assert outline == 'solid'                               # the focus is to be seen
+
+
+def test_play_runs_from_the_start_until_a_key(browser):
+    from selenium.webdriver import Keys
+    from selenium.webdriver.common.by import By
+    play = browser.find_element(By.ID, 'play')
+    play.click()
+    assert state(browser)['stop'] == 0 and play.text == 'Pause'
+    deadline = time.time() + 10
+    while state(browser)['stop'] == 0 and time.time() < deadline:
+        time.sleep(0.05)
+    assert state(browser)['stop'] > 0
+    press(browser, Keys.ARROW_LEFT)
+    assert play.text == 'Play'
 
 
 def luminance(colour):

@@ -204,8 +204,9 @@ def bar_html(advantage, most):
     side, sign = 'left', 'plus'
     if value < 0:
         side, sign = 'right', 'minus'
+    shown = f'{value:+.2f}'.replace('-', '−')
     return (f'<span class="bar"><i class="{sign}" style="{side}: 50%; width: {share:.1f}%"></i>'
-            f'</span><b>{value:+.2f}</b>')
+            f'</span><b>{shown}</b>')
 
 
 def member_html(member, place, run, most):
@@ -368,10 +369,11 @@ def read_arguments(argv):
             raise ConfigError(f'expected folders and --key=value, got {argument!r}')
         if not match:
             folders.append(argument)
-        elif match[1] not in keys:
-            raise ConfigError(f'unknown key {match[1]!r}; the keys are: {" ".join(keys)}')
-        else:
-            values[match[1]] = literal(match[1], keys[match[1]], match[2])
+            continue
+        key, text = match.groups()
+        if key not in keys:
+            raise ConfigError(f'unknown key {key!r}; the keys are: {" ".join(keys)}')
+        values[key] = literal(key, keys[key], text)
     if not folders:
         raise ConfigError('expected a folder of runs, for example out/demo, or several runs')
     return folders, values

@@ -24,8 +24,9 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel('Reward and judge',
-          'How alike source and reconstruction are, 1 is equal. The reward is trained on. The judge '
-          'is another network that no training sees. When only the reward rises, it is fooled.',
+          'How alike source and reconstruction are, 1 is equal. The reward is trained on. The '
+          'judge is another network that no training sees. When only the reward rises, it is '
+          'fooled.',
           dict(reward='reward', judge='judge'), math.nan, math.nan),
     Panel('Caption length',
           'Tokens of a caption. Nothing rewards length: captions grow where words help to draw.',
@@ -46,7 +47,7 @@ PANELS = (
 
 
 # --- where things are ----------------------------------------------------------------------------
-def bands(runs, stops):
+def shares(stops):
     """run number -> (left, right) of the share of the width that is its own, in [0, 1].
 
     As wide as its stops are many. A run without stops has none.
@@ -64,11 +65,13 @@ def bands(runs, stops):
 class Axis:
     """x of a run's step, between two ends."""
 
-    def __init__(self, runs, stops, left, right, gap):
+    def __init__(self, stops, left, right, gap):
         self.ends = {}
-        for run, (start, end) in bands(runs, stops).items():
-            width = right - left
-            self.ends[run] = (left + start * width + gap / 2, left + end * width - gap / 2)
+        width = right - left
+        for run, (start, end) in shares(stops).items():
+            first = left + start * width
+            last = left + end * width
+            self.ends[run] = (first + gap / 2, last - gap / 2)
         self.last = {}
         for stop in stops:
             self.last[stop.run] = max(stop.step, self.last.get(stop.run, 0))
@@ -97,10 +100,10 @@ def scale(values, least, most):
 
 
 def ticks(low, high):
-    """Two to five round numbers between the ends of an axis."""
-    rough = (high - low) / 3
+    """Two to four round numbers between the ends of an axis."""
+    rough = (high - low) / 3.5
     power = 10 ** math.floor(math.log10(rough))
-    step = max(unit * power for unit in (1, 2, 5) if unit * power <= rough)
+    step = min(unit * power for unit in (1, 2, 5, 10) if unit * power >= rough)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(place * step, 12) for place in range(first, last + 1)]
@@ -187,7 +190,7 @@ def panel_html(panel, runs, stops):
         return ''
     values = [value for lines in curves.values() for points in lines for _, _, value in points]
     low, high = scale(values, panel.least, panel.most)
-    axis = Axis(runs, stops, LEFT, RIGHT, GAP)
+    axis = Axis(stops, LEFT, RIGHT, GAP)
 
     def height(value):
         return BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP)

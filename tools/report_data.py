@@ -131,7 +131,8 @@ def thinned(steps, most):
     """At most `most` of sorted steps, evenly, the first and the last among them."""
     if len(steps) <= most:
         return steps
-    places = [round(k * (len(steps) - 1) / (most - 1)) for k in range(most)]
+    stride = (len(steps) - 1) / (most - 1)
+    places = [round(k * stride) for k in range(most)]
     return [steps[place] for place in places]
 
 

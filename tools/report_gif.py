@@ -83,7 +83,7 @@ def draw_curve(runs, stops, now):
     if not lines:
         return image.resize((CURVE_WIDTH, CURVE_HEIGHT))
     low, high = scale([value for points in lines for _, _, value in points], None, None)
-    axis = Axis(runs, stops, 6 * FINE, width - 6 * FINE, 10 * FINE)
+    axis = Axis(stops, 6 * FINE, width - 6 * FINE, 10 * FINE)
     draw = ImageDraw.Draw(image)
 
     def place(run, step, value):
@@ -149,9 +149,12 @@ def draw_frame(runs, stops, scenes, now, last):
 
 def save(frames, path, colours):
     """Writes the frames on one palette, so that only what changes is stored."""
-    sheet = Image.new('RGB', (WIDTH, 3 * frames[0].height))
-    for place, frame in enumerate((frames[0], frames[len(frames) // 2], frames[-1])):
-        sheet.paste(frame, (0, place * frame.height))
+    middle = len(frames) // 2
+    typical = [frames[0], frames[middle], frames[-1]]
+    height = frames[0].height
+    sheet = Image.new('RGB', (WIDTH, height * len(typical)))
+    for place, frame in enumerate(typical):
+        sheet.paste(frame, (0, place * height))
     palette = sheet.quantize(colours)
     flat = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     each = 1000 * (SECONDS - HOLD) / max(1, len(frames) - 1)
