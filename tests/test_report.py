@@ -194,7 +194,7 @@ def test_shades_go_from_certain_to_unlikely():
 @pytest.mark.parametrize('low, high, expected', [
     (0, 1, [0, 0.5, 1]),
     (0.41, 1.03, [0.6, 0.8, 1]),
-    (0, 15.2, [0, 10]),
+    (0, 15.2, [0, 5, 10, 15]),
     (-0.3, 0.3, [-0.2, 0, 0.2]),
 ])
 def test_ticks_are_round(low, high, expected):
@@ -250,6 +250,12 @@ def test_photos_have_no_truth_and_need_no_judge(run):
     assert '<h3>Truth' not in page and '<h3>Reward' in page
     assert '<del>' not in page and '>judge <' not in page
     assert 'class="truth"' not in page
+
+
+def test_the_page_goes_where_it_is_told(run, tmp_path):
+    report.main([run])
+    report.main([run, f'--out_dir={tmp_path}/elsewhere'])
+    assert read(f'{run}/report.html') == read(f'{tmp_path}/elsewhere/report.html')
 
 
 @pytest.mark.parametrize('argv, expected', [
@@ -350,6 +356,7 @@ return {
   cursors: seen('.cursor').map(e => Number(e.dataset.stop)),
   scores: text('.key b'),
   groups: seen('.group, .none').map(e => Number(e.dataset.stop)),
+  bars: seen('#bar').length,
   title: document.title,
 }'''
 
@@ -383,6 +390,7 @@ def test_the_page_loads_without_a_message(browser):
 
 def test_slider_moves_images_captions_groups_and_cursors(browser):
     last = state(browser)
+    assert last['bars'] == 1
     assert last['stop'] == 8 and last['where'] == ['grpo_decoder update 40 of 40']
     slide(browser, 3)
     then = state(browser)
@@ -484,5 +492,5 @@ def test_without_scripts_the_ends_of_every_stage_are_shown(browser):
     finally:
         browser.execute_cdp_cmd(disable, dict(value=False))
     assert len(then['images']) == 8 * 3 * 2                 # 8 scenes, 3 stages, 2 ends
-    assert not then['where'] and not then['cursors']        # no slider that does nothing
+    assert not then['bars'] and not then['cursors']         # no slider that does nothing
     assert len(then['scores']) == 9 and len(then['groups']) == 4

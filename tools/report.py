@@ -181,10 +181,12 @@ def scene_html(scene, runs, stops):
         figures.append(sample_html(stop, runs, sample, before))
         before = sample.get('caption', '')
         truth = sample.get('truth') or truth
+    style = 'scene plain'
     if truth:
+        style = 'scene'
         truth = f'<p class="truth">{closed_up(escape(str(truth)))}</p>'
     source = picture(scene.source, f'source: {scene.name}')
-    return (f'<article class="scene"><figure class="source"><p class="when">source</p>{source}'
+    return (f'<article class="{style}"><figure class="source"><p class="when">source</p>{source}'
             f'<figcaption>{truth}</figcaption></figure>{"".join(figures)}</article>')
 
 
