@@ -154,7 +154,7 @@ def slider_html(runs, stops):
     return (f'<div id="bar" role="group" aria-label="choose an update">'
             f'<div class="row"><p id="where">{"".join(labels)}</p>'
             f'<button type="button" id="play">Play</button></div>'
-            f'<input type="range" id="stop" min="0" max="{len(stops) - 1}" '
+            f'<input type="range" id="stop" autocomplete="off" min="0" max="{len(stops) - 1}" '
             f'value="{len(stops) - 1}" aria-label="update">'
             f'<div id="stages">{"".join(buttons)}</div></div>')
 
