@@ -13,8 +13,9 @@ from PIL import Image
 
 from data.shapes import scenes as world
 from running import lines, refusal
-from tools import report, report_curves, report_data
-from tools import report_words as words
+from tools import report
+from tools.page import curves, pictures, words
+from tools.page import runs as run_files
 
 STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
 HOSTILE = '<script>document.title = "hacked"</script>'
@@ -166,7 +167,7 @@ def test_groups_are_sorted_and_bars_point_to_their_side(demo):
 def test_large_images_are_made_small(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (512, 384, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / 'photo.png')
-    uri, width, height = report.data_uri(str(tmp_path / 'photo.png'))
+    uri, width, height = pictures.data_uri(str(tmp_path / 'photo.png'))
     assert (width, height) == (192, 256)
     assert uri.startswith('data:image/webp;base64,') and len(uri) < 60_000
 
@@ -198,7 +199,7 @@ def test_shades_go_from_certain_to_unlikely():
     (-0.3, 0.3, [-0.2, 0, 0.2]),
 ])
 def test_ticks_are_round(low, high, expected):
-    assert report_curves.ticks(low, high) == expected
+    assert curves.ticks(low, high) == expected
 
 
 # --- what may be missing --------------------------------------------------------------------------
@@ -275,10 +276,10 @@ def test_runs_keep_their_order_and_long_ones_are_thinned(tmp_path):
         os.makedirs(folder)
         evals = [json.dumps(dict(step=step, reward=0.5)) for step in range(0, 1000, 5)]
         write(f'{folder}/eval.jsonl', '\n'.join(evals))
-    runs = report_data.read_runs(folders)
+    runs = run_files.read_runs(folders)
     assert [run.name for run in runs] == ['grpo_decoder', 'grpo_decoder (2)']
-    stops = report_data.stops_of(runs)
-    assert len(stops) == 2 * report_data.MOST_STOPS
+    stops = run_files.stops_of(runs)
+    assert len(stops) == 2 * run_files.MOST_STOPS
     assert [stop.step for stop in stops if stop.edge] == [0, 995, 0, 995]
     report.write_report(folders, f'{tmp_path}/deep/page.html')
     assert 'grpo_decoder (2)' in read(f'{tmp_path}/deep/page.html')

@@ -3,7 +3,7 @@ import difflib
 import re
 from html import escape
 
-from tools.report_data import finite, number
+from tools.page.runs import finite, number
 
 SEPARATORS = (',', '.')        # of a caption's phrases, words of their own
 SHADES = 8                     # steps of a token's shade

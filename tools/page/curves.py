@@ -6,7 +6,7 @@ import math
 from html import escape
 from typing import NamedTuple
 
-from tools.report_data import finite, number
+from tools.page.runs import finite, number
 
 WIDTH, HEIGHT = 360, 190       # of a drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 34, 352, 22, 168

@@ -8,9 +8,9 @@ import os
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from tools.report_curves import Axis, lines_of, scale
-from tools.report_data import finite, number, read_runs, scenes_of, stops_of, thinned
-from tools.report_words import SEPARATORS, new_words
+from tools.page.curves import Axis, lines_of, scale
+from tools.page.runs import finite, number, read_runs, scenes_of, stops_of, thinned
+from tools.page.words import SEPARATORS, new_words
 
 SCENES = 8
 MOST_FRAMES = 30

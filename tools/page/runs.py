@@ -102,7 +102,7 @@ def find_runs(folders):
 def read_run(folder, name):
     """One run folder -> Run."""
     config = read_json(f'{folder}/config.json')
-    keys = config.get('config', {})
+    keys = config.get('config') or {}
     samples = {}
     for step, sample in read_steps(f'{folder}/samples.jsonl'):
         by_row = samples.setdefault(step, {})
