@@ -11,7 +11,7 @@ from tools.page.runs import finite, number
 WIDTH, HEIGHT = 360, 190       # of a drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 34, 352, 22, 168
 GAP = 10                       # between two runs
-TEXT_WIDTH = 5.6               # of a letter of a run's name
+TEXT_WIDTH = 5.6               # of a letter
 
 
 class Panel(NamedTuple):
@@ -128,13 +128,15 @@ def frame(runs, axis, height, low, high):
     for run, (start, end) in axis.ends.items():
         middle = (start + end) / 2
         name = runs[run].name
+        updates = f'{axis.last[run]} updates'
         if len(name) * TEXT_WIDTH > end - start:
             name = str(run + 1)
+        if len(updates) * TEXT_WIDTH > end - start:
+            updates = str(axis.last[run])
         parts.append(f'<rect class="band" x="{start - GAP / 4:.1f}" y="{TOP}" '
                      f'width="{end - start + GAP / 2:.1f}" height="{BOTTOM - TOP}"/>')
         parts.append(f'<text class="stage" x="{middle:.1f}" y="{TOP - 8}">{escape(name)}</text>')
-        parts.append(f'<text class="update" x="{middle:.1f}" y="{BOTTOM + 15}">'
-                     f'{axis.last[run]} updates</text>')
+        parts.append(f'<text class="update" x="{middle:.1f}" y="{BOTTOM + 15}">{updates}</text>')
     for value in ticks(low, high):
         y = f'{height(value):.1f}'
         parts.append(f'<line class="grid" x1="{LEFT + GAP / 4}" x2="{RIGHT - GAP / 4}" '

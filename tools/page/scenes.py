@@ -50,9 +50,10 @@ def slider_html(runs, stops):
     for place, run in enumerate(runs):
         own = [stop.index for stop in stops if stop.run == place]
         if own:
+            name = escape(run.name)
             buttons.append(
-                f'<button type="button" style="flex-grow: {len(own)}" data-first="{own[0]}" '
-                f'data-final="{own[-1]}">{escape(run.name)}</button>')
+                f'<button type="button" title="{name}" style="flex-grow: {len(own)}" '
+                f'data-first="{own[0]}" data-final="{own[-1]}">{name}</button>')
     return SLIDER.format(
         labels=''.join(labels), last=len(stops) - 1, buttons=''.join(buttons))
 
