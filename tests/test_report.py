@@ -1,4 +1,5 @@
 """tools/report.py: the page about runs, from made-up runs, read in a browser where there is one."""
+import base64
 import html
 import json
 import math
@@ -14,7 +15,7 @@ from PIL import Image
 from data.shapes import scenes as world
 from running import lines, refusal
 from tools import report
-from tools.page import curves, pictures, words
+from tools.page import curves, gif, pictures, words
 from tools.page import runs as run_files
 
 STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
@@ -93,7 +94,7 @@ def make_run(folder, script, steps=(0, 20, 40), watch=8, start=0.0):
 
 def make_demo(folder, **how):
     for place, script in enumerate(STAGES):
-        make_run(f'{folder}/{script}', script, start=place / 3, **how)
+        make_run(f'{folder}/{script}', script, start=0.3 * place, **how)
     scores = dict(reward=0.5, judge=0.4, t2i_own=0.5)
     table = dict(stages=dict(base=scores, cold_start=scores, grpo_encoder=scores,
                              grpo_decoder=scores),
@@ -162,6 +163,14 @@ def test_groups_are_sorted_and_bars_point_to_their_side(demo):
     bars = re.findall(r'class="(\w+)" style="(\w+): 50%; width: ([\d.]+)%', group)
     assert [bar[:2] for bar in bars] == 2 * [('plus', 'left')] + 2 * [('minus', 'right')]
     assert [bar[2] for bar in bars] == ['50.0', '16.7', '16.7', '50.0']
+
+
+def test_small_images_stay_as_they_are(demo):
+    path = f'{demo}/cold_start/samples/source_000.png'
+    uri, width, height = pictures.data_uri(path)
+    with open(path, 'rb') as f:
+        assert base64.b64decode(uri.removeprefix('data:image/png;base64,')) == f.read()
+    assert (width, height) == (32, 32)
 
 
 def test_large_images_are_made_small(tmp_path):
@@ -291,14 +300,24 @@ def test_the_gif_has_a_frame_for_every_stop(demo, tmp_path):
     report.main([demo, f'--gif={path}'])
     assert os.path.getsize(path) <= 1_500_000
     seconds, frames = 0, set()
-    with Image.open(path) as gif:
-        assert gif.size[0] == 800 and gif.n_frames == 9
-        for k in range(gif.n_frames):
-            gif.seek(k)
-            seconds += gif.info['duration'] / 1000
-            frames.add(gif.convert('RGB').tobytes())
+    with Image.open(path) as moving:
+        assert moving.size[0] == 800 and moving.n_frames == 9
+        for k in range(moving.n_frames):
+            moving.seek(k)
+            seconds += moving.info['duration'] / 1000
+            frames.add(moving.convert('RGB').tobytes())
     assert len(frames) == 9
     assert seconds == pytest.approx(12, abs=0.2)
+
+
+def test_colours_of_the_gif_are_those_of_the_images(demo, tmp_path):
+    path, side = str(tmp_path / 'loop.gif'), 85
+    gif.write_gif([demo], path)
+    with Image.open(path) as moving, Image.open(f'{demo}/cold_start/samples/source_000.png') as one:
+        box = (gif.MARGIN, gif.HEAD, gif.MARGIN + side, gif.HEAD + side)
+        shown = np.asarray(moving.convert('RGB').crop(box), float)
+        source = np.asarray(one.convert('RGB').resize((side, side), Image.NEAREST), float)
+    assert abs(shown - source).mean() < 8
 
 
 def test_no_gif_of_runs_that_watched_nothing(run, tmp_path):
@@ -354,6 +373,7 @@ return {
   where: text('#where [data-stop]'),
   images: seen('.scene .stop img').map(e => e.src),
   captions: text('.scene .stop .caption'),
+  marks: text('.scene mark'),
   cursors: seen('.cursor').map(e => Number(e.dataset.stop)),
   scores: text('.key b'),
   groups: seen('.group, .none').map(e => Number(e.dataset.stop)),
@@ -400,6 +420,9 @@ def test_slider_moves_images_captions_groups_and_cursors(browser):
         assert len(then[name]) == len(last[name]) == 8
         assert then[name] != last[name]
     assert then['cursors'] == [3] * 5 and then['groups'] == [3]
+    assert then['marks'] == []                              # the captions of the stop before
+    slide(browser, 4)
+    assert state(browser)['marks']
     assert len(then['scores']) == 9 and then['scores'] != last['scores']
 
 

@@ -17,11 +17,11 @@ MOST_FRAMES = 30
 SECONDS = 12.0
 HOLD = 2.5                     # seconds of them for the last frame
 MOST_BYTES = 1_500_000
-COLOURS = (128, 64, 32, 16)    # of the palette: the first that keeps the file small enough
+COLOURS = (256, 128, 64, 32)   # of the palette: the first that keeps the file small enough
 WIDTH, MARGIN, HEAD = 800, 20, 100
 COLUMNS, SPACE = 4, 18         # scenes in a row, and the pixels between them
 INSIDE = 6                     # pixels between a source and what came back
-LINES, LINE_HEIGHT = 6, 17     # of a caption
+LINES, LINE_HEIGHT = 7, 16     # of a caption
 CURVE_WIDTH, CURVE_HEIGHT, FINE = 330, 52, 4       # the curve is drawn FINE times as large
 PAPER, INK, SOFT, RULE = '#fbfaf7', '#22262b', '#646a72', '#d9d5cc'
 ACCENT = '#0b7a75'
@@ -67,10 +67,10 @@ def write_caption(draw, caption, before, left, top, width):
             x -= space
         length = face.getlength(word)
         if x and x + length > width and word not in SEPARATORS:
+            if line == LINES - 1:
+                draw.text((left + x, top + line * LINE_HEIGHT), '…', INK, TEXT)
+                return
             x, line = 0, line + 1
-        if line == LINES:
-            draw.text((left + width, top + (LINES - 1) * LINE_HEIGHT), ' …', INK, TEXT)
-            return
         draw.text((left + x, top + line * LINE_HEIGHT), word, colour, face)
         x += length + space
 
@@ -87,7 +87,8 @@ def draw_curve(runs, stops, now):
     draw = ImageDraw.Draw(image)
 
     def place(run, step, value):
-        return axis(run, step), height * (1 - (value - low) / (high - low))
+        share = (value - low) / (high - low)
+        return axis(run, step), height * (0.88 - 0.76 * share)
 
     for points in lines:
         past = [point for point in points if point[:2] <= (now.run, now.step)]
@@ -155,7 +156,7 @@ def save(frames, path, colours):
     sheet = Image.new('RGB', (WIDTH, height * len(typical)))
     for place, frame in enumerate(typical):
         sheet.paste(frame, (0, place * height))
-    palette = sheet.quantize(colours)
+    palette = sheet.quantize(colours, kmeans=3)     # without it rare colours get lost
     flat = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     each = 1000 * (SECONDS - HOLD) / max(1, len(frames) - 1)
     durations = [each] * (len(frames) - 1) + [1000 * HOLD]
