@@ -41,6 +41,7 @@ def test_pictures_are_not_blank(out):
         with Image.open(f'{out}/{name}') as picture:
             assert min(picture.size) > 300 and len(picture.convert('RGB').getcolors(1 << 24)) > 100
     assert os.path.getsize(f'{out}/report.md') > 500
+    assert os.path.getsize(f'{out}/report.html') > 10_000
 
 
 def test_the_base_is_honest_about_what_rl_may_show(out):

@@ -5,9 +5,9 @@ base -> cold_start -> grpo_encoder -> grpo_decoder -> evaluation.
     python data/shapes/demo.py                       # about ten minutes on two slow cores
     python data/shapes/demo.py --seed=1 --out_dir=out/demo_1
 
-Stopped half-way it goes on where it was; delete out_dir to start anew. Writes report.json,
-report.md, curves.png and before_after.png. The truth about the scenes is used by the evaluation
-alone.
+Stopped half-way it goes on where it was; delete out_dir to start anew. Writes report.html,
+report.json, report.md, curves.png and before_after.png. The truth about the scenes is used by the
+evaluation alone.
 """
 import contextlib
 import importlib.metadata
@@ -32,6 +32,7 @@ from data.images import open_data
 from data.shapes import scenes as world
 from evaluate import Evaluator, draw_captions, reconstruct
 from reward import clip_reward
+from tools.report import write_report
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
@@ -289,7 +290,8 @@ def main(argv):
     common.write_atomic(f'{config.out_dir}/report.md', lambda tmp: common.write_lines(tmp, [text]))
     plot_curves(history, f'{config.out_dir}/curves.png')
     before_after(held, base, results['grpo_decoder'], f'{config.out_dir}/before_after.png')
-    print(f'\n{text}\n{config.out_dir}: report.json report.md curves.png before_after.png')
+    write_report([config.out_dir], f'{config.out_dir}/report.html')
+    print(f'\n{text}\n{NEXT.format(out=config.out_dir)}')
 
 
 if __name__ == '__main__':
