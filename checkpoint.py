@@ -361,6 +361,9 @@ def open_out_dir(config, run):
         os.makedirs(config.out_dir, exist_ok=True)
         tell_changes(meta['config'], config)
         rewind(config.out_dir, meta['step'])
+        if not meta['step']:
+            about = dict(script=config.script, changed=config.changed, config=vars(config))
+            common.write_json(f'{config.out_dir}/config.json', about)
     return meta['step']
 
 
@@ -369,19 +372,25 @@ def tell_changes(begun, config):
     now = json.loads(json.dumps(vars(config)))       # a tuple comes back from JSON as a list
     for key, old in begun.items():
         new = now.get(key)
-        if new != old and key not in ('resume', 'out_dir'):
+        if new != old and key not in ('resume', 'out_dir', 'changed'):
             print(f'resume: {key}={new!r}, the run was begun with {old!r}')
 
 
 def rewind(out_dir, step):
-    """Drops the log lines of `step` and later, which a resumed run writes again."""
-    for name in ('log.jsonl', 'eval.jsonl'):
+    """Drops the log lines of `step` and later, which a resumed run writes again.
+
+    A group is written before the checkpoint of its step, and stays.
+    """
+    for name in ('log.jsonl', 'eval.jsonl', 'samples.jsonl', 'groups.jsonl'):
+        end = step
+        if name == 'groups.jsonl':
+            end = step + 1
         path = f'{out_dir}/{name}'
         if not os.path.exists(path):
             continue
         with open(path) as f:
             whole = [line for line in f if line.endswith('\n')]        # a kill may cut the last
-        kept = [line for line in whole if json.loads(line)['step'] < step]
+        kept = [line for line in whole if json.loads(line)['step'] < end]
         common.write_atomic(path, lambda temporary: common.write_lines(temporary, kept))
 
 

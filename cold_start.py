@@ -28,7 +28,7 @@ import common
 from config import parse
 from data.images import open_data
 from evaluate import Evaluator
-from log import Log, Stats, caption_fields, count_skipped, progress
+from log import Log, Stats, caption_fields, count_skipped
 from reward import clip_reward, reward_tower
 from tools.plan import plan
 
@@ -114,9 +114,9 @@ def main(argv):
     optimiser = common.Optimiser(params, config)
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
-    evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower))
+    evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
 
-    for step in progress('cold_start', start_step, config, run):
+    for step in log.progress(start_step):
         evaluate.every(step)
         source = train.batch(config.seed, step, config.prompts, run.rank, run.world)
         seen, batch = caption(uae, source['x'].to(run.device), source['index'], step, config)
@@ -133,7 +133,7 @@ def main(argv):
             **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
             skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
-    evaluate.every(config.steps, last=True)
+    evaluate.every(config.steps)
 
 
 if __name__ == '__main__':

@@ -43,11 +43,13 @@ shared = dict(
     eval_images = 64,          # held-out images
     eval_every = 20,           # updates between evaluations, 0 = never
     eval_temperature = 0.0,    # of the captions; 0 = greedy, 0.7 for the paper's Unified-Bench
+    watch = 8,                 # held-out images whose pictures each evaluation keeps, 0 = none
     # run
     seed = 1337,
     device = '',               # '' = cuda if there is one, else cpu
     save_every = 0,            # updates between checkpoints; 0 = only at the end
     wandb = '',                # project name; '' = nothing is imported
+    tensorboard = False,       # curves and pictures in out_dir/tensorboard
     # full size: what a tiny run need not know
     lora_rank = 0,             # 0 = full fine-tuning; > 0 = LoRA of this rank (alpha = 2 rank)
     dtype = 'float32',         # of frozen weights and matrix work; SDE and log-probs are float32
@@ -84,7 +86,7 @@ choices = dict(
 bounds = dict(
     resolution=(8, 4096), cond_len=(0, 8192), caption_len=(2, 8192), guidance=(0, 100),
     sample_steps=(1, 1000), eval_steps=(1, 1000), eval_images=(1, 10 ** 6),
-    eval_batch=(1, 10 ** 6), eval_every=(0, 10 ** 9), eval_temperature=(0, 10),
+    eval_batch=(1, 10 ** 6), eval_every=(0, 10 ** 9), eval_temperature=(0, 10), watch=(0, 10 ** 4),
     lora_rank=(0, 4096), micro_batch=(0, 10 ** 6), seed=(0, 2 ** 31), save_every=(0, 10 ** 9),
     steps=(0, 10 ** 9), prompts=(1, 10 ** 6), group=(2, 10 ** 4), batch=(1, 10 ** 6),
     caption_batch=(0, 10 ** 6), temperature=(1e-3, 10), cold_temperature=(0, 10),
@@ -160,10 +162,12 @@ def parse(keys, own_presets, argv, script):
 
     keys: the script's own dict of defaults. own_presets: {preset: differences of own keys}. argv:
     '--key=value', or the bare '--resume', '--plan', '--help'. script: its path, for --help and
-    out_dir. Returns a namespace with every key plus preset, resume, plan. Raises ConfigError (exit
-    code not 0) in one line.
+    out_dir. Returns a namespace with every key plus preset, resume, plan, script (its name) and
+    changed (the keys that are not at their default). Raises ConfigError (exit code not 0) in one
+    line.
     """
-    values = {**shared, **keys}
+    defaults = {**shared, **keys}
+    values = dict(defaults)
     assert len(values) == len(shared) + len(keys), 'a script key hides a shared one'
     if '--help' in argv or '-h' in argv:
         print_help(script)
@@ -190,6 +194,7 @@ def parse(keys, own_presets, argv, script):
     values.update(presets[flags['preset']])
     values.update(own_presets.get(flags['preset'], {}))
     values.update(given)
+    changed = {key: value for key, value in values.items() if value != defaults[key]}
     stem = os.path.basename(str(script)).removesuffix('.py')
     values['out_dir'] = values['out_dir'] or f'out/{stem}'
     if not values['old_logp']:
@@ -197,7 +202,7 @@ def parse(keys, own_presets, argv, script):
         if values['dtype'] == 'bfloat16':
             values['old_logp'] = 'replay'
     check(values)
-    return argparse.Namespace(**values, **flags)
+    return argparse.Namespace(**values, **flags, script=stem, changed=changed)
 
 
 def print_help(script):

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import watch
 from reward import backbone, clip_reward, reward_tower
 
 
@@ -44,19 +45,24 @@ class Evaluator:
     """Scores a UAE on fixed held-out images; every rank takes a share of them.
 
     held: the images, from data.images.open_data. towers: of 'reward' and 'judge' those that are
-    loaded already, for example {'reward': tower}; the others are loaded here.
+    loaded already, for example {'reward': tower}; the others are loaded here. log: a run's Log,
+    which publishes what `every` finds.
     """
 
-    def __init__(self, uae, held, config, run, towers=None):
+    def __init__(self, uae, held, config, run, towers=None, log=None):
         self.uae, self.held, self.config, self.run = uae, held, config, run
         self.towers = dict(towers or {})
+        self.log = log
         if 'reward' not in self.towers:
             self.towers['reward'] = reward_tower(config, run.device)
         if 'judge' not in self.towers:
             self.towers['judge'] = backbone('judge', config, run.device)
 
-    def records(self, rows):
-        """One dict for each of these images: caption, scores, what an oracle reads in it."""
+    def records(self, rows, watched=0):
+        """One dict for each of these images: caption, scores, what an oracle reads in it.
+
+        Those of the first `watched` images also have `pictures`: source and reconstruction.
+        """
         x = self.held['x'][rows].to(self.uae.device)
         texts, lengths, x_hat = reconstruct(self.uae, x, rows, self.config.eval_temperature)
         records = []
@@ -71,6 +77,9 @@ class Evaluator:
             for record, value in zip(records, values.tolist()):
                 record[name] = value
 
+        for k, record in enumerate(records):
+            if record['row'] < watched:
+                record['pictures'] = watch.to_bytes(torch.stack([x[k], x_hat[k]]))
         if self.held['scenes']:
             self.read_scenes(records, rows, x, x_hat)
         return records
@@ -88,12 +97,12 @@ class Evaluator:
         for k, record in enumerate(records):
             record.update(read_own=read_own[k], read_true=read_true[k], sampled=sampled[k])
 
-    def __call__(self):
+    def __call__(self, watched=0):
         """-> (summary {name: number}, records of all images in order); the same on every rank."""
         mine = list(range(self.run.rank, len(self.held['x']), self.run.world))
         records = []
         for start in range(0, len(mine), self.config.eval_batch):
-            records += self.records(mine[start:start + self.config.eval_batch])
+            records += self.records(mine[start:start + self.config.eval_batch], watched)
         records = common.gather_objects(records, self.run)
         records.sort(key=lambda record: record['row'])
 
@@ -104,17 +113,30 @@ class Evaluator:
             summary.update(count_world(records, self.held['scenes']))
         return summary, records
 
-    def every(self, step, last=False):
-        """Evaluates every `eval_every` updates and at the end; prints, appends to eval.jsonl."""
-        due = self.config.eval_every and (last or step % self.config.eval_every == 0)
-        if not due:
+    def due(self, step):
+        """Whether an evaluation follows once `step` updates are done."""
+        every = self.config.eval_every
+        return every > 0 and (step == self.config.steps or step % every == 0)
+
+    def every(self, step):
+        """Evaluates where it is due; prints, appends to eval.jsonl, and keeps pictures."""
+        if not self.due(step):
             return
-        summary, _ = self()
-        if self.run.master:
-            numbers = ' '.join(f'{name} {value:.3f}' for name, value in summary.items())
-            tqdm.write(f'eval {step:4d} | {numbers}')
-            with open(f'{self.config.out_dir}/eval.jsonl', 'a') as f:
-                f.write(json.dumps(dict(step=step, **summary)) + '\n')
+        watched = min(self.config.watch, len(self.held['x']))
+        summary, records = self(watched)
+        if not self.run.master:
+            return
+        numbers = ' '.join(f'{name} {value:.3f}' for name, value in summary.items())
+        tqdm.write(f'eval {step:4d} | {numbers}')
+        with open(f'{self.config.out_dir}/eval.jsonl', 'a') as f:
+            f.write(json.dumps(dict(step=step, **summary)) + '\n')
+        sheet = ''
+        if watched:
+            scenes = self.held['scenes']
+            sheet = watch.save_samples(records[:watched], step, self.config, scenes)
+        if self.log:
+            self.log.publish(step, {f'eval/{name}': value for name, value in summary.items()},
+                             sheet)
 
 
 def count_world(records, scenes):

@@ -39,10 +39,11 @@ import torch
 
 import checkpoint
 import common
+import watch
 from config import parse
 from data.images import open_data
 from evaluate import Evaluator
-from log import Log, Stats, caption_fields, count_skipped, progress, reward_fields
+from log import Log, Stats, caption_fields, count_skipped, reward_fields
 from reward import clip_reward, reward_tower
 from tools.plan import plan
 
@@ -142,8 +143,9 @@ def rollout(uae, tower, x, index, step, config, negative=None):
 
     index: positions in the global batch, the address of all randomness. negative: the unconditional
     branch's condition under guidance. Returns a dict of cond (B, cond_len, D), z, z_next, under
-    guidance v0 (B, W, C, H, W), recorded (B, W), B = P * G with a group's drawings together; r
-    (P, G); and spoken (P, T) bool, the captions' own tokens without the end token.
+    guidance v0 (B, W, C, H, W), recorded (B, W), the captions y (B, T), the finished latents z_0
+    (B, C, H, W), B = P * G with a group's drawings together; r (P, G); and spoken (P, T) bool, the
+    captions' own tokens without the end token.
     """
     P, G = len(x), config.group
     seen = uae.see(x)
@@ -170,7 +172,8 @@ def rollout(uae, tower, x, index, step, config, negative=None):
             z[rows].to(uae.device), cond, config.sample_steps, noise[rows].to(uae.device),
             config.sde, config.noise_level, noisy, negative)
         r = clip_reward(x[images], uae.to_image(z_0), tower)
-        parts.append(dict(path, cond=cond, r=r))
+        caption = y[images].repeat_interleave(G, 0)
+        parts.append(dict(path, cond=cond, y=caption, z_0=z_0, r=r))
     batch = common.join(parts)
     r = batch.pop('r').view(P, G)
     return batch, r, uae.spoken(y, mask)
@@ -273,10 +276,10 @@ def main(argv):
     if config.guidance != 1.0:
         negative = uae.negative()                        # once: the encoder is frozen
     log = Log(config, run)
-    evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower))
+    evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
     idle = ('encoder', 'vae') if config.offload else ()
 
-    for step in progress('grpo_decoder', start_step, config, run):
+    for step in log.progress(start_step):
         evaluate.every(step)
         source = train.batch(config.seed, step, config.prompts, run.rank, run.world)
         x = source['x'].to(run.device)
@@ -288,10 +291,12 @@ def main(argv):
         batch['adv'] = group_advantage(mine).flatten()        # (P, G) -> (B,)
         with uae.parked(*idle):
             fields = update(uae, ddp, optimiser, reference, batch, step, run, config, negative)
+        if evaluate.due(step + 1) and run.master:
+            watch.open_drawings(uae, step + 1, x, batch, mine, config)
         log(step, **reward_fields(all_rewards), **fields, **caption_fields(spoken, run),
             skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
-    evaluate.every(config.steps, last=True)
+    evaluate.every(config.steps)
 
 
 if __name__ == '__main__':

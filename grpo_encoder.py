@@ -38,10 +38,11 @@ import torch
 
 import checkpoint
 import common
+import watch
 from config import parse
 from data.images import open_data
 from evaluate import Evaluator
-from log import Log, Stats, caption_fields, count_skipped, progress, reward_fields
+from log import Log, Stats, caption_fields, count_skipped, reward_fields
 from policy import token_logp
 from reward import clip_reward, reward_tower
 from tools.plan import plan
@@ -263,10 +264,10 @@ def main(argv):
     optimiser = common.Optimiser(params, config)
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
-    evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower))
+    evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
     idle = ('decoder', 'vae') if config.offload else ()
 
-    for step in progress('grpo_encoder', start_step, config, run):
+    for step in log.progress(start_step):
         evaluate.every(step)
         source = train.batch(config.seed, step, config.prompts, run.rank, run.world)
         x = source['x'].to(run.device)
@@ -280,13 +281,15 @@ def main(argv):
             batch['ref_logp'] = reference_logp(reference, seen, batch['y'], config)
         with uae.parked(*idle):
             fields = update(ddp, optimiser, seen, batch, step, run, config)
+        if evaluate.due(step + 1) and run.master:
+            watch.open_captions(uae, step + 1, x, batch, mine, config)
         logp_sum = common.total((batch['recorded'] * batch['mask']).sum(), run)
         entropy = -logp_sum / common.total(batch['mask'].sum(), run)        # nats a token
         log(step, **reward_fields(all_rewards), **fields, entropy=entropy,
             **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
             skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
-    evaluate.every(config.steps, last=True)
+    evaluate.every(config.steps)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
-"""What a run says of itself: one line per update, on the screen and in out_dir/log.jsonl."""
+"""What a run says of itself: a line per update on the screen and in out_dir/log.jsonl, the progress
+bar, and if asked wandb or TensorBoard."""
 import json
 import sys
 import time
@@ -73,12 +74,6 @@ def count_skipped(train, held, run):
     return int(common.total(len(train.skipped), run)) + held['skipped']
 
 
-def progress(name, start_step, config, run):
-    """Numbers of the updates that are left, behind a progress bar on rank 0."""
-    return tqdm(range(start_step, config.steps), initial=start_step, total=config.steps, desc=name,
-                disable=not run.master, mininterval=1)
-
-
 # what a stage has no use for keeps its value here: every line of every stage has the same fields
 NEUTRAL = dict(reward=0.0, reward_std=0.0, zero_var=0.0, ratio_max=1.0, logp_diff=0.0, kl=0.0,
                clip_frac=0.0)
@@ -88,17 +83,34 @@ class Log:
     """One printed line and one JSON line in out_dir/log.jsonl per step; rank 0 alone writes."""
 
     def __init__(self, config, run):
+        self.config = config
         self.master = run.master
         self.path = f'{config.out_dir}/log.jsonl'
+        self.bar = None
         self.wandb = None
+        self.tensorboard = None
         self.last = time.time()
         if self.master and config.wandb:
             import wandb
             self.wandb = wandb.init(project=config.wandb, config=vars(config))
+        if self.master and config.tensorboard:
+            self.tensorboard = open_tensorboard(f'{config.out_dir}/tensorboard')
+
+    def progress(self, start_step):
+        """Numbers of the updates that are left, behind a progress bar on rank 0."""
+        config = self.config
+        self.bar = tqdm(range(start_step, config.steps), initial=start_step, total=config.steps,
+                        desc=config.script, disable=not self.master, mininterval=1)
+        return self.bar
 
     def __call__(self, step, **fields):
         """Prints and appends the fields, with `sec` since the last line and `peak_gb`."""
         now = time.time()
+        name = 'loss'
+        if 'reward' in fields:
+            name = 'reward'
+        if self.bar is not None:
+            self.bar.set_postfix({name: f'{fields[name]:.3f}'}, refresh=False)
         fields = dict(NEUTRAL, **fields)
         fields.update(sec=now - self.last, peak_gb=peak_memory())
         self.last = now
@@ -107,8 +119,31 @@ class Log:
         tqdm.write(f'step {step:4d} | ' + ' '.join(map(shown, fields, fields.values())))
         with open(self.path, 'a') as f:
             f.write(json.dumps(dict(step=step, **fields)) + '\n')
+        self.publish(step, fields)
+
+    def publish(self, step, fields, sheet=''):
+        """Sends fields, and a picture if there is one, to wandb and TensorBoard; on rank 0."""
         if self.wandb:
+            import wandb
+            if sheet:
+                fields = dict(fields, samples=wandb.Image(sheet))
             self.wandb.log(fields, step=step)
+        if self.tensorboard:
+            for name, value in fields.items():
+                self.tensorboard.add_scalar(name, value, step)
+            if sheet:
+                from torchvision.io import read_image
+                self.tensorboard.add_image('samples', read_image(sheet), step)
+            self.tensorboard.flush()
+
+
+def open_tensorboard(folder):
+    """A writer of TensorBoard's files; one line says where the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SystemExit(f'--tensorboard=True: {error}; pip install tensorboard')
+    return SummaryWriter(folder)
 
 
 def shown(name, value):

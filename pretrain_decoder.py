@@ -37,7 +37,7 @@ import common
 from config import parse
 from data.images import open_data, open_images
 from evaluate import Evaluator
-from log import Log, Stats, progress
+from log import Log, Stats
 from policy import token_logp
 from tools.plan import plan
 
@@ -278,7 +278,7 @@ def main(argv):
     negative = dict(y=y[0], mask=mask[0])
     cuts = Cuts(room, config, run)
 
-    for step in progress('pretrain_decoder', start_step, config, run):
+    for step in log.progress(start_step):
         if evaluate:
             with averaged(adamw):
                 evaluate.every(step)
@@ -301,7 +301,7 @@ def main(argv):
             checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     if evaluate:
         with averaged(adamw):
-            evaluate.every(config.steps, last=True)
+            evaluate.every(config.steps)
 
 
 if __name__ == '__main__':

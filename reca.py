@@ -39,7 +39,7 @@ import common
 from config import parse
 from data.images import open_data
 from evaluate import Evaluator
-from log import Log, Stats, caption_fields, count_skipped, progress
+from log import Log, Stats, caption_fields, count_skipped
 from tools.plan import plan
 
 PHOTO_TEMPLATES = (
@@ -245,9 +245,9 @@ def main(argv):
     optimiser = common.Optimiser(params, config, betas=(0.9, 0.99))
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
-    evaluate = Evaluator(uae, held_out, config, run)
+    evaluate = Evaluator(uae, held_out, config, run, log=log)
 
-    for step in progress('reca', start_step, config, run):
+    for step in log.progress(start_step):
         evaluate.every(step)
         source = train.batch(config.seed, step, config.batch, run.rank, run.world)
         stats = Stats()
@@ -266,7 +266,7 @@ def main(argv):
         log(step, **stats.reduce(run), **taken, **caption_fields(torch.cat(captions), run),
             skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
-    evaluate.every(config.steps, last=True)
+    evaluate.every(config.steps)
 
 
 if __name__ == '__main__':

@@ -186,6 +186,17 @@ def holds(stated, scene):
     return False
 
 
+def false_phrases(text, scene):
+    """The phrases of a caption that do not hold for its scene, or do not parse, as strings."""
+    text = text.strip().removesuffix(".")
+    found = []
+    for phrase in text.split(","):
+        stated = parse_phrase(phrase)
+        if phrase.strip() and not (stated and holds(stated, scene)):
+            found.append(phrase.strip())
+    return found
+
+
 def count_true(phrases, scene):
     """How many parsed phrases are true of the scene; said again, a phrase earns nothing."""
     distinct = {tuple(stated.items()) for stated in phrases if stated}

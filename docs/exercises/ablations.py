@@ -61,9 +61,10 @@ FORKS = dict(
         ('grpo_decoder.py', "sde = 'flow',     ", "sde = 'cps_exact',"),
         ('grpo_decoder.py', 'noise_level = 0.7,', 'noise_level = 0.8,')],
     projector=[
-        ('grpo_decoder.py', '        parts.append(dict(path, cond=cond, r=r))\n',
+        ('grpo_decoder.py',
+         '        parts.append(dict(path, cond=cond, y=caption, z_0=z_0, r=r))\n',
          '        tokens = torch.stack([y[images], mask[images]], 1).repeat_interleave(G, 0)\n'
-         '        parts.append(dict(path, cond=tokens, r=r))\n'),
+         '        parts.append(dict(path, cond=tokens, y=caption, z_0=z_0, r=r))\n'),
         ('grpo_decoder.py', WINDOW,
          WINDOW + "    tokens = batch['cond']              # the condition anew, with a gradient\n"
          '    cond = uae.condition(tokens[:, 0].long(), tokens[:, 1])\n'),

@@ -1,0 +1,151 @@
+"""What a run leaves to look at: the same held-out images at every evaluation, and one group opened.
+
+In out_dir, with steps counted in updates done:
+
+    samples/step_000020.png        a sheet of the first `watch` held-out images
+    samples/source_000.png         one of them, and its reconstruction at that evaluation
+    samples/step_000020_000.png
+    samples.jsonl                  a line per evaluation and watched image: caption and scores
+    groups.jsonl                   a line per evaluation of stages 2 and 3: one image, its captions
+                                   or drawings with their rewards, advantages and log-probs
+
+`tools/report.py` turns them into a page.
+"""
+import json
+import os
+import textwrap
+
+import torch
+from PIL import Image, ImageDraw
+
+LARGEST = 256                  # pixels of a picture's side, as it is kept
+SHOWN = 160                    # the same on the sheet
+TEXT = 5 * 14                  # height of the caption and the scores under it, in lines of 14
+COLUMNS = 4
+
+
+# --- pictures ------------------------------------------------------------------------------------
+def to_bytes(x):
+    """Images (n, 3, R, R) in [-1, 1] -> uint8 on the CPU, at most LARGEST pixels wide."""
+    if x.shape[-1] > LARGEST:
+        x = torch.nn.functional.interpolate(x.float(), (LARGEST, LARGEST), mode='area')
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def picture(pixels):
+    """uint8 (3, R, R) -> a Pillow image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def save_picture(pixels, out_dir, name):
+    """Writes samples/NAME.png -> its path relative to out_dir."""
+    path = f'samples/{name}.png'
+    picture(pixels).save(f'{out_dir}/{path}')
+    return path
+
+
+def sheet(records):
+    """Source and reconstruction side by side, caption and scores below, for each record."""
+    columns = min(COLUMNS, len(records))
+    rows = -(-len(records) // columns)
+    width, height = 2 * SHOWN + 24, SHOWN + TEXT + 16
+    page = Image.new('RGB', (columns * width, rows * height), 'white')
+    draw = ImageDraw.Draw(page)
+    for place, record in enumerate(records):
+        left, top = place % columns * width + 8, place // columns * height + 8
+        for side, pixels in enumerate(record['pictures']):
+            shown = picture(pixels).resize((SHOWN, SHOWN), Image.Resampling.NEAREST)
+            page.paste(shown, (left + side * (SHOWN + 4), top))
+        lines = textwrap.wrap(record['caption'], 54, max_lines=4, placeholder=' ...')
+        lines.append(f'reward {record["reward"]:.3f}   judge {record["judge"]:.3f}')
+        draw.text((left, top + SHOWN + 4), '\n'.join(lines), fill='black', font_size=11)
+    return page
+
+
+def append_lines(path, rows):
+    """Appends one JSON line per row."""
+    with open(path, 'a') as f:
+        for row in rows:
+            f.write(json.dumps(row) + '\n')
+
+
+# --- the watched images --------------------------------------------------------------------------
+FIELDS = ('row', 'name', 'caption', 'caption_len', 'reward', 'judge', 'mse')
+
+
+def save_samples(records, step, config, scenes):
+    """Writes the sheet, the small pictures and their lines in samples.jsonl -> the sheet's path.
+
+    records: of the watched images, as `Evaluator` makes them, with `pictures`, source and
+    reconstruction. scenes: the held-out scenes of the embedded world, or None.
+    """
+    os.makedirs(f'{config.out_dir}/samples', exist_ok=True)
+    rows = []
+    for record in records:
+        source, reconstruction = record['pictures']
+        row = dict(step=step, **{field: record[field] for field in FIELDS})
+        row['source'] = save_picture(source, config.out_dir, f'source_{row["row"]:03d}')
+        row['image'] = save_picture(reconstruction, config.out_dir,
+                                    f'step_{step:06d}_{row["row"]:03d}')
+        if scenes:
+            from data.shapes import scenes as world
+            scene = scenes[row['row']]
+            row['truth'] = world.caption(scene)
+            row['false'] = world.false_phrases(row['caption'], scene)
+        rows.append(row)
+    append_lines(f'{config.out_dir}/samples.jsonl', rows)
+    path = f'{config.out_dir}/samples/step_{step:06d}.png'
+    sheet(records).save(path)
+    return path
+
+
+# --- one group -----------------------------------------------------------------------------------
+def token_texts(uae, ids):
+    """The text that each token adds to a caption; joined they are the caption."""
+    texts, before = [], ''
+    for count in range(1, len(ids) + 1):
+        text = uae.tokenizer.decode(ids[:count], skip_special_tokens=True)
+        texts.append(text[len(before):])
+        before = text
+    return texts
+
+
+def open_captions(uae, step, x, batch, r, config):
+    """Writes the first image's group of captions: rewards, advantages, log-probs by token.
+
+    x (P, 3, R, R); batch and r (P, G) as `grpo_encoder.rollout` returns them, with adv (B,). step:
+    the updates done, this rollout's included.
+    """
+    G = config.group
+    spoken = uae.spoken(batch['y'][:G], batch['mask'][:G])
+    members = []
+    for i in range(G):
+        texts = token_texts(uae, batch['y'][i][spoken[i]].tolist())
+        logp = batch['recorded'][i][spoken[i]]
+        members.append(dict(caption=''.join(texts), tokens=texts, logp=logp.tolist(),
+                            reward=r[0, i].item(), adv=batch['adv'][i].item()))
+    save_group(step, 'captions', x[0], members, config)
+
+
+def open_drawings(uae, step, x, batch, r, config):
+    """The same for stage 3: the drawings of the first image's caption, log-probs by noisy step."""
+    G = config.group
+    y = batch['y'][:1]
+    caption = uae.texts(y, torch.ones_like(y))[0]
+    with torch.no_grad():
+        drawings = to_bytes(uae.to_image(batch['z_0'][:G]))
+    os.makedirs(f'{config.out_dir}/samples', exist_ok=True)
+    members = []
+    for i in range(G):
+        path = save_picture(drawings[i], config.out_dir, f'group_{step:06d}_{i:02d}')
+        members.append(dict(image=path, logp=batch['recorded'][i].tolist(),
+                            reward=r[0, i].item(), adv=batch['adv'][i].item()))
+    save_group(step, 'drawings', x[0], members, config, caption=caption)
+
+
+def save_group(step, kind, x, members, config, **more):
+    """Writes a group's source and its line in groups.jsonl."""
+    os.makedirs(f'{config.out_dir}/samples', exist_ok=True)
+    source = save_picture(to_bytes(x[None])[0], config.out_dir, f'group_{step:06d}')
+    line = dict(step=step, kind=kind, source=source, **more, members=members)
+    append_lines(f'{config.out_dir}/groups.jsonl', [line])
