@@ -361,9 +361,6 @@ def open_out_dir(config, run):
         os.makedirs(config.out_dir, exist_ok=True)
         tell_changes(meta['config'], config)
         rewind(config.out_dir, meta['step'])
-        if not meta['step']:
-            about = dict(script=config.script, changed=config.changed, config=vars(config))
-            common.write_json(f'{config.out_dir}/config.json', about)
     return meta['step']
 
 

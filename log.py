@@ -1,10 +1,13 @@
 """What a run says of itself: a line per update on the screen and in out_dir/log.jsonl, the progress
 bar, and if asked wandb or TensorBoard."""
 import json
+import os
 import sys
 import time
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import common
@@ -86,6 +89,10 @@ class Log:
         self.config = config
         self.master = run.master
         self.path = f'{config.out_dir}/log.jsonl'
+        about_path = f'{config.out_dir}/config.json'
+        if self.master and not os.path.exists(about_path):
+            about = dict(script=config.script, changed=config.changed, config=vars(config))
+            common.write_json(about_path, about)
         self.bar = None
         self.wandb = None
         self.tensorboard = None
@@ -132,8 +139,9 @@ class Log:
             for name, value in fields.items():
                 self.tensorboard.add_scalar(name, value, step)
             if sheet:
-                from torchvision.io import read_image
-                self.tensorboard.add_image('samples', read_image(sheet), step)
+                with Image.open(sheet) as picture:
+                    pixels = np.asarray(picture)                    # (height, width, 3)
+                self.tensorboard.add_image('samples', pixels, step, dataformats='HWC')
             self.tensorboard.flush()
 
 

@@ -1,0 +1,177 @@
+"""The pictures, captions and groups that a run leaves are those of its own numbers."""
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import grpo_encoder
+import watch
+from comparing import on_two_ranks
+from conftest import ROOT, shared_config
+from data.images import open_data
+from data.shapes import scenes as world
+from evaluate import Evaluator
+from log import Log
+from reward import backbone, clip_reward
+from running import arguments, lines, tiny
+
+SMALL = ('--eval_every=1', '--sample_steps=4', '--eval_steps=4', '--watch=2')
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """{stage: out_dir} of two updates with an evaluation before, between and after."""
+    root = tmp_path_factory.mktemp('watched')
+    for name in ('grpo_encoder', 'grpo_decoder'):
+        tiny(name, root / name, *SMALL)
+    return {name: root / name for name in ('grpo_encoder', 'grpo_decoder')}
+
+
+def load_picture(path):
+    """A PNG as (1, 3, R, R) in [-1, 1]."""
+    with Image.open(path) as picture:
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return pixels[None] / 127.5 - 1
+
+
+@pytest.mark.parametrize('name', ['grpo_encoder', 'grpo_decoder'])
+def test_the_same_images_at_every_evaluation(runs, name):
+    out = runs[name]
+    samples = lines(out / 'samples.jsonl')
+    assert [(row['step'], row['row']) for row in samples] == [
+        (step, row) for step in range(3) for row in range(2)]
+    for row in samples:
+        assert os.path.getsize(out / row['source']) and os.path.getsize(out / row['image'])
+    for step in range(3):
+        with Image.open(out / 'samples' / f'step_{step:06d}.png') as sheet:
+            assert min(sheet.size) > 160
+
+
+def test_a_kept_image_has_the_score_beside_it(runs):
+    out = runs['grpo_decoder']
+    tower = backbone('clip', shared_config('--device=cpu'))
+    for row in lines(out / 'samples.jsonl'):
+        x, x_hat = load_picture(out / row['source']), load_picture(out / row['image'])
+        assert clip_reward(x, x_hat, tower).item() == pytest.approx(row['reward'], abs=0.02)
+        assert (x - x_hat).square().mean().item() == pytest.approx(row['mse'], abs=0.01)
+
+
+def test_false_phrases_are_those_that_do_not_hold(runs):
+    _, held = world.splits(train=0)
+    for row in lines(runs['grpo_encoder'] / 'samples.jsonl'):
+        assert row['truth'] == world.caption(held[row['row']])
+        assert world.false_phrases(row['truth'], held[row['row']]) == []
+    scene = world.Scene([world.Object('small', 'red', 'circle', 'top-left')], 'gray')
+    text = 'small red circle top-left , large red circle top-left , nonsense , gray background .'
+    assert world.false_phrases(text, scene) == ['large red circle top-left', 'nonsense']
+
+
+@pytest.mark.parametrize('name, kind', [
+    ('grpo_encoder', 'captions'), ('grpo_decoder', 'drawings')])
+def test_an_opened_group_is_a_group(runs, name, kind):
+    groups = lines(runs[name] / 'groups.jsonl')
+    assert [group['step'] for group in groups] == [1, 2]
+    for group in groups:
+        assert group['kind'] == kind
+        members = group['members']
+        r = torch.tensor([[member['reward'] for member in members]])
+        want = grpo_encoder.group_advantage(r)[0].tolist()
+        assert [member['adv'] for member in members] == pytest.approx(want, abs=1e-3)
+        assert os.path.getsize(runs[name] / group['source'])
+
+
+def test_tokens_joined_are_the_caption(runs):
+    for group in lines(runs['grpo_encoder'] / 'groups.jsonl'):
+        for member in group['members']:
+            assert ''.join(member['tokens']) == member['caption']
+            assert len(member['tokens']) == len(member['logp'])
+            assert all(logp <= 0 for logp in member['logp'])
+
+
+def test_a_group_s_drawings_have_the_rewards_beside_them(runs):
+    out = runs['grpo_decoder']
+    tower = backbone('clip', shared_config('--device=cpu'))
+    for group in lines(out / 'groups.jsonl'):
+        x = load_picture(out / group['source'])
+        for member in group['members']:
+            found = clip_reward(x, load_picture(out / member['image']), tower).item()
+            assert found == pytest.approx(member['reward'], abs=0.03)
+
+
+def test_a_resumed_run_tells_everything_once(tmp_path):
+    first = tmp_path / 'killed'
+    more = (*SMALL, '--lr_decay=0', '--save_every=1')
+    tiny('grpo_encoder', first, *more, steps=1)
+    with open(first / 'samples.jsonl', 'a') as f:
+        f.write('{"step": 2, "row": 0}\n{"step": 2, "ro')
+    tiny('grpo_encoder', first, *more, '--resume', steps=2)
+    whole = tmp_path / 'whole'
+    tiny('grpo_encoder', whole, *more, steps=2)
+    for name in ('samples.jsonl', 'groups.jsonl'):
+        assert (first / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_two_ranks_leave_what_one_leaves(runs, tmp_path):
+    argv = arguments('grpo_encoder', tmp_path / 'two', *SMALL)
+    done = on_two_ranks(f'{ROOT}/grpo_encoder.py', *argv)
+    assert done.returncode == 0, done.stdout
+    one, two = (lines(out / 'samples.jsonl') for out in (runs['grpo_encoder'], tmp_path / 'two'))
+    for a, b in zip(one[:2], two[:2]):
+        assert a['caption'] == b['caption'] and a['reward'] == pytest.approx(b['reward'], abs=1e-4)
+    a, b = (lines(out / 'groups.jsonl')[0] for out in (runs['grpo_encoder'], tmp_path / 'two'))
+    assert [m['caption'] for m in a['members']] == [m['caption'] for m in b['members']]
+
+
+def test_an_evaluation_alone_keeps_no_pictures(uae):
+    config = SimpleNamespace(**dict(vars(uae.config), eval_images=4, eval_steps=2, watch=2))
+    run = SimpleNamespace(rank=0, world=1, device='cpu', master=True)
+    _, held = open_data(config, run)
+    _, records = Evaluator(uae, held, config, run)()
+    assert not any('pictures' in record for record in records)
+
+
+def test_large_images_are_kept_small():
+    assert watch.to_bytes(torch.zeros(1, 3, 32, 32)).shape[-1] == 32
+    kept = watch.to_bytes(torch.linspace(-2, 2, 3 * 512 * 512).view(1, 3, 512, 512))
+    assert kept.shape == (1, 3, 256, 256)
+    assert kept.min() == 0 and kept.max() == 255
+
+
+def test_config_json_says_what_was_changed(runs):
+    with open(runs['grpo_encoder'] / 'config.json') as f:
+        about = json.load(f)
+    assert about['script'] == 'grpo_encoder'
+    assert about['changed']['watch'] == 2 and about['changed']['text_encoder'] == 'start'
+    assert 'kl' not in about['changed'] and about['config']['kl'] == 0.03
+
+
+class Writer:
+    """Stands for TensorBoard's SummaryWriter."""
+
+    def __init__(self, folder):
+        self.scalars, self.images = [], []
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value, step))
+
+    def add_image(self, name, pixels, step, dataformats):
+        self.images.append((name, pixels.shape, step, dataformats))
+
+    def flush(self):
+        pass
+
+
+def test_tensorboard_gets_fields_and_sheets(tmp_path, monkeypatch):
+    monkeypatch.setattr('log.open_tensorboard', Writer)
+    config = shared_config(f'--out_dir={tmp_path}', '--tensorboard=True', '--device=cpu')
+    log = Log(config, SimpleNamespace(master=True))
+    log(3, loss=0.5)
+    assert ('loss', 0.5, 3) in log.tensorboard.scalars
+    Image.new('RGB', (20, 10)).save(tmp_path / 'sheet.png')
+    log.publish(4, {'eval/judge': 0.7}, f'{tmp_path}/sheet.png')
+    assert ('eval/judge', 0.7, 4) in log.tensorboard.scalars
+    assert log.tensorboard.images == [('samples', (10, 20, 3), 4, 'HWC')]
