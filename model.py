@@ -124,14 +124,14 @@ class UAE(Parts):
         features, grid = seen
         P, N = features.shape[:2]
         image = self.encoder.config.image_token_id
-        ids = self.before_image + [image] * N + self.after_image
-        ids = torch.tensor(ids, device=self.device)[None]
+        token_ids = self.before_image + [image] * N + self.after_image
+        token_ids = torch.tensor(token_ids, device=self.device)[None]
         # the token types say where the image's rows and columns go; without them the image would
         # silently get the positions of text
-        types = (ids == image).int()
-        positions, _ = self.encoder.model.get_rope_index(ids, mm_token_type_ids=types,
+        types = (token_ids == image).int()
+        positions, _ = self.encoder.model.get_rope_index(token_ids, mm_token_type_ids=types,
                                                          image_grid_thw=grid[:1])
-        embedded = self.embed(ids).expand(P, -1, -1)
+        embedded = self.embed(token_ids).expand(P, -1, -1)
         start = len(self.before_image)
         before, after = embedded[:, :start], embedded[:, start + N:]
         embedded = torch.cat([before, features.to(embedded.dtype), after], 1)
@@ -145,10 +145,10 @@ class UAE(Parts):
         from transformers import DynamicCache
         embedded, positions = self.prompt(seen)
         cache = DynamicCache(config=self.encoder.config.text_config)
-        out = self.language_model(inputs_embeds=embedded, position_ids=positions,
-                                  past_key_values=cache, use_cache=True)
+        output = self.language_model(inputs_embeds=embedded, position_ids=positions,
+                                     past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(G)
-        h = out.last_hidden_state[:, -1:].repeat_interleave(G, 0)
+        h = output.last_hidden_state[:, -1:].repeat_interleave(G, 0)
         return cache, h, positions.max().item() + 1
 
     @torch.no_grad()
@@ -199,17 +199,17 @@ class UAE(Parts):
             return self.states_after(embedded, positions, y)
         cache, h, start = self.prefill(seen, G)
         positions = start + torch.arange(T, device=self.device).expand(3, B, T)
-        out = self.language_model(inputs_embeds=self.embed(y), position_ids=positions,
-                                  past_key_values=cache, use_cache=True)
-        return torch.cat([h, out.last_hidden_state], 1)
+        output = self.language_model(inputs_embeds=self.embed(y), position_ids=positions,
+                                     past_key_values=cache, use_cache=True)
+        return torch.cat([h, output.last_hidden_state], 1)
 
     def states_after(self, embedded, positions, y):
         """`caption_states` from an embedded prompt (B, L, d) per caption, in one pass."""
         B, T = y.shape
         ahead = positions.max() + 1 + torch.arange(T, device=self.device).expand(3, B, T)
-        out = self.language_model(inputs_embeds=torch.cat([embedded, self.embed(y)], 1),
-                                  position_ids=torch.cat([positions, ahead], 2), use_cache=False)
-        return out.last_hidden_state[:, -T - 1:]
+        output = self.language_model(inputs_embeds=torch.cat([embedded, self.embed(y)], 1),
+                                     position_ids=torch.cat([positions, ahead], 2), use_cache=False)
+        return output.last_hidden_state[:, -T - 1:]
 
     def caption_logp(self, seen, y, temperature=1.0):
         """log pi_phi(y_t | x, y_<t): (B, T) float32, differentiable.
@@ -241,9 +241,9 @@ class UAE(Parts):
         mask = torch.zeros(len(texts), T)
         cut = 0
         for i, text in enumerate(texts):
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            cut += len(ids) >= T
-            row = (ids + [self.end])[:T]
+            token_ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            cut += len(token_ids) >= T
+            row = (token_ids + [self.end])[:T]
             y[i, :len(row)] = torch.tensor(row)
             mask[i, :len(row)] = 1
         return y.to(self.device), mask.to(self.device), cut
@@ -255,11 +255,11 @@ class UAE(Parts):
         Padded on the right to cond_len, or to `width`, so that c is the same alone and in any
         batch. What does not fit is cut (log field `truncated`).
         """
-        ids, attend = self.text_ids(y, mask, width)
+        token_ids, attend = self.text_ids(y, mask, width)
         language_model = self.text_encoder or self.language_model
-        embedded = language_model.get_input_embeddings()(ids)
-        out = language_model(inputs_embeds=embedded, attention_mask=attend, use_cache=False)
-        return self.project(out.last_hidden_state)
+        embedded = language_model.get_input_embeddings()(token_ids)
+        output = language_model(inputs_embeds=embedded, attention_mask=attend, use_cache=False)
+        return self.project(output.last_hidden_state)
 
     def text_ids(self, y, mask, width=0):
         """Captions in the template of a text to be drawn: ids and attention (B, cond_len)."""
@@ -273,23 +273,24 @@ class UAE(Parts):
         room = width - around
         spoken = spoken[:, :room]
         end = start + spoken.sum(1, keepdim=True)               # (B, 1)
-        ids = torch.full((len(y), width), self.tokenizer.pad_token_id, device=self.device)
-        ids[:, :start] = torch.tensor(self.before_text, device=self.device)
+        token_ids = torch.full((len(y), width), self.tokenizer.pad_token_id, device=self.device)
+        token_ids[:, :start] = torch.tensor(self.before_text, device=self.device)
         caption = torch.where(spoken, y[:, :room], self.tokenizer.pad_token_id)
-        ids[:, start:start + spoken.shape[1]] = caption
+        token_ids[:, start:start + spoken.shape[1]] = caption
         for i, token in enumerate(self.after_text):
-            ids.scatter_(1, end + i, token)
+            token_ids.scatter_(1, end + i, token)
         place = torch.arange(width, device=self.device)
         attend = (place < end + len(self.after_text)).long()
-        return ids, attend
+        return token_ids, attend
 
     def image_condition(self, seen):
         """Projected states at the image's positions of the caption prompt: (P, cond_len, D)."""
         embedded, positions = self.prompt(seen)
-        out = self.language_model(inputs_embeds=embedded, position_ids=positions, use_cache=False)
+        output = self.language_model(inputs_embeds=embedded, position_ids=positions,
+                                     use_cache=False)
         start = len(self.before_image)
         N = seen[0].shape[1]
-        return self.project(self.pad(out.last_hidden_state[:, start:start + N]))
+        return self.project(self.pad(output.last_hidden_state[:, start:start + N]))
 
     def project(self, h):
         """g(h) in the projector's own precision."""
@@ -354,10 +355,10 @@ class UAE(Parts):
         dtype = self.decoder.dtype
         pooled = self.pooled.expand(len(z), -1)
         with self.autocast():
-            out = self.decoder(hidden_states=z.to(dtype), timestep=1000 * s.expand(len(z)),
-                               encoder_hidden_states=c.to(dtype),
-                               pooled_projections=pooled.to(dtype), return_dict=False)
-        return out[0].float()
+            output = self.decoder(hidden_states=z.to(dtype), timestep=1000 * s.expand(len(z)),
+                                  encoder_hidden_states=c.to(dtype),
+                                  pooled_projections=pooled.to(dtype), return_dict=False)
+        return output[0].float()
 
     def velocity(self, z, s, c, negative=None, guidance=1.0):
         """v (B, C, H, W) at noise level s; with guidance v0 + guidance (v - v0).

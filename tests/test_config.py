@@ -404,7 +404,7 @@ def test_budgets_in_lines():
         if name in ('eval_t2i', 'bench'):        # four benchmarks, all stages in one
             budget = 380
         assert count[f'{name}.py'] < budget, name
-    assert count['model.py'] < 480
+    assert count['model.py'] < 520
     assert sum(count[path] for path in CORE) < 3300
     assert sum(count.values()) < 8500
 
