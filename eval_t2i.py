@@ -12,8 +12,9 @@
 
 Images go to out_dir/BENCH/CHECKPOINT/images in the benchmark's own layout, which the official
 scorers read unchanged; those that are there already are not drawn again. Beside them: results.jsonl
-(one line an image), summary.json, and table.md over all checkpoints. The benchmarks' rules are in
-bench/: geneval.py (with the embedded world's), dpg.py, judges.py (GenEval++).
+(one line an image), summary.json; over all checkpoints table.md and prompts.png, some prompts as
+each of them drew them. The benchmarks' rules are in bench/: geneval.py (with the embedded
+world's), dpg.py, judges.py (GenEval++).
 
     official                      here                           why
     GenEval: mmdetection's        the same network with the      mmdetection does not install
@@ -47,6 +48,7 @@ from bench.dpg import dpg_score                                  # the rules, fo
 from bench.geneval import geneval_correct, relative_position     # them from here
 from bench.geneval import geneval_scorer, shapes_scorer
 from bench.judges import Unusable, judge_scorer
+from bench.pictures import prompt_sheet
 from bench.prompts import files_to_score, item_files, read_items
 from bench.summary import dpg_summary, geneval_summary, judge_summary
 from config import parse
@@ -306,19 +308,24 @@ def main(argv):
     missing = why_not(config, items)
     if missing and config.score and run.master:
         print(f'no score: {missing}')
-    summaries = {}
+    summaries, configs = {}, []
     for name, source in zip(names, sources):
         own = types.SimpleNamespace(**vars(config))
         own.init_from = '' if source == 'base' else source
         own.name = name
         own.folder = f'{config.out_dir}/{config.bench}/{name}'
         own.images = config.images or f'{own.folder}/images'
+        configs.append(own)
         if config.generate:
             generate(own, run, items)
         if config.score and not missing:
             summaries[name] = score(own, run, items)
     if run.master and summaries:
         write_table(config, summaries)
+    if run.master:
+        folder = f'{config.out_dir}/{config.bench}'
+        os.makedirs(folder, exist_ok=True)
+        prompt_sheet(items, configs).save(f'{folder}/prompts.png')
 
 
 if __name__ == '__main__':
