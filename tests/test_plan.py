@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import checkpoint
 import common
 import config
 import tools.plan
@@ -152,7 +153,8 @@ def test_activations_of_lora_in_bfloat16():
 def test_bytes_are_those_of_the_run(name):
     """Weights after train_only, gradients like them, two moments, and a reference of what is
     trained if there is a KL: against the real model."""
-    said = plan(name, '--micro_batch=4', '--kl=0.1', '--eval_batch=1')
+    live = '--text_encoder=live'
+    said = plan(name, '--micro_batch=4', '--kl=0.1', '--eval_batch=1', live)
     uae, _ = open_models(configuration(name))
     params = uae.train_only(*TRAINS[name])
     trained_part = TRAINS[name][0]
@@ -177,10 +179,47 @@ def test_bytes_are_those_of_the_run(name):
     assert total[False] == pytest.approx(fixed + said['kept'][False] / 1e9)
     assert fixed + said['kept'][True] / 1e9 < total[True] < total[False]
     assert said['evaluation'] < said['kept'][True] / 1e9
-    assert not plan(name, '--micro_batch=4', '--kl=0')[trained_part]['reference']
-    wide = plan(name, '--micro_batch=4', '--kl=0.1', '--eval_batch=4096')
+    assert not plan(name, '--micro_batch=4', '--kl=0', live)[trained_part]['reference']
+    wide = plan(name, '--micro_batch=4', '--kl=0.1', '--eval_batch=4096', live)
     of_evaluation = pytest.approx(fixed + wide['evaluation'])
     assert wide['total'] == {True: of_evaluation, False: of_evaluation}
+
+
+@pytest.mark.parametrize('lora', [[], ['--lora_rank=4', '--dtype=bfloat16']])
+def test_a_text_encoder_that_stands_still_is_counted(lora):
+    """Whatever it does not share with the captioner: a whole language model, or adapters."""
+    argv = ['--micro_batch=4', '--text_encoder=start', *lora]
+    said = plan('grpo_encoder', *argv)
+    uae = new_uae(configuration('grpo_encoder', *argv))
+    uae.train_only('encoder')
+    checkpoint.freeze_text_encoder(uae)
+    shared = {id(p) for p in uae.encoder.parameters()}
+    own = [p for p in uae.text_encoder.parameters() if id(p) not in shared]
+    row = said['text_encoder']
+    assert row['parameters'] == sum(p.numel() for p in own) > 0
+    assert row['weights'] == pytest.approx(sum(p.nbytes for p in own) / 1e9)
+
+    live = plan('grpo_encoder', '--micro_batch=4', '--text_encoder=live', *lora)
+    assert 'text_encoder' not in live
+    more = said['total'][True] - live['total'][True]
+    assert more == pytest.approx(row['weights'])
+
+
+def test_operations_are_twice_the_weights_that_a_token_meets():
+    """Linear layers alone: attention is little at this size, and comes on top."""
+    argv = ['--micro_batch=4', '--text_encoder=live']
+    uae = new_uae(configuration('grpo_encoder', *argv))
+    weights = 0
+    for layer in uae.language_model.layers.modules():
+        if isinstance(layer, torch.nn.Linear):
+            weights += layer.weight.numel()
+    linear = 2 * weights * uae.config.cond_len
+    read = plan('grpo_encoder', *argv)['flops']
+    of_projector = 2 * uae.config.cond_len * (
+        uae.projector.up.weight.numel() + uae.projector.down.weight.numel())
+    found = read['caption to condition'] - of_projector
+    assert linear < found < 1.3 * linear
+    assert all(read.values())
 
 
 def test_recomputation_wants_no_gradient_through_a_frozen_encoder():

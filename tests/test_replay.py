@@ -1,14 +1,20 @@
 """--old_logp=replay: the first update's log-prob is the old one of all updates on a rollout."""
 import types
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import common
 import grpo_decoder
 import grpo_encoder
+from bench.steps import shortened
 from config import parse
+from conftest import at
 from model import UAE
 from running import arguments, lines, tiny
+from tools.plan import ARCHITECTURES, skeleton
 
 STAGES = dict(grpo_encoder=grpo_encoder, grpo_decoder=grpo_decoder)
 stages = pytest.mark.parametrize('name', STAGES)
@@ -116,3 +122,106 @@ def test_recorded_stays_the_old_log_prob_of_every_update(
     first, second = losses_of(monkeypatch, STAGES[name], argv)
     assert torch.equal(first.old, second.old)
     assert not torch.equal(first.logp, first.old)
+
+
+# --- at true width, with another order of summation in the update ---------------------------------
+LAYERS = 2
+VOCABULARY = 2048               # the tiny tokenizer needs fewer; the real 151936 would take 1 GB
+AT_TRUE_WIDTH = ['--preset=medium', '--resolution=64', '--cond_len=48', '--caption_len=16',
+                 '--sample_steps=6', '--micro_batch=2']
+ONE_GROUP = ['--prompts=1', '--group=4', '--lr=0']
+
+
+def architectures():
+    """The published ones with few layers, a small vocabulary, and a VAE that is never asked."""
+    known = shortened(ARCHITECTURES, LAYERS)
+    encoder = known['Qwen/Qwen2.5-VL-3B-Instruct']
+    encoder.update(image_token_id=VOCABULARY - 1, video_token_id=VOCABULARY - 2,
+                   vision_start_token_id=VOCABULARY - 3, vision_end_token_id=VOCABULARY - 4)
+    encoder['text_config']['vocab_size'] = VOCABULARY
+    decoder = known['stabilityai/stable-diffusion-3.5-medium']
+    decoder['vae'].update(block_out_channels=(32,) * 4, layers_per_block=1)
+    decoder['transformer'].update(pos_embed_max_size=32)
+    return known
+
+
+@pytest.fixture(scope='module')
+def wide():
+    """A model of the published widths with random weights, LoRA, in bfloat16: 1.2 GB."""
+    common.quiet()
+    config = parse({}, {}, AT_TRUE_WIDTH, 'x.py')
+    return skeleton(config, 'cpu', architectures())
+
+
+@contextmanager
+def other_summation():
+    """Every linear layer adds up the first half of its inputs, then the second.
+
+    A GPU does the like when a batch has another shape.
+    """
+    forward = torch.nn.Linear.forward
+
+    def in_halves(self, x):
+        half = self.in_features // 2
+        first = F.linear(x[..., :half], self.weight[:, :half])
+        return first + F.linear(x[..., half:], self.weight[:, half:], self.bias)
+
+    torch.nn.Linear.forward = in_halves
+    try:
+        yield
+    finally:
+        torch.nn.Linear.forward = forward
+
+
+def random_rewards(x, x_hat, tower):
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(len(x_hat), generator=g)
+
+
+def first_updates(name, wide, monkeypatch):
+    """Log fields of a first update with --old_logp=replay, then =recorded, on one rollout."""
+    stage = STAGES[name]
+    config = parse(stage.keys, stage.own_presets, [*AT_TRUE_WIDTH, *ONE_GROUP], f'{name}.py')
+    run = common.start(config)
+    uae = at(wide, **vars(config))
+    wide.requires_grad_(False)
+    params = uae.train_only(name.removeprefix('grpo_'))
+    monkeypatch.setattr(uae, 'to_image', lambda z: z[:, :3])
+    monkeypatch.setattr(stage, 'clip_reward', random_rewards)
+    x = torch.rand(1, 3, config.resolution, config.resolution) * 2 - 1
+    index = torch.zeros(1, dtype=torch.long)
+    if name == 'grpo_encoder':
+        seen, batch, r = stage.rollout(uae, None, x, index, 0, config)
+        batch['ref_logp'] = batch['recorded']
+        models = (uae,)
+        given = (seen, batch)
+    else:
+        batch, r, _ = stage.rollout(uae, None, x, index, 0, config)
+        models = (uae, uae)
+        given = (None, batch)
+    batch['adv'] = stage.group_advantage(r).flatten()
+    fields = []
+    for config.old_logp in ('replay', 'recorded'):
+        optimiser = common.Optimiser(params, config)
+        with other_summation():
+            fields.append(stage.update(*models, optimiser, *given, 0, run, config))
+    return fields
+
+
+def rounding_counts_for_nothing(fields):
+    return fields['ratio_max'] == 1 and fields['clip_frac'] == 0
+
+
+@stages
+def test_another_order_of_summation_is_no_policy_ratio(wide, monkeypatch, name):
+    """In bfloat16 at true width: exactly 1, and no sample loses its gradient to the clip.
+
+    The same update with the recorded log-prob shows the need.
+    """
+    replay, recorded = first_updates(name, wide, monkeypatch)
+    assert rounding_counts_for_nothing(replay)
+    assert replay['grad_norm'] > 0
+    assert recorded['logp_diff'] == replay['logp_diff'] > 0
+    assert not rounding_counts_for_nothing(recorded)
+    if name == 'grpo_decoder':
+        assert recorded['clip_frac'] > 0

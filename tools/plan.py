@@ -1,7 +1,8 @@
 """What a stage needs on one GPU, said before anything is downloaded: `python STAGE.py --plan`.
 
 The models are built from their published configurations on tensors without storage, and the
-stage's own loss runs on them: what autograd saves for the backward pass is added up.
+stage's own loss runs on them: what autograd saves for the backward pass is added up. So are the
+floating-point operations of each network.
 """
 import argparse
 import json
@@ -11,6 +12,7 @@ import weakref
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import common
@@ -266,6 +268,51 @@ def row_of(module, with_reference):
                 reference=gradients if with_reference else 0.0)
 
 
+def text_encoder_row(uae):
+    """The plan's line of a text encoder that stands still.
+
+    It shares with the captioner what no stage trains, and keeps the rest as float32: with LoRA
+    adapters of its own, else a whole language model.
+    """
+    own = dict(uae.language_model.named_parameters())
+    if uae.config.lora_rank:
+        own = {name: p for name, p in own.items() if 'lora_' in name}
+    count = sum(p.numel() for p in own.values())
+    return dict(parameters=count, weights=4 * count / 1e9, trained=0, gradients=0.0, adamw=0.0,
+                reference=0.0)
+
+
+# --- operations ----------------------------------------------------------------------------------
+@torch.no_grad()
+def forward_flops(uae, tower):
+    """{network: floating-point operations} of one sample's forward pass, under FakeTensorMode.
+
+    Matrix products, convolutions and attention. A condition is cond_len tokens long, a caption
+    caption_len behind its prompt.
+    """
+    y = torch.zeros(1, uae.config.caption_len, dtype=torch.long)
+    z = torch.zeros(1, *uae.latent_shape())
+    cond = uae.text_condition(y, torch.ones(y.shape))
+    x = uae.to_image(z)
+    length = prompt_tokens(uae)
+    embedded = torch.zeros(1, length, uae.encoder.config.text_config.hidden_size)
+    positions = torch.zeros(3, 1, length, dtype=torch.long)
+    calls = {
+        'a caption after its image': (uae.states_after, embedded, positions, y),
+        'caption to condition': (uae.text_condition, y, torch.ones(y.shape)),
+        'denoising step': (uae.network, z, torch.zeros(()), cond),
+        'latent to image': (uae.to_image, z),
+        'image to latent': (uae.to_latent, x),
+        'reward': (tower.features, x),
+    }
+    found = {}
+    for name, (call, *args) in calls.items():
+        with FlopCounterMode(display=False) as counter, uae.autocast():
+            call(*args)
+        found[name] = counter.get_total_flops()
+    return found
+
+
 def planned_config(config):
     """The configuration as the plan runs it: every wiring as a text of the same length."""
     config = argparse.Namespace(**vars(config))
@@ -295,12 +342,15 @@ def plan(config, trained, loss):
         rows[name] = row_of(getattr(uae, name), name in trained and getattr(config, 'kl', 0))
     rows['reward'] = row_of(tower, False)
     rows['judge'] = row_of(judge, False)
+    if config.text_encoder == 'start':
+        rows['text_encoder'] = text_encoder_row(uae)
     kept = {}
     uae.sigmas(config.sample_steps)             # remembered: FakeTensorMode cannot make them
     with FakeTensorMode():
         without_storage([uae, tower])
         uae.device = torch.device('cpu')
         evaluation = evaluation_peak(uae, tower) / 1e9
+        flops = forward_flops(uae, tower)
         uae.config.checkpointing = True
         kept[True] = kept_by_autograd(uae, tower, loss, size)
         uae.config.checkpointing = False
@@ -315,7 +365,9 @@ def plan(config, trained, loss):
     activations = {True: kept[True] / 1e9 + block, False: kept[False] / 1e9}
     total = {key: fixed + max(value, evaluation) for key, value in activations.items()}
     print_plan(config, world, rows, size, kept, block, evaluation, total)
-    return dict(rows, kept=kept, total=total, evaluation=evaluation, B=size)
+    counts = [f'{name} {count / 1e12:.3g}' for name, count in flops.items()]
+    print('TFLOP of a forward pass:', ', '.join(counts))
+    return dict(rows, kept=kept, total=total, evaluation=evaluation, flops=flops, B=size)
 
 
 def print_plan(config, world, rows, size, kept, block, evaluation, total):
