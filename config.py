@@ -95,7 +95,11 @@ bounds = dict(
     lr_decay=(0, 1e6), grad_steps=(1, 1000), noise_level=(1e-6, 10), sde_window=(1, 1000),
     train_steps=(1, 1000), sigma_mean=(-100, 100), sigma_std=(0, 100), drop=(0, 1),
     ema=(0, 1 - 1e-9), caption_every=(1, 10 ** 9), lambda_t2i=(0, 1e6), see_resolution=(0, 4096),
-    samples=(1, 10 ** 4), seeds=(1, 10 ** 4), judge_tries=(1, 1000), judge_timeout=(0, 1e6))
+    layers=(0, 1000), scenes=(1, 10 ** 6), vae_steps=(1, 10 ** 9), clip_steps=(1, 10 ** 9),
+    judge_steps=(1, 10 ** 9), encoder_steps=(1, 10 ** 9), decoder_steps=(1, 10 ** 9),
+    settle_steps=(0, 10 ** 9), decoder_images=(1, 10 ** 9), full_share=(0, 1),
+    most_phrases=(0, 100), samples=(1, 10 ** 4), seeds=(1, 10 ** 4), judge_tries=(1, 1000),
+    judge_timeout=(0, 1e6))
 # -------------------------------------------------------------------------------------------------
 
 

@@ -250,6 +250,8 @@ def score(config, run, items):
         raise SystemExit(
             f'{len(unusable)} of {asked} images cannot be scored, so there is no score; '
             f'first: {min(unusable)}; the others are in {path}')
+    if not records:
+        raise SystemExit(f'{config.images}: every image is left out, so there is no score')
     summary = summarise(records)
     common.write_json(f'{config.folder}/summary.json', summary)
     numbers = [f'{k} {v:.4g}' for k, v in summary.items() if isinstance(v, (int, float))]

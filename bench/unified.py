@@ -22,8 +22,8 @@ from reward import backbone, clip_reward
 # what the images in an out_dir depend on
 CLAIMED = (
     'encoder', 'decoder', 'lora_rank', 'captions', 'resolution', 'caption_prompt', 'caption_len',
-    'negative_prompt', 'condition', 'cond_len', 'guidance', 'eval_steps', 'eval_temperature',
-    'dtype', 'seed')
+    'negative_prompt', 'condition', 'text_encoder', 'cond_len', 'guidance', 'eval_steps',
+    'eval_temperature', 'dtype', 'seed')
 
 
 # --- files ---------------------------------------------------------------------------------------

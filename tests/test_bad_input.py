@@ -243,6 +243,15 @@ def test_sample_asks_for_something_to_do(tmp_path):
     assert str(missing) in message
 
 
+def test_the_tools_of_the_embedded_world_refuse_in_one_line(tmp_path):
+    from data.shapes import demo, pretrain
+    out = f'--out_dir={tmp_path}/out'
+    assert "no part 'typo'" in refusal(pretrain.main, ['--parts=vae,typo', out])
+    assert '--vae_steps' in refusal(pretrain.main, ['--vae_steps=0', out])
+    assert '--scenes' in refusal(demo.main, ['--scenes=0', out])
+    assert not os.path.exists(f'{tmp_path}/out')
+
+
 def test_exit_code_and_one_line(tmp_path):
     """As a user meets it: no traceback, one line, exit code 1."""
     nowhere = f'{tmp_path}/nowhere'

@@ -1,6 +1,7 @@
 """The command line, the presets, and the promises about size that make the repository readable."""
 import ast
 import glob
+import importlib
 import math
 import os
 import re
@@ -56,10 +57,11 @@ def find_scripts():
 
 
 SCRIPTS = find_scripts()
+TOOLS = ['data.shapes.demo', 'data.shapes.pretrain', 'bench.speed']      # have keys as well
 
 
 def module(name):
-    return __import__(name)
+    return importlib.import_module(name)
 
 
 def parse(*argv, **keys):
@@ -260,7 +262,7 @@ def numeric_keys(keys):
 def all_numeric_keys():
     """Those of all scripts and the shared ones."""
     found = set(numeric_keys(config.shared))
-    for name in SCRIPTS:
+    for name in SCRIPTS + TOOLS:
         found.update(numeric_keys(module(name).keys))
     return sorted(found)
 
@@ -293,7 +295,7 @@ def test_a_number_may_be_its_bound_and_not_beyond(key):
 
 def owner_of(key):
     """The keys of a script that has this one, {} for a shared key."""
-    for name in SCRIPTS:
+    for name in SCRIPTS + TOOLS:
         keys = module(name).keys
         if key in keys:
             return keys

@@ -249,6 +249,14 @@ def test_dpg_whole(grids, asked, tmp_path):
     assert len(lines(f'{out}/results.jsonl')) == 1
 
 
+def test_dpg_with_every_image_left_out_is_one_line(grids, asked, tmp_path):
+    """The official bug leaves out an item whose one question it drops."""
+    path = write_csv(tmp_path / 'one.csv', DPG_ROWS[0])
+    argv = [flag for flag in grids if not flag.startswith('--prompts')]
+    argv += [f'--prompts={path}', '--official_row_bug=True']
+    assert 'every image is left out' in refusal(eval_t2i.main, argv)
+
+
 def test_dpg_draws_its_grids(tmp_path, capsys):
     (tmp_path / 'texts').mkdir()
     (tmp_path / 'texts' / 'x7.txt').write_text(SHAPES[0]['prompt'] + '\n')

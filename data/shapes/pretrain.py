@@ -385,9 +385,14 @@ def main(argv):
     config.encoder = f'{config.out_dir}/encoder'
     config.decoder = f'{config.out_dir}/decoder'
     config.clip = f'local-dir:{config.out_dir}/clip'
+    parts = config.parts.split(',')
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise SystemExit(f'--parts={config.parts}: no part {unknown[0]!r}, the parts are '
+                         f'{" ".join(PARTS)}')
     avoid = set(world.splits()[1])
     torch.manual_seed(config.seed)
-    for part in config.parts.split(','):
+    for part in parts:
         start = time.time()
         PARTS[part](config, avoid)
         print(f'{part}: {time.time() - start:.0f} s')
