@@ -89,10 +89,6 @@ class Log:
         self.config = config
         self.master = run.master
         self.path = f'{config.out_dir}/log.jsonl'
-        about_path = f'{config.out_dir}/config.json'
-        if self.master and not os.path.exists(about_path):
-            about = dict(script=config.script, changed=config.changed, config=vars(config))
-            common.write_json(about_path, about)
         self.bar = None
         self.wandb = None
         self.tensorboard = None
@@ -106,6 +102,10 @@ class Log:
     def progress(self, start_step):
         """Numbers of the updates that are left, behind a progress bar on rank 0."""
         config = self.config
+        about_path = f'{config.out_dir}/config.json'
+        if self.master and not os.path.exists(about_path):
+            about = dict(script=config.script, changed=config.changed, config=vars(config))
+            common.write_json(about_path, about)
         self.bar = tqdm(range(start_step, config.steps), initial=start_step, total=config.steps,
                         desc=config.script, disable=not self.master, mininterval=1)
         return self.bar
