@@ -12,8 +12,9 @@ setup: .venv/.done
 demo: setup
 	$(PY) data/shapes/demo.py
 
+# a thread each: more of them than cores wait for each other
 test: setup
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n 2 --dist=loadfile tests
 
 base: setup
 	$(PY) data/shapes/pretrain.py

@@ -12,8 +12,8 @@ Captions are greedy unless eval_temperature says otherwise; what is measured sta
 
 --bench=unified is the paper's benchmark in its official layout, see bench/unified.py. It writes
 unified.json with the official script's keys, and report.json with means and standard errors over
-seeds. A second run draws what is missing. Our encoder sees a reference whole, scaled to
-resolution^2 pixels.
+seeds. A second run draws what is missing. The encoder sees a reference whole, scaled to
+resolution^2 pixels, or with the preset `release` as large as it is.
 """
 import json
 import os
@@ -35,8 +35,10 @@ keys = dict(
     backbones = 'clip,longclip,dinov2,dinov3',
     captions = '',             # .jsonl of {"image", "caption"} as sample.py writes: draw these
     generated = '',            # folder of finished reconstructions: score these, load no UAE
+    own_size = False,          # the encoder sees a reference at its own size
     seeds = 1,                 # repetitions with other start noise and other sampled captions
 )
+own_presets = dict(release=dict(own_size=True))
 # -------------------------------------------------------------------------------------------------
 
 SHEET_ROWS = 12                # images on a contact sheet
@@ -185,7 +187,7 @@ def check(config):
 
 
 def main(argv):
-    config = parse(keys, {}, argv, __file__)
+    config = parse(keys, own_presets, argv, __file__)
     if config.plot:
         os.makedirs(config.out_dir, exist_ok=True)
         folders, _, fields = config.plot.partition(':')

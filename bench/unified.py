@@ -120,6 +120,9 @@ def rebuild(config, run, references):
     claim_folder(config, run)
     uae = open_uae(config, run.device)
     names = list(references)
+    area = config.resolution ** 2
+    if config.own_size:
+        area = 0
     mine = range(run.rank, len(names), run.world)
     rebuilt = []
     for k in range(config.seeds):
@@ -130,7 +133,7 @@ def rebuild(config, run, references):
             image_file, note = f'{folder}/{name}', f'{notes}/{name}.json'
             if os.path.exists(image_file) and os.path.exists(note):
                 continue
-            x = load_picture(references[name], config.resolution ** 2).to(uae.device)
+            x = load_picture(references[name], area).to(uae.device)
             seed = (config.seed + k,)
             if given is None:
                 texts, _, x_hat = reconstruct(uae, x, [i], config.eval_temperature, seed=seed)

@@ -417,6 +417,8 @@ def test_references_of_any_shape_are_seen_whole_and_a_jpeg_stays_one(tmp_path, m
     monkeypatch.setattr(unified, 'reconstruct', watched)
     run(tmp_path / 'out', tmp_path / 'b', CLIP)
     assert shapes == [(45, 23), (23, 45)], 'what the encoder was shown'
+    run(tmp_path / 'own', tmp_path / 'b', CLIP, '--own_size=True')
+    assert shapes[2:] == [(90, 45), (60, 120)], 'as the authors\' demo shows it'
     made = {}
     for path in (tmp_path / 'out' / 'example_image').iterdir():
         with Image.open(path) as image:
