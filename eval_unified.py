@@ -21,11 +21,12 @@ import sys
 import textwrap
 
 import common
+import watch
 from bench.unified import backbones, match_files, of_seed, over_seeds, rebuild, score_folder
 from checkpoint import open_uae
 from config import parse
 from data.images import image_files, load_picture, open_data
-from evaluate import Evaluator, reconstruct
+from evaluate import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
@@ -113,21 +114,18 @@ def plot_runs(folders, fields, path):
 
 # --- evaluations ---------------------------------------------------------------------------------
 def held_out(config, run):
-    """Scores a model on the held-out images; report.json, reconstructions.png."""
+    """Scores a model on the held-out images: report.json, and pictures of the watched ones."""
     _, held = open_data(config, run, training=False)
     evaluate = Evaluator(open_uae(config, run.device), held, config, run)
-    summary, records = evaluate()
+    summary, records = evaluate(config.watch)
     if not run.master:
         return
     for name, value in summary.items():
         print(f'{name:22s} {value:.4f}')
     captions = {record['name']: record['caption'] for record in records}
     common.write_json(f'{config.out_dir}/report.json', dict(summary=summary, captions=captions))
-    rows = list(range(min(SHEET_ROWS, len(records))))
-    x = held['x'][rows]
-    _, _, x_hat = reconstruct(evaluate.uae, x.to(run.device), rows, config.eval_temperature)
-    texts = [records[row]['caption'] for row in rows]
-    contact_sheet([x, x_hat], texts, f'{config.out_dir}/reconstructions.png')
+    if config.watch:
+        print(watch.save_samples(records[:config.watch], 0, config, held['scenes']))
 
 
 def unified(config, run):

@@ -57,6 +57,7 @@ def begin(name, out_dir):
     child = os.fork()
     if child:
         return child
+    torch.set_num_threads(1)    # makes the pool anew after a fork; the loader's threads would race
     said = open(f'{out_dir}.txt', 'a')
     os.dup2(said.fileno(), 1)
     os.dup2(said.fileno(), 2)

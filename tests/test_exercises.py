@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -89,6 +90,7 @@ def child(call):
 
 def script(name, root, argv):
     """root/name.py with its own modules."""
+    torch.set_num_threads(1)        # makes the pool anew after a fork; loaders' threads would race
     os.chdir(root)
     sys.path.insert(0, root)
     sys.argv = [name, *argv]

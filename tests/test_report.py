@@ -15,7 +15,7 @@ from PIL import Image
 from data.shapes import scenes as world
 from running import lines, refusal
 from tools import report
-from tools.page import curves, gif, pictures, words
+from tools.page import curves, gif, pictures, png, words
 from tools.page import runs as run_files
 
 STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
@@ -323,6 +323,33 @@ def test_colours_of_the_gif_are_those_of_the_images(demo, tmp_path):
 def test_no_gif_of_runs_that_watched_nothing(run, tmp_path):
     os.remove(f'{run}/samples.jsonl')
     message = refusal(report.main, [run, f'--gif={tmp_path}/loop.gif'])
+    assert 'no watched images' in message
+
+
+# --- the sheet ------------------------------------------------------------------------------------
+def test_the_sheet_has_each_runs_last_drawings(demo, tmp_path):
+    path = f'{tmp_path}/deep/sheet.png'
+    folders = [f'{demo}/grpo_decoder', f'{demo}/cold_start']
+    report.main([*folders, f'--png={path}'])
+    runs = run_files.read_runs(folders)
+    drawn = [f'{runs[0].folder}/samples/source_000.png']
+    for run in runs:
+        last = run.samples[max(run.samples)][0]
+        drawn.append(f'{run.folder}/{last["image"]}')
+    with Image.open(path) as sheet:
+        assert sheet.width == 2 * png.MARGIN + 3 * png.COLUMN
+        for column, name in enumerate(drawn):
+            left = png.MARGIN + column * png.COLUMN
+            shown = sheet.crop((left, png.HEAD, left + png.SIDE, png.HEAD + png.SIDE))
+            expected = gif.load(name, png.SIDE)
+            assert np.array_equal(np.asarray(shown), np.asarray(expected)), name
+
+
+def test_no_sheet_beside_a_gif_or_of_nothing(demo, run, tmp_path):
+    message = refusal(report.main, [demo, f'--png={tmp_path}/a.png', f'--gif={tmp_path}/a.gif'])
+    assert 'one at a time' in message
+    os.remove(f'{run}/samples.jsonl')
+    message = refusal(report.main, [run, f'--png={tmp_path}/a.png'])
     assert 'no watched images' in message
 
 

@@ -35,6 +35,7 @@ def kill_in_save(number):
 for name, argv, die in json.load(open(sys.argv[1])):
     child = os.fork()
     if not child:
+        torch.set_num_threads(1)    # makes the pool anew after a fork; loaders' threads would race
         if die:
             kill_in_save(die)
         sys.argv = [name + '.py', *argv]

@@ -118,7 +118,7 @@ def test_eval_unified_on_a_checkpoint(chain, tmp_path, capsys):
     assert len(report['captions']) == 4
     last = lines(chain['grpo_decoder'] / 'eval.jsonl')[-1]
     assert report['summary'] == without_step(last), 'the run itself measured the same'
-    assert Image.open(tmp_path / 'reconstructions.png').size[0] > 100
+    assert Image.open(tmp_path / 'samples' / 'step_000000.png').size[0] > 100
     assert 'judge' in capsys.readouterr().out
 
 

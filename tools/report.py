@@ -3,6 +3,7 @@
     python tools/report.py out/demo                       # its stages, into out/demo/report.html
     python tools/report.py out/cold_start out/grpo_encoder     # runs in order, into the last one
     python tools/report.py out/demo --gif=assets/loop.gif      # a moving picture instead
+    python tools/report.py out/a out/b --png=sheet.png         # or how each run drew in the end
 
 The page is one file without a server: images are inside it, and it reads without scripts too.
 --out_dir=DIR puts it elsewhere.
@@ -19,6 +20,7 @@ from config import ConfigError, literal
 from tools.page import scenes
 from tools.page.curves import curves_html
 from tools.page.gif import write_gif
+from tools.page.png import write_png
 from tools.page.groups import groups_html
 from tools.page.pictures import loop_images
 from tools.page.runs import number, read_json, read_runs, scenes_of, stops_of
@@ -27,6 +29,7 @@ from tools.page.runs import number, read_json, read_runs, scenes_of, stops_of
 keys = dict(
     out_dir = '',              # where report.html goes; '' = the last of the folders given
     gif = '',                  # a path: write a moving picture there instead of the page
+    png = '',                  # or a sheet: the watched images as each run left them
 )
 # -------------------------------------------------------------------------------------------------
 PAGE = os.path.join(ROOT, 'tools', 'page')
@@ -176,12 +179,15 @@ def main(argv):
         print(__doc__)
         return
     folders, values = read_arguments(argv)
-    path = values['gif']
-    if path:
-        write_gif(folders, path)
-    else:
-        path = os.path.join(values['out_dir'] or folders[-1], 'report.html')
-        write_report(folders, path)
+    if values['gif'] and values['png']:
+        raise ConfigError('--gif and --png: one at a time')
+    path = os.path.join(values['out_dir'] or folders[-1], 'report.html')
+    write = write_report
+    if values['gif']:
+        path, write = values['gif'], write_gif
+    elif values['png']:
+        path, write = values['png'], write_png
+    write(folders, path)
     print(path)
 
 
