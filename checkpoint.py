@@ -170,27 +170,39 @@ def check_sizes(uae):
                          f'transformer), at least {2 * least} (patches of the encoder)')
 
 
-def load_towers(config, start, release):
-    """Encoder, decoder and projector: full weights of a checkpoint, else those it stands on."""
-    from diffusers import SD3Transformer2DModel
-    from transformers import Qwen2_5_VLForConditionalGeneration
-    # in full fine-tuning what a checkpoint holds is not rounded on the way in
-    dtype = torch.float32
+def loaded_dtype(config):
+    """In full fine-tuning what a checkpoint holds is not rounded on the way in."""
     if config.lora_rank:
-        dtype = getattr(torch, config.dtype)
-    whole = os.path.exists(f'{start}/encoder/config.json')
+        return getattr(torch, config.dtype)
+    return torch.float32
+
+
+def load_encoder(config, start):
+    """The full weights of a checkpoint, else those it stands on."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    folder = config.encoder
+    if os.path.exists(f'{start}/encoder/config.json'):
+        folder = f'{start}/encoder'
+    return common.load(Qwen2_5_VLForConditionalGeneration, folder, dtype=loaded_dtype(config))
+
+
+def load_decoder(config, start):
+    """The same of the decoder."""
+    from diffusers import SD3Transformer2DModel
+    folder = config.decoder
+    if os.path.exists(f'{start}/decoder/transformer/config.json'):
+        folder = f'{start}/decoder'
+    return common.load(SD3Transformer2DModel, folder, subfolder='transformer',
+                       torch_dtype=loaded_dtype(config))
+
+
+def load_towers(config, start, release):
+    """Encoder, decoder and projector as a run starts with them."""
     weights = None
-    if release and not whole:
-        encoder, decoder, weights = load_release(release, dtype)
+    if release and not os.path.exists(f'{start}/encoder/config.json'):
+        encoder, decoder, weights = load_release(release, loaded_dtype(config))
     else:
-        encoder_folder, decoder_folder = config.encoder, config.decoder
-        if whole:
-            encoder_folder = f'{start}/encoder'
-        if os.path.exists(f'{start}/decoder/transformer/config.json'):
-            decoder_folder = f'{start}/decoder'
-        encoder = common.load(Qwen2_5_VLForConditionalGeneration, encoder_folder, dtype=dtype)
-        decoder = common.load(SD3Transformer2DModel, decoder_folder, subfolder='transformer',
-                              torch_dtype=dtype)
+        encoder, decoder = load_encoder(config, start), load_decoder(config, start)
     projector = Projector(encoder.config.text_config.hidden_size,
                           decoder.config.joint_attention_dim)
     if start and not start.startswith('uae:'):
@@ -254,10 +266,19 @@ def stage_start(uae, parts, config):
         elif part == 'projector' and os.path.exists(f'{start}/projector.safetensors'):
             tower.load_state_dict(load_file(f'{start}/projector.safetensors'))
         else:
-            towers = load_towers(begun, start, find_release(start))
-            loaded = dict(zip(('encoder', 'decoder', 'projector'), towers))[part]
-            tower.load_state_dict(loaded.state_dict())
+            tower.load_state_dict(load_part(part, begun, start).state_dict())
     return uae
+
+
+def load_part(part, config, start):
+    """Encoder, decoder or projector as a run starts with it, and where possible nothing else."""
+    release = find_release(start)
+    if part == 'encoder' and not release:
+        return load_encoder(config, start)
+    if part == 'decoder' and not release:
+        return load_decoder(config, start)
+    towers = load_towers(config, start, release)
+    return dict(zip(('encoder', 'decoder', 'projector'), towers))[part]
 
 
 # --- text_encoder=start: the language model as stage 2 found it re-encodes the captions ----------

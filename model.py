@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from parts import Parts
-from policy import choose, next_state, pick_logp, sde_step, token_logp
+from policy import CaptionCache, choose, next_state, pick_logp, sde_step, token_logp
 
 
 class Projector(nn.Module):
@@ -137,17 +137,21 @@ class UAE(Parts):
         embedded = torch.cat([before, features.to(embedded.dtype), after], 1)
         return embedded, positions.expand(-1, P, -1)
 
-    def prefill(self, seen, G):
+    def prefill(self, seen, G, room=0):
         """Runs the prompt once per image and repeats its cache for the group.
 
-        Returns the cache, the last state h (B, 1, d), and the position of the next token.
+        room: tokens that will follow one by one, 0 = all at once. Returns the cache, the last state
+        h (B, 1, d), and the position of the next token.
         """
         from transformers import DynamicCache
         embedded, positions = self.prompt(seen)
         cache = DynamicCache(config=self.encoder.config.text_config)
         output = self.language_model(inputs_embeds=embedded, position_ids=positions,
                                      past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(G)
+        if room:
+            cache = CaptionCache(cache, G, room)
+        else:
+            cache.batch_repeat_interleave(G)
         h = output.last_hidden_state[:, -1:].repeat_interleave(G, 0)
         return cache, h, positions.max().item() + 1
 
@@ -166,7 +170,7 @@ class UAE(Parts):
         logp = torch.zeros(B, T, device=self.device)
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
         with self.autocast():
-            cache, h, start = self.prefill(seen, G)
+            cache, h, start = self.prefill(seen, G, T)
             for t in range(T):
                 logits = self.head(h[:, -1]).float()
                 logits = logits.masked_fill_(self.forbidden, -math.inf)

@@ -12,6 +12,33 @@ from torch.utils.checkpoint import checkpoint
 
 
 # --- captions: a token -------------------------------------------------------------------------
+class CaptionCache:
+    """Keys and values of G captions per image, allocated once for all tokens to come.
+
+    A cache that grows is copied whole for every token. prompt: the library's cache of P images,
+    whose layers hold keys and values (P, H, L, D). room: how many tokens follow.
+    """
+
+    def __init__(self, prompt, G, room):
+        self.keys = [self.allocate(layer.keys, G, room) for layer in prompt.layers]
+        self.values = [self.allocate(layer.values, G, room) for layer in prompt.layers]
+        self.filled = [layer.keys.shape[2] for layer in prompt.layers]
+
+    def allocate(self, prompt, G, room):
+        P, H, L, D = prompt.shape
+        whole = prompt.new_empty(P * G, H, L + room, D)
+        whole[:, :, :L] = prompt.repeat_interleave(G, 0)
+        return whole
+
+    def update(self, k, v, i):
+        """Adds one token's k, v (B, H, 1, D) to layer i -> its keys and values so far."""
+        n = self.filled[i]
+        self.keys[i][:, :, n:n + 1] = k
+        self.values[i][:, :, n:n + 1] = v
+        self.filled[i] = n + 1
+        return self.keys[i][:, :, :n + 1], self.values[i][:, :, :n + 1]
+
+
 def next_state(language_model, x, position, cache):
     """One more token of every row through a Qwen2.5 language model.
 

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import grpo_decoder
-from policy import next_state
+from policy import CaptionCache, next_state
 
 
 class Call(NamedTuple):
@@ -73,18 +73,21 @@ class Networks:
                                   past_key_values=cache, use_cache=True)
         return out.last_hidden_state
 
-    def prefill(self, n, G):
+    def prefill(self, n, G, room=0):
         """The prompt once for G captions: the cache of n rows and their last state (n, 1, d)."""
         G = min(n, G)
         cache = DynamicCache(config=self.uae.encoder.config.text_config)
         h = self.cached(n // G, self.prompt_len, 0, cache)
-        cache.batch_repeat_interleave(G)
+        if room:
+            cache = CaptionCache(cache, G, room)
+        else:
+            cache.batch_repeat_interleave(G)
         return cache, h[:, -1:].repeat_interleave(G, 0)
 
     def captions(self, n, G=1):
         """n captions token by token, G for each image."""
         T = self.config.caption_len
-        cache, h = self.prefill(n, G)
+        cache, h = self.prefill(n, G, T)
         self.uae.head(h)
         for t in range(T - 1):
             position = self.prompt_len + t
