@@ -104,8 +104,8 @@ def find_caption(row, key, place):
     if not isinstance(row, dict):
         row = {}
     if key not in row and key != 'caption':
-        raise DataError(f'{place}: no key {key!r} (the caption of --data_keys); the keys there '
-                        f'are: {" ".join(row)}')
+        raise DataError(f'{place}: no key {key!r} (the caption of --data_keys, or stage 0\'s '
+                        f'--answer_key); the keys there are: {" ".join(row)}')
     value = row.get(key)
     if isinstance(value, list):
         value = first_answer(value)

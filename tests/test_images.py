@@ -497,8 +497,8 @@ def test_manifest_without_what_data_keys_name(tmp_path):
     numbered(tmp_path, 1)
     path = tmp_path / 'd.jsonl'
     path.write_bytes(GOOD)
-    refused(r"d\.jsonl line 1: no key 'prompt' \(the caption of --data_keys\); "
-            r'the keys there are: image text', str(path), R, caption_key='prompt')
+    refused(r"d\.jsonl line 1: no key 'prompt' \(the caption of --data_keys, or stage 0's "
+            r'--answer_key\); the keys there are: image text', str(path), R, caption_key='prompt')
     refused(r'its images are not there.* is the folder of --data_keys right',
             str(path), R, image_root=str(tmp_path / 'elsewhere'))
     assert captions_of(open_images(str(path), R), 1) == [None]      # nobody asked for a caption
