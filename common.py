@@ -63,16 +63,10 @@ def quiet():
         library.utils.logging.disable_progress_bar()
 
 
-def per_rank(name, count, world, group=2):
-    """Each rank's share of a count that is for all ranks together; refuses what does not divide.
-
-    A group of one is refused too: a sample is compared with the others of its group.
-    """
+def per_rank(name, count, world):
+    """Each rank's share of a count that is for all ranks together; refuses what does not divide."""
     if count % world or count < 1:
         raise SystemExit(f'{name}={count} does not divide over {world} ranks')
-    if group < 2:
-        raise SystemExit(f'group={group}: the others of its group are what a sample is compared '
-                         'with, at least 2 are needed')
     return count // world
 
 

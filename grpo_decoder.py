@@ -154,11 +154,10 @@ def rollout(uae, tower, x, index, step, config, negative=None):
                                      uniforms.to(uae.device))
 
     member = (index[:, None] * G + torch.arange(G)).flatten()
+    start = member
     if config.same_noise:
-        z = common.normal(uae.latent_shape(), index, config.seed, 'start', step)
-        z = z.repeat_interleave(G, 0)
-    else:
-        z = common.normal(uae.latent_shape(), member, config.seed, 'start', step)
+        start = index.repeat_interleave(G)
+    z = common.normal(uae.latent_shape(), start, config.seed, 'start', step)
     noisy, _ = window(step, config, uae.sigmas(config.sample_steps))
     begin, end = noisy
     shape = (end - begin, *uae.latent_shape())
@@ -249,13 +248,12 @@ def planned_loss(uae, tower, size, prompt_len, config):
 
 def main(argv):
     config = parse(keys, own_presets, argv, __file__)
-    if min(config.sde_window, config.sample_steps - 1) < 1:
-        raise SystemExit('no noisy step is left to train: sde_window >= 1 and sample_steps >= 2 '
-                         'are needed')
+    if config.sample_steps < 2:
+        raise SystemExit('--sample_steps=1: expected 2 or more, as the last step is never noisy')
     if config.plan:
         return plan(config, ['decoder'], planned_loss)
     run = common.start(config)
-    P = common.per_rank('prompts', config.prompts, run.world, config.group)
+    P = common.per_rank('prompts', config.prompts, run.world)
     start_step = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)

@@ -248,7 +248,7 @@ def main(argv):
     if config.plan:
         return plan(config, ['encoder'], planned_loss)
     run = common.start(config)
-    P = common.per_rank('prompts', config.prompts, run.world, config.group)
+    P = common.per_rank('prompts', config.prompts, run.world)
     start_step = checkpoint.open_out_dir(config, run)
     checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)
