@@ -170,9 +170,9 @@ def parse(keys, own_presets, argv, script):
     changed (the keys that are not at their default). Raises ConfigError (exit code not 0) in one
     line.
     """
-    defaults = {**shared, **keys}
-    values = dict(defaults)
+    values = {**shared, **keys}
     assert len(values) == len(shared) + len(keys), 'a script key hides a shared one'
+    defaults = {**values, **own_presets.get('tiny', {})}
     if '--help' in argv or '-h' in argv:
         print_help(script)
         raise SystemExit(0)

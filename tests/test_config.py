@@ -174,8 +174,10 @@ def test_order_of_precedence():
     c = config.parse(own, own_presets, [], 'x.py')
     assert (c.steps, c.lr, c.guidance) == (2, 1.0, config.shared['guidance'])
     assert (c.preset, c.resume, c.plan) == ('tiny', False, False)
+    assert c.changed == {}                       # a plain command has changed nothing
     c = config.parse(own, own_presets, ['--steps=4', '--preset=medium', '--resume'], 'x.py')
     assert (c.steps, c.guidance, c.preset, c.resume) == (4, 7.0, 'medium', True)
+    assert (c.changed['steps'], c.changed['guidance']) == (4, 7.0)
     assert c.lora_rank == config.presets['medium']['lora_rank']
     assert parse('--seed=1', '--seed=2').seed == 2
     assert own == dict(steps=1, lr=1.0)
