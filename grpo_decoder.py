@@ -50,14 +50,14 @@ from tools.plan import plan
 # --- script keys ---------------------------------------------------------------------------------
 # those that all scripts share, as old_logp and micro_batch, are in config.py
 keys = dict(
-    steps = 80,                # of the loop: one rollout and `updates` optimiser steps each
+    steps = 150,               # of the loop: one rollout and `updates` optimiser steps each
     prompts = 8,               # images per rollout, all ranks together
     group = 16,                # G drawings per image; their mean reward is the baseline
     caption_temperature = 0.0, # of the frozen captioner; one caption per image, for its group
     sde = 'flow',              # flow | cps (coefficient-preserving) | cps_exact: see sde_step
     noise_level = 0.7,         # of the SDE; 0.8 is usual with cps
-    sde_window = 7,            # noisy steps, the others are ODE steps; at most sample_steps - 1
-    train_steps = 7,           # of those in the loss, drawn anew each rollout; one forward pass
+    sde_window = 4,            # noisy steps, the others are ODE steps; at most sample_steps - 1
+    train_steps = 4,           # of those in the loss, drawn anew each rollout; one forward pass
     same_noise = False,        # one start noise for the whole group
     clip_range = (1e-4, 1e-4), # ratio in [1 - a, 1 + b]; narrow: a log-density is a mean
     kl = 0.0,                  # weight of the Gaussian KL against the stage's initial decoder
@@ -65,16 +65,18 @@ keys = dict(
     lr = 1e-4,
     grad_clip = 1.0,           # largest gradient norm
     patience = 5,              # updates in a row with a non-finite gradient that end the run
-    warmup = 20,               # updates of linear warm-up: Adam's first steps are mostly noise
+    warmup = 30,               # updates of linear warm-up: Adam's first steps are mostly noise
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
     offload = False,           # encoder and VAE wait on the CPU while the decoder is updated
     shuffle_reward = False,    # control: rewards permuted over the batch teach nothing
     compile = False,           # the transformer blocks; when it pays: docs/results.md, speed
 )
 own_presets = dict(
-    medium=dict(steps=500, prompts=8, group=8, lr=3e-4, sde_window=3, train_steps=3, sde='cps',
-                noise_level=0.8, clip_range=(1e-5, 1e-5)),
-    paper=dict(steps=500, prompts=48, group=24, lr=3e-4, kl=0.002, sde_window=9, train_steps=9))
+    tiny=dict(sample_steps=6),              # fewer steps are more drawings in the same time
+    medium=dict(steps=500, prompts=8, group=8, lr=3e-4, warmup=20, sde_window=3, train_steps=3,
+                sde='cps', noise_level=0.8, clip_range=(1e-5, 1e-5)),
+    paper=dict(steps=500, prompts=48, group=24, lr=3e-4, warmup=20, kl=0.002, sde_window=9,
+               train_steps=9))
 # -------------------------------------------------------------------------------------------------
 
 
