@@ -24,8 +24,8 @@ of the G drawings looks most like x:
                                                              that, it starts at step 0
     last step                   never noisy, never trained   its noise would stay in the image; the
                                                              same for cps steps that end below .02
-    Flow-CPS                    kind cps: its authors'       cps_exact keeps 1 / (2 std^2), which is
-                                -(z_{s'} - mean)^2           .6 at the first step, 6,934 at the last
+    Flow-CPS                    kind cps: its authors'       cps_exact keeps 1 / (2 std^2), which
+                                -(z_{s'} - mean)^2           grows without bound as s' falls
     c = {c_text, c_img}         condition=text               a true bottleneck; text+image is the
                                                              paper's (key `condition`)
     caption temperature         0 (greedy)                   no sampling noise
@@ -65,8 +65,8 @@ keys = dict(
     lr = 1e-4,
     grad_clip = 1.0,           # largest gradient norm
     patience = 5,              # updates in a row with a non-finite gradient that end the run
-    warmup = 30,               # updates of linear warm-up: Adam's first steps are mostly noise
-    lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
+    warmup = 30,               # loop steps of linear warm-up: Adam's first steps are mostly noise
+    lr_decay = 1.0,            # cosine to 0 at step lr_decay * steps; 0 = constant
     offload = False,           # encoder and VAE wait on the CPU while the decoder is updated
     shuffle_reward = False,    # control: rewards permuted over the batch teach nothing
     compile = False,           # the transformer blocks; when it pays: docs/results.md, speed
@@ -116,13 +116,13 @@ def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
 def kl_gauss(mean, ref_mean, std):
     """KL of two Gaussian steps of equal std, |mean - ref_mean|^2 / (2 std^2), mean over all.
 
-    mean, ref_mean (B, S, C, H, W), std (B, S, 1, 1, 1) -> ().
+    mean, ref_mean (B, n, C, H, W) of n trained steps, std (B, n, 1, 1, 1) -> ().
     """
     return ((mean - ref_mean) ** 2 / (2 * std ** 2)).mean()
 
 
 def window(step, config, sigmas=None):
-    """(begin, end) of this update's noisy steps, and which of them are trained.
+    """(begin, end) of this rollout's noisy steps, and which of them are trained.
 
     The trained ones are sorted offsets from `begin`. Never noisy: the last step, whose noise would
     stay in the image, and steps of cps that end below .02, where its std is hardly more than 0;
@@ -222,7 +222,8 @@ def update(uae, ddp, optimiser, reference, batch, step, run, config, negative=No
         for _, rows, last in common.sample_slices(B // G, G, config.micro_batch):
             part = common.take(batch, rows)
             with common.no_sync(ddp, last):
-                # ddp(f, ...) calls f(uae, ...), so that DDP sees the forward pass
+                # ddp(f, ...) calls f(uae, ...), so that DDP sees the forward pass; share is 1 / B,
+                # as every rank has B of the world * B samples
                 loss, fields, logp = ddp(loss_of, reference, part, step, 1 / B, same_weights,
                                          config, negative)
                 loss.backward()
@@ -285,7 +286,7 @@ def main(argv):
         x = source['x'].to(run.device)
         batch, r, spoken = rollout(uae, tower, x, source['index'], step, config, negative)
         all_rewards = common.gather(r, run)                     # (world * P, G), whole groups
-        if config.shuffle_reward:
+        if config.shuffle_reward:               # what is logged is what was taught
             all_rewards = common.permuted(all_rewards, config.seed, 'shuffle', step)
         mine = all_rewards[run.rank * P:(run.rank + 1) * P]
         batch['adv'] = group_advantage(mine).flatten()        # (P, G) -> (B,)

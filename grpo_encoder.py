@@ -24,6 +24,9 @@ frozen, and no gradient passes through the drawing.
                                 captioner as it is now       captions are drawn worse
     start noise not stated      one start noise per group    captions alone tell rewards apart
     ratio clip not stated       0.2                          GRPO's own; binds only if updates > 1
+    h_T of the answer, which    the caption re-encoded       a true bottleneck; the paper's is
+    has seen the image          alone                        `condition=answer`
+    batch size 1 (v5)           tiny: 8 images, paper: 64    less noise; theirs was for the cost
     KL 1e-6 (v5)                tiny: 0.03, and a falling    it keeps captions true: without it
                                 learning rate                they become a code for this decoder
     truncated captions          rewarded as they stand       what was cut off draws nothing; the
@@ -54,7 +57,7 @@ keys = dict(
     prompts = 8,               # images per rollout, all ranks together
     group = 8,                 # G captions per image; their mean reward is the baseline
     temperature = 1.0,         # of the sampling, and of the log-probs in the loss
-    caption_batch = 0,         # captions sampled at once on a rank, 0 = all
+    caption_batch = 0,         # captions sampled at once on a rank, in whole groups; 0 = all
     clip_range = (0.2, 0.2),   # ratio in [1 - a, 1 + b]; (0.2, 0.28) is clip-higher
     adv_std = True,            # divide by the group's std; False (Dr. GRPO): then a group of nearly
                                # equal rewards teaches little
@@ -63,17 +66,17 @@ keys = dict(
                                # caption_len), no length normalisation at all (Dr. GRPO)
     kl = 0.03,                 # weight of the k3 estimate against the stage's initial captioner
     updates = 1,               # optimiser steps per rollout; 1 = on policy
-    lr = 1e-4,                 # a larger step makes conditions that the decoder does not know
+    lr = 1e-4,                 # a larger step makes captions that the decoder does not know
     grad_clip = 1.0,           # largest gradient norm
     patience = 5,              # updates in a row with a non-finite gradient that end the run
-    warmup = 0,                # updates of linear warm-up
-    lr_decay = 1.0,            # cosine from lr to 0 at update lr_decay * steps; 0 = constant: then
-                               # the captioner collapses without a KL (docs/results.md)
+    warmup = 0,                # loop steps of linear warm-up
+    lr_decay = 1.0,            # cosine to 0 at step lr_decay * steps; 0 = constant: at this
+                               # lr and without a KL the captioner then collapses (docs/results.md)
     offload = False,           # decoder and VAE wait on the CPU while the encoder is updated
     shuffle_reward = False,    # control: rewards permuted over the batch teach nothing
 )
 own_presets = dict(
-    tiny=dict(text_encoder='start'),        # the published sizes keep the paper's live one
+    tiny=dict(text_encoder='start'),        # medium and paper: the captioner as it is now
     medium=dict(steps=500, prompts=8, group=4, lr=1e-6, kl=1e-6, lr_decay=0.0),
     paper=dict(steps=500, prompts=64, group=4, lr=1e-6, kl=1e-6, lr_decay=0.0))
 # -------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ def reference_logp(reference, seen, y, config):
     """log pi_ref (B, T) of the sampled tokens."""
     parts = []
     for images, rows, _ in common.sample_slices(len(seen[0]), config.group, config.micro_batch):
-        shown = common.take(seen, images)
+        shown = common.take(seen, images)       # the vision tower is frozen: the same features
         parts.append(reference.caption_logp(shown, y[rows], config.temperature))
     return torch.cat(parts)
 
@@ -235,7 +238,7 @@ def planned_loss(uae, tower, size, prompt_len, config):
     y = torch.zeros(size, config.caption_len, dtype=torch.long)
     embedded = torch.zeros(size, prompt_len, uae.encoder.config.text_config.hidden_size)
     positions = torch.zeros(3, size, prompt_len, dtype=torch.long)
-    h = uae.states_after(embedded, positions, y)[:, :-1]
+    h = uae.states_after(embedded, positions, y)[:, :-1]        # the last predicts no token
     logp = token_logp(h, uae.head, y, config.temperature, uae.forbidden)
     return policy_loss(logp, torch.zeros(logp.shape), torch.zeros(size), clip=config.clip_range)[0]
 
@@ -273,7 +276,7 @@ def main(argv):
         x = source['x'].to(run.device)
         seen, batch, r = rollout(uae, tower, x, source['index'], step, config)
         all_rewards = common.gather(r, run)                     # (world * P, G), whole groups
-        if config.shuffle_reward:
+        if config.shuffle_reward:               # what is logged is what was taught
             all_rewards = common.permuted(all_rewards, config.seed, 'shuffle', step)
         mine = all_rewards[run.rank * P:(run.rank + 1) * P]
         batch['adv'] = group_advantage(mine, config.adv_std).flatten()        # (P, G) -> (B,)

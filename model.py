@@ -333,9 +333,9 @@ class UAE(Parts):
 
     @torch.no_grad()
     def negative(self, width=0):
-        """Condition (1, cond_len, D) of the unconditional branch: the negative prompt.
+        """Condition of the unconditional branch, the negative prompt's, as long as `condition`'s.
 
-        width: the length instead, where cond_len is 0.
+        width: its length where cond_len is 0. Returns (1, cond_len, D).
         """
         with self.autocast():
             y, mask, _ = self.tokens([self.config.negative_prompt])
