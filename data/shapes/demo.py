@@ -252,10 +252,10 @@ def run_all(config, held):
         seconds[f'eval_{name}'] = results[name]['seconds']
         announce(name, results[name]['summary'], seconds[name])
         if name == 'grpo_encoder' and config.controls:
-            # half the updates on the same learning rate schedule
-            half = (config.steps or grpo_encoder.keys['steps']) // 2
+            # a third of the updates on the same learning rate schedule
+            third = max(1, (config.steps or grpo_encoder.keys['steps']) // 3)
             flags = [f'--init_from={config.out_dir}/cold_start', '--shuffle_reward=True',
-                     f'--steps={half}', '--lr_decay=2.0']
+                     f'--steps={third}', '--lr_decay=3.0']
             control, seconds[CONTROL] = train(CONTROL, grpo_encoder, config, flags)
             history[CONTROL] = read_history(control)
             results[CONTROL] = score(CONTROL, control, config, held)
