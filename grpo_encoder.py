@@ -238,8 +238,8 @@ def planned_loss(uae, tower, size, prompt_len, config):
     y = torch.zeros(size, config.caption_len, dtype=torch.long)
     embedded = torch.zeros(size, prompt_len, uae.encoder.config.text_config.hidden_size)
     positions = torch.zeros(3, size, prompt_len, dtype=torch.long)
-    h = uae.states_after(embedded, positions, y)[:, :-1]        # the last predicts no token
-    logp = token_logp(h, uae.head, y, config.temperature, uae.forbidden)
+    states = uae.states_after(embedded, positions, y)[:, :-1]    # the last predicts no token
+    logp = token_logp(states, uae.head, y, config.temperature, uae.forbidden)
     return policy_loss(logp, torch.zeros(logp.shape), torch.zeros(size), clip=config.clip_range)[0]
 
 

@@ -37,8 +37,8 @@ class Projector(nn.Module):
         self.up = nn.Linear(d, 2 * D)
         self.down = nn.Linear(2 * D, D)
 
-    def forward(self, h):
-        return self.down(F.gelu(self.up(h)))
+    def forward(self, states):
+        return self.down(F.gelu(self.up(states)))
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class UAE(Parts):
         # a sampled <|image_pad|> would make re-scoring fail hours into a run, and ids past the
         # tokenizer mean nothing
         forbidden = torch.arange(self.head.weight.shape[0]) >= len(self.tokenizer)
-        special = [i for i in self.tokenizer.all_special_ids if i != self.end]
+        special = [token for token in self.tokenizer.all_special_ids if token != self.end]
         forbidden[special] = True
         self.register_buffer('forbidden', forbidden, persistent=False)
         self.requires_grad_(False)
@@ -141,7 +141,7 @@ class UAE(Parts):
         """Runs the prompt once per image and repeats its cache for the group.
 
         room: tokens that will follow one by one, 0 = all at once. Returns the cache, the last state
-        h (B, 1, d), and the position of the next token.
+        (B, 1, d), and the position of the next token.
         """
         from transformers import DynamicCache
         embedded, positions = self.prompt(seen)
@@ -152,8 +152,8 @@ class UAE(Parts):
             cache = CaptionCache(cache, G, room)
         else:
             cache.batch_repeat_interleave(G)
-        h = output.last_hidden_state[:, -1:].repeat_interleave(G, 0)
-        return cache, h, positions.max().item() + 1
+        states = output.last_hidden_state[:, -1:].repeat_interleave(G, 0)
+        return cache, states, positions.max().item() + 1
 
     @torch.no_grad()
     def sample_captions(self, seen, G=1, temperature=1.0, uniforms=None):
@@ -170,9 +170,9 @@ class UAE(Parts):
         logp = torch.zeros(B, T, device=self.device)
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
         with self.autocast():
-            cache, h, start = self.prefill(seen, G, T)
+            cache, states, start = self.prefill(seen, G, T)
             for t in range(T):
-                logits = self.head(h[:, -1]).float()
+                logits = self.head(states[:, -1]).float()
                 logits = logits.masked_fill_(self.forbidden, -math.inf)
                 if temperature == 0:
                     token = logits.argmax(-1)
@@ -186,7 +186,7 @@ class UAE(Parts):
                 if t == T - 1 or not alive.any():
                     break
                 embedded = self.embed(y[:, t:t + 1])
-                h = next_state(self.language_model, embedded, start + t, cache)
+                states = next_state(self.language_model, embedded, start + t, cache)
         return y, mask, logp
 
     def caption_states(self, seen, y):
@@ -201,11 +201,11 @@ class UAE(Parts):
             embedded = embedded.repeat_interleave(G, 0)
             positions = positions.repeat_interleave(G, 1)
             return self.states_after(embedded, positions, y)
-        cache, h, start = self.prefill(seen, G)
+        cache, states, start = self.prefill(seen, G)
         positions = start + torch.arange(T, device=self.device).expand(3, B, T)
         output = self.language_model(inputs_embeds=self.embed(y), position_ids=positions,
                                      past_key_values=cache, use_cache=True)
-        return torch.cat([h, output.last_hidden_state], 1)
+        return torch.cat([states, output.last_hidden_state], 1)
 
     def states_after(self, embedded, positions, y):
         """`caption_states` from an embedded prompt (B, L, d) per caption, in one pass."""
@@ -222,8 +222,8 @@ class UAE(Parts):
         but mean nothing: weigh them with the sampler's mask.
         """
         with self.autocast():
-            h = self.caption_states(seen, y)[:, :-1]
-            return token_logp(h, self.head, y, temperature, self.forbidden)
+            states = self.caption_states(seen, y)[:, :-1]
+            return token_logp(states, self.head, y, temperature, self.forbidden)
 
     def spoken(self, y, mask):
         """(B, T) bool: the caption's own tokens, without the end token and what follows it."""
@@ -281,10 +281,10 @@ class UAE(Parts):
         token_ids[:, :start] = torch.tensor(self.before_text, device=self.device)
         caption = torch.where(spoken, y[:, :room], self.tokenizer.pad_token_id)
         token_ids[:, start:start + spoken.shape[1]] = caption
-        for i, token in enumerate(self.after_text):
-            token_ids.scatter_(1, end + i, token)
-        place = torch.arange(width, device=self.device)
-        attend = (place < end + len(self.after_text)).long()
+        for place, token in enumerate(self.after_text):
+            token_ids.scatter_(1, end + place, token)
+        places = torch.arange(width, device=self.device)
+        attend = (places < end + len(self.after_text)).long()
         return token_ids, attend
 
     def image_condition(self, seen):
@@ -296,16 +296,16 @@ class UAE(Parts):
         N = seen[0].shape[1]
         return self.project(self.pad(output.last_hidden_state[:, start:start + N]))
 
-    def project(self, h):
-        """g(h) in the projector's own precision."""
-        return self.projector(h.to(self.projector.up.weight.dtype))
+    def project(self, states):
+        """g(states) in the projector's own precision."""
+        return self.projector(states.to(self.projector.up.weight.dtype))
 
-    def pad(self, h):
-        """h (B, n, d) -> (B, cond_len, d), zeros on the right; as it is where cond_len is 0."""
+    def pad(self, states):
+        """(B, n, d) -> (B, cond_len, d), zeros on the right; as it is where cond_len is 0."""
         if not self.config.cond_len:
-            return h
-        h = h[:, :self.config.cond_len]
-        return F.pad(h, (0, 0, 0, self.config.cond_len - h.shape[1]))
+            return states
+        states = states[:, :self.config.cond_len]
+        return F.pad(states, (0, 0, 0, self.config.cond_len - states.shape[1]))
 
     def condition(self, y, mask, seen=None):
         """c for captions y (B, T), by config.condition: how the decoder is wired to the encoder.
@@ -322,9 +322,9 @@ class UAE(Parts):
             if kind == 'text':
                 return self.text_condition(y, mask)
             if kind == 'answer':
-                h = self.caption_states(seen, y)[:, 1:]         # state t + 1 has read token t
-                h = h * self.spoken(y, mask)[..., None]
-                return self.project(self.pad(h))
+                states = self.caption_states(seen, y)[:, 1:]    # state t + 1 has read token t
+                states = states * self.spoken(y, mask)[..., None]
+                return self.project(self.pad(states))
             c_img = self.image_condition(seen)
             c_img = c_img.repeat_interleave(len(y) // len(c_img), 0)
             if kind == 'image':
@@ -387,8 +387,7 @@ class UAE(Parts):
         """v and v0 (B, C, H, W), both branches of the guidance in one pass of 2B rows."""
         both = torch.cat([c, negative.expand(len(c), -1, -1)])
         s = s.expand(len(z)).repeat(2)
-        v, v0 = self.network(torch.cat([z, z]), s, both).chunk(2)
-        return v, v0
+        return self.network(torch.cat([z, z]), s, both).chunk(2)
 
     def latent_shape(self):
         """(C, H, W) of a latent at config.resolution."""
@@ -406,10 +405,10 @@ class UAE(Parts):
         if self.config.guidance != 1.0:
             negative = self.negative(0 if self.config.cond_len else c.shape[1])
         learning = torch.is_grad_enabled()
-        for i in range(S):
-            with torch.set_grad_enabled(learning and i >= S - grad_steps):
-                v = self.velocity(z, sigmas[i], c, negative, self.config.guidance)
-                z = z + (sigmas[i + 1] - sigmas[i]) * v
+        for step in range(S):
+            with torch.set_grad_enabled(learning and step >= S - grad_steps):
+                v = self.velocity(z, sigmas[step], c, negative, self.config.guidance)
+                z = z + (sigmas[step + 1] - sigmas[step]) * v
         return z
 
     @torch.no_grad()
@@ -427,18 +426,19 @@ class UAE(Parts):
         if guided:
             path['v0'] = []
         begin, end = window
-        for i in range(S):
+        for step in range(S):
+            sigma = sigmas[step]
+            sigma_next = sigmas[step + 1]
             if guided:
-                v, v0 = self.branches(z, sigmas[i], c, negative)
+                v, v0 = self.branches(z, sigma, c, negative)
                 v = v0 + self.config.guidance * (v - v0)
             else:
-                v = self.network(z, sigmas[i], c)
-            if not begin <= i < end:
-                z = sde_step(z, v, sigmas[i], sigmas[i + 1], kind, 0.0,
-                             noise=torch.zeros_like(z))[0]
+                v = self.network(z, sigma, c)
+            if not begin <= step < end:
+                z = sde_step(z, v, sigma, sigma_next, kind, 0.0, noise=torch.zeros_like(z))[0]
                 continue
-            z_next, logp, _, _ = sde_step(z, v, sigmas[i], sigmas[i + 1], kind, noise_level,
-                                          noise=noise[:, i - begin])
+            z_next, logp, _, _ = sde_step(z, v, sigma, sigma_next, kind, noise_level,
+                                          noise=noise[:, step - begin])
             path['z'].append(z)
             path['z_next'].append(z_next)
             path['recorded'].append(logp)

@@ -98,23 +98,23 @@ def pick_logp(logits, y, temperature=1.0, forbidden=None):
     return -F.cross_entropy(logits, y, reduction='none')
 
 
-def token_logp(h, head, y, temperature=1.0, forbidden=None, chunk=2 ** 23):
+def token_logp(states, head, y, temperature=1.0, forbidden=None, chunk=2 ** 23):
     """log pi(y_t | ...) of given tokens, from the states that predict them.
 
-    h (B, T, d), y (B, T), head: d -> V. Returns (B, T) float32. Never holds more than `chunk`
+    states (B, T, d), y (B, T), head: d -> V. Returns (B, T) float32. Never holds more than `chunk`
     logits: with a vocabulary of 152k the rows go through in pieces, whose logits are recomputed
     in the backward pass.
     """
-    def rows_logp(h, y):
-        return pick_logp(head(h), y, temperature, forbidden)
+    def rows_logp(states, y):
+        return pick_logp(head(states), y, temperature, forbidden)
 
     B, T = y.shape
-    h = h.flatten(0, 1)
+    states = states.flatten(0, 1)
     y = y.flatten()
     rows = max(1, chunk // head.weight.shape[0])
     if len(y) <= rows:
-        return rows_logp(h, y).view(B, T)
-    pieces = zip(h.split(rows), y.split(rows))
+        return rows_logp(states, y).view(B, T)
+    pieces = zip(states.split(rows), y.split(rows))
     parts = [checkpoint(rows_logp, *piece, use_reentrant=False) for piece in pieces]
     return torch.cat(parts).view(B, T)
 

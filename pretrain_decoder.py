@@ -227,8 +227,8 @@ def planned_loss(uae, tower, size, prompt_len, config):
         return flow
     embedded = torch.zeros(size, prompt_len, uae.encoder.config.text_config.hidden_size)
     positions = torch.zeros(3, size, prompt_len, dtype=torch.long)
-    h = uae.states_after(embedded, positions, y)[:, :-1]
-    return flow, token_logp(h, uae.head, y, 1.0, uae.forbidden)
+    states = uae.states_after(embedded, positions, y)[:, :-1]
+    return flow, token_logp(states, uae.head, y, 1.0, uae.forbidden)
 
 
 class Cuts:

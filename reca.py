@@ -117,12 +117,12 @@ def image_states(uae, seen, before, states='image'):
         embedded = uae.embed(ids)
         features = features.to(embedded.dtype)
         embedded = embedded.masked_scatter(at_image[..., None], features)
-        h = uae.language_model(inputs_embeds=embedded, position_ids=positions,
-                               use_cache=False).last_hidden_state
+        hidden = uae.language_model(inputs_embeds=embedded, position_ids=positions,
+                                    use_cache=False).last_hidden_state
     if states == 'image':
-        return h[at_image].view(P, N, -1)
+        return hidden[at_image].view(P, N, -1)
     inside = torch.arange(ids.shape[1]) < ends[:, None]
-    return h * inside[..., None].to(uae.device)
+    return hidden * inside[..., None].to(uae.device)
 
 
 def see_small(uae, x, config):
@@ -144,7 +144,7 @@ def text_velocity(uae, z, s, caption, drop):
 def loss_of(uae, start, batch, caption, share, config):
     """The whole loss of a micro-batch, and both its terms, detached.
 
-    batch: z0, eps (P, C, H, W), s (P,), drop (P,) bool, h (P, L, d) states. caption: y, mask, seen,
+    batch: z0, eps (P, C, H, W), s (P,), drop (P,) bool, states (P, L, d). caption: y, mask, seen,
     or None. start: the model whose velocity is the captions' target, or None. share: world / images
     of the step. Dropped conditions train the decoder alone.
     """
@@ -153,7 +153,7 @@ def loss_of(uae, start, batch, caption, share, config):
     z = (1 - noise) * z0 + noise * eps
     target = eps - z0
     with uae.autocast():
-        c_v = uae.project(uae.pad(batch['h']))
+        c_v = uae.project(uae.pad(batch['states']))
     c_v = torch.where(drop.view(-1, 1, 1), uae.negative()[:, :config.cond_len], c_v)
     f_v = (uae.velocity(z, s, c_v) - target).square().mean()
     f_y = torch.zeros((), device=z.device)
@@ -177,7 +177,7 @@ def prepare(uae, config, x, index, step, templates):
     s = torch.sigmoid(config.sigma_mean + config.sigma_std * sigma)
     batch = dict(z0=uae.to_latent(x), eps=eps.to(uae.device), s=s.to(uae.device),
                  drop=drop.to(uae.device),
-                 h=image_states(uae, see_small(uae, x, config), before, config.states))
+                 states=image_states(uae, see_small(uae, x, config), before, config.states))
     if not config.lambda_t2i:
         return batch, None
     seen = uae.see(x)
@@ -188,8 +188,8 @@ def prepare(uae, config, x, index, step, templates):
 def planned_loss(uae, tower, size, prompt_len, config):
     """For --plan: the loss of `size` images, zeros in place of latents, states and tokens."""
     latents = torch.zeros(size, *uae.latent_shape())
-    h = torch.zeros(size, config.cond_len, uae.projector.up.in_features)
-    batch = dict(z0=latents, eps=latents, h=h, s=torch.zeros(size),
+    states = torch.zeros(size, config.cond_len, uae.projector.up.in_features)
+    batch = dict(z0=latents, eps=latents, states=states, s=torch.zeros(size),
                  drop=torch.zeros(size, dtype=torch.bool))
     caption = None
     if config.lambda_t2i:

@@ -92,7 +92,7 @@ def pretrain_decoder_loss(stage, uae, tower):
 def reca_loss(stage, uae, tower):
     x, seen, y, mask, z, ones = inputs(uae)
     drop = torch.zeros(len(z), dtype=torch.bool)
-    batch = dict(z0=z, s=ones / 2, eps=z, drop=drop, h=seen[0])
+    batch = dict(z0=z, s=ones / 2, eps=z, drop=drop, states=seen[0])
     return stage.loss_of, None, batch, (y, mask, seen), 1.0, uae.config
 
 

@@ -145,7 +145,7 @@ def batch(model, x, seen, before):
         s=torch.tensor([0.2, 0.4, 0.6, 0.8]),
         eps=torch.randn(P, *model.latent_shape(), generator=noise),
         drop=torch.tensor([False, True, False, False]),
-        h=reca.image_states(model, seen, before * 2),
+        states=reca.image_states(model, seen, before * 2),
     )
     return SimpleNamespace(**tensors, tensors=tensors, caption=(y, mask, seen))
 
@@ -161,7 +161,7 @@ def test_loss_is_flow_matching_twice(model, batch):
     z0, s, eps = batch.z0, batch.s, batch.eps
     kept = [0, 2, 3]
     with torch.no_grad():
-        c_v = image_condition(model, batch.h)
+        c_v = image_condition(model, batch.states)
         c_y = model.condition(*batch.caption)
         nothing = model.negative()
     calls = []

@@ -76,7 +76,7 @@ EXERCISES = dict(
         wrong=[('a ReLU for the GELU', 'F.gelu(', 'F.relu('),
                ('a hidden layer of width D instead of 2D: no checkpoint fits', '2 * D', 'D'),
                ('nothing between the two layers, which are then one',
-                'F.gelu(self.up(h))', 'self.up(h)')]),
+                'F.gelu(self.up(states))', 'self.up(states)')]),
     preprocess=dict(
         where=['reward.py:preprocess'],
         grader=['test_reward.py::test_preprocess_is_pil_s',
@@ -93,9 +93,9 @@ EXERCISES = dict(
         wrong=[('the condition detached: projector and language model learn nothing',
                 'uae.condition(y, mask, seen)', 'uae.condition(y, mask, seen).detach()'),
                ('the latent detached on its way into the network: no chain from step to step',
-                'self.velocity(z, sigmas[i]', 'self.velocity(z.detach(), sigmas[i]'),
+                'self.velocity(z, sigmas[step]', 'self.velocity(z.detach(), sigmas[step]'),
                ('a gradient in the first steps instead of the last',
-                'i >= S - grad_steps', 'i < grad_steps')]),
+                'step >= S - grad_steps', 'step < grad_steps')]),
     condition=dict(
         where=['model.py:UAE.condition', 'model.py:UAE.image_condition'],
         grader=['test_condition.py::test_answer_is_the_caption_s_states_after_the_image',
