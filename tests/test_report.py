@@ -141,8 +141,19 @@ def test_the_page_has_what_the_runs_left(demo):
     for title in ('Reward and judge', 'Caption length', 'Recall', 'Truth', 't2i'):
         assert f'<h3>{title}' in page
     assert 'out/before' in page                             # a changed key
-    assert '<td>0.99</td>' in page                          # the ceiling of report.json
+    assert '<td>0.990</td>' in page                         # the ceiling of report.json
     assert len(page) < 3e6
+
+
+def test_the_table_explains_the_control_where_there_is_one(tmp_path):
+    table = dict(stages=dict(base=dict(reward=0.5)), ceiling=dict(reward=0.99))
+    (tmp_path / 'report.json').write_text(json.dumps(table))
+    assert report.CONTROL not in report.table_html([str(tmp_path)])
+    table['controls'] = dict(shuffled_reward=dict(reward=0.612))
+    (tmp_path / 'report.json').write_text(json.dumps(table))
+    text = report.table_html([str(tmp_path)])
+    assert report.CONTROL in text
+    assert '<td>0.612</td>' in text
 
 
 def test_text_of_runs_is_escaped_and_nothing_is_loaded(demo):

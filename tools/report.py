@@ -42,11 +42,14 @@ LOOP_LABEL = ('The image x goes through the encoder, which writes the caption y.
               'decoder draw x̂ from y alone. R compares x and x̂.')
 TABLE = '''<section id="table">
 <h2>Final scores</h2>
-<p>All held-out scenes after each stage. Read a row from left to right: each stage should come
-closer to the ceiling, which is what the VAE alone loses.</p>
+<p>All held-out scenes after each stage; the curves above score fewer of them. Read a row from left
+to right: each stage should come closer to the ceiling, what is left when only the VAE rebuilds the
+source. {control}</p>
 <div class="wide" tabindex="0" role="region" aria-label="table of final scores">
 <table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>
 </section>'''
+CONTROL = ('<i>Rewards shuffled</i> is a short stage 2 whose captions got the rewards of other '
+           'captions: what changes there, changes by chance.')
 
 
 # --- sections ------------------------------------------------------------------------------------
@@ -113,9 +116,12 @@ def table_html(folders):
     head = [f'<th scope="col">{escape(name)}</th>' for name in columns]
     rows = []
     for field in next(iter(columns.values())):
-        cells = [f'<td>{number(column.get(field))}</td>' for column in columns.values()]
+        cells = [f'<td>{number(column.get(field), 3)}</td>' for column in columns.values()]
         rows.append(f'<tr><th scope="row">{escape(field)}</th>{"".join(cells)}</tr>')
-    return TABLE.format(head=''.join(head), rows=''.join(rows))
+    control = ''
+    if 'rewards shuffled' in columns:
+        control = CONTROL
+    return TABLE.format(control=control, head=''.join(head), rows=''.join(rows))
 
 
 # --- the page ------------------------------------------------------------------------------------

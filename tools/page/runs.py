@@ -38,13 +38,13 @@ def finite(value):
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def number(value):
+def number(value, digits=2):
     """A score as 0.83, a count as 14.8, and a dash for what is no number."""
     if not finite(value):
         return '–'
     if abs(value) >= 10:
         return f'{value:.1f}'
-    return f'{value:.2f}'
+    return f'{value:.{digits}f}'
 
 
 # --- files ---------------------------------------------------------------------------------------
