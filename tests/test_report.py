@@ -145,6 +145,15 @@ def test_the_page_has_what_the_runs_left(demo):
     assert len(page) < 3e6
 
 
+def test_the_head_says_what_each_stage_changed(tmp_path):
+    evals = {0: dict(reward=0.5, judge=0.412, caption_len=6.0), 5: {},
+             10: dict(reward=0.5, judge=0.634, caption_len=14.82)}
+    make_run(tmp_path, 'grpo_encoder')
+    run = report.read_runs([str(tmp_path)])[0]._replace(evals=evals)
+    assert report.gains(run, [0, 5, 10]) == ['judge 0.41 → 0.63', 'tokens a caption 6.0 → 14.8']
+    assert report.gains(run, []) == []
+
+
 def test_the_table_explains_the_control_where_there_is_one(tmp_path):
     table = dict(stages=dict(base=dict(reward=0.5)), ceiling=dict(reward=0.99))
     (tmp_path / 'report.json').write_text(json.dumps(table))

@@ -42,14 +42,22 @@ LOOP_LABEL = ('The image x goes through the encoder, which writes the caption y.
               'decoder draw x̂ from y alone. R compares x and x̂.')
 TABLE = '''<section id="table">
 <h2>Final scores</h2>
-<p>All held-out scenes after each stage; the curves above score fewer of them. Read a row from left
-to right: each stage should come closer to the ceiling, what is left when only the VAE rebuilds the
-source. {control}</p>
+<p>All held-out scenes after each stage; the curves above score fewer of them. <i>Base</i> is the
+model before these stages, <i>ceiling</i> the best that can be: the source through the VAE alone.
+{control}</p>
 <div class="wide" tabindex="0" role="region" aria-label="table of final scores">
 <table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>
 </section>'''
-CONTROL = ('<i>Rewards shuffled</i> is a short stage 2 whose captions got the rewards of other '
-           'captions: what changes there, changes by chance.')
+CONTROL = ('<i>Rewards shuffled</i> is a control: a shorter stage 2 whose captions got the rewards '
+           'of other captions. What changes there, changes by chance.')
+LABELS = dict(                 # rows of the table, by measure; others have the measure's own name
+    mse='pixel error, lower is better', caption_len='tokens a caption',
+    caption_truth='truth, sampled captions', caption_recall='recall, sampled captions',
+    caption_exact='full captions, sampled', greedy_caption_len='tokens a greedy caption',
+    greedy_caption_truth='truth, greedy captions', greedy_caption_recall='recall, greedy captions',
+    greedy_caption_exact='full captions, greedy', t2i_own='t2i, own captions',
+    t2i_true='t2i, true captions')
+GAINS = dict(reward='reward', judge='judge', caption_len='tokens a caption')
 
 
 # --- sections ------------------------------------------------------------------------------------
@@ -62,8 +70,19 @@ def progress(run, steps):
     return f'{steps[-1]} updates'
 
 
+def gains(run, steps):
+    """The scores that a run changed, from its first stop to its last: ['judge 0.56 → 0.80']."""
+    evals = [run.evals[step] for step in steps if step in run.evals]
+    found = []
+    for field, label in GAINS.items():
+        values = [number(line[field]) for line in evals if field in line]
+        if values and values[0] != values[-1]:
+            found.append(f'{label} {values[0]} → {values[-1]}')
+    return found
+
+
 def runs_html(runs, stops):
-    """What was run, and how far it came."""
+    """What was run, how far it came, and what it changed."""
     lines = []
     for place, run in enumerate(runs):
         steps = [stop.step for stop in stops if stop.run == place]
@@ -71,7 +90,8 @@ def runs_html(runs, stops):
         does = DOES.get(run.script or run.name)
         if does:
             words.insert(0, does)
-        lines.append(f'<li><b>{escape(run.name)}</b> <span>{" · ".join(words)}</span></li>')
+        lines.append(f'<li><b>{escape(run.name)}</b> <span>{" · ".join(words)}</span>'
+                     f'<span class="gains">{" · ".join(gains(run, steps))}</span></li>')
     return ''.join(lines)
 
 
@@ -117,7 +137,8 @@ def table_html(folders):
     rows = []
     for field in next(iter(columns.values())):
         cells = [f'<td>{number(column.get(field), 3)}</td>' for column in columns.values()]
-        rows.append(f'<tr><th scope="row">{escape(field)}</th>{"".join(cells)}</tr>')
+        label = escape(LABELS.get(field, field))
+        rows.append(f'<tr><th scope="row">{label}</th>{"".join(cells)}</tr>')
     control = ''
     if 'rewards shuffled' in columns:
         control = CONTROL

@@ -36,8 +36,8 @@ PANELS = (
           'trained; greedy ones always take the likeliest word.',
           dict(caption_recall='sampled', greedy_caption_recall='greedy'), 0, 1),
     Panel('Truth',
-          'The share of a caption’s phrases that hold. Look whether it stays high while captions '
-          'grow.',
+          'The share of a caption’s phrases that are true. Look whether it stays high while '
+          'captions grow.',
           dict(caption_truth='sampled', greedy_caption_truth='greedy'), 0, 1),
     Panel('t2i: text to image',
           'The share of facts that come out right in drawings. From true captions it tells whether '

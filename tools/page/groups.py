@@ -10,8 +10,8 @@ from tools.page.words import SHADES, caption_html, tokens_html
 
 NO_GROUP = 'No group here: groups open after an update of stage 2 or 3.'
 SWATCHES = ''.join(f'<i class="shade{k}"></i>' for k in range(SHADES + 1))
-HEAD = (f'<li class="head"><span>reward</span><span>advantage</span><span>tokens: certain '
-        f'<span class="swatches">{SWATCHES}</span> probability .01 or less</span></li>')
+HEAD = (f'<li class="head"><span>reward</span><span>advantage</span><span>token probability: 1 '
+        f'<span class="swatches">{SWATCHES}</span> .01 or less</span></li>')
 
 
 def by_reward(member):

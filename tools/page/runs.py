@@ -39,12 +39,12 @@ def finite(value):
 
 
 def number(value, digits=2):
-    """A score as 0.83, a count as 14.8, and a dash for what is no number."""
+    """A score as 0.83, a count as 6.8, and a dash for what is no number."""
     if not finite(value):
         return '–'
-    if abs(value) >= 10:
-        return f'{value:.1f}'
-    return f'{value:.{digits}f}'
+    if abs(value) >= 5:
+        digits = 1
+    return f'{value:.{digits}f}'.replace('-', '−')
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def hint(scenes):
     samples = [sample for scene in scenes for sample in scene.at.values()]
     parts = ['Left the source, right what came back from the caption below it.']
     if any(sample.get('truth') for sample in samples):
-        parts.append('Below the source is a caption that says all.')
+        parts.append('Below the source is its complete caption.')
     parts.append('<mark>Marked</mark> words are new since the stop before.')
     if any(sample.get('false') for sample in samples):
         parts.append('<del>Struck out</del> phrases are false.')
