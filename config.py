@@ -167,8 +167,8 @@ def parse(keys, own_presets, argv, script):
     keys: the script's own dict of defaults. own_presets: {preset: differences of own keys}. argv:
     '--key=value', or the bare '--resume', '--plan', '--help'. script: its path, for --help and
     out_dir. Returns a namespace with every key plus preset, resume, plan, script (its name) and
-    changed (the keys that are not at their default). Raises ConfigError (exit code not 0) in one
-    line.
+    changed (the keys that differ from those of the plain command). Raises ConfigError (exit code
+    not 0) in one line.
     """
     values = {**shared, **keys}
     assert len(values) == len(shared) + len(keys), 'a script key hides a shared one'
