@@ -150,7 +150,7 @@ def test_the_head_says_what_each_stage_changed(tmp_path):
              10: dict(reward=0.5, judge=0.634, caption_len=14.82)}
     make_run(tmp_path, 'grpo_encoder')
     run = report.read_runs([str(tmp_path)])[0]._replace(evals=evals)
-    assert report.gains(run, [0, 5, 10]) == ['judge 0.41 → 0.63', 'tokens a caption 6.0 → 14.8']
+    assert report.gains(run, [0, 5, 10]) == ['judge 0.41 → 0.63', 'tokens per caption 6.0 → 14.8']
     assert report.gains(run, []) == []
 
 

@@ -51,13 +51,13 @@ model before these stages, <i>ceiling</i> the best that can be: the source throu
 CONTROL = ('<i>Rewards shuffled</i> is a control: a shorter stage 2 whose captions got the rewards '
            'of other captions. What changes there, changes by chance.')
 LABELS = dict(                 # rows of the table, by measure; others have the measure's own name
-    mse='pixel error, lower is better', caption_len='tokens a caption',
+    mse='pixel error, lower is better', caption_len='tokens per caption',
     caption_truth='truth, sampled captions', caption_recall='recall, sampled captions',
-    caption_exact='full captions, sampled', greedy_caption_len='tokens a greedy caption',
+    caption_exact='full captions, sampled', greedy_caption_len='tokens per greedy caption',
     greedy_caption_truth='truth, greedy captions', greedy_caption_recall='recall, greedy captions',
     greedy_caption_exact='full captions, greedy', t2i_own='t2i, own captions',
     t2i_true='t2i, true captions')
-GAINS = dict(reward='reward', judge='judge', caption_len='tokens a caption')
+GAINS = dict(reward='reward', judge='judge', caption_len='tokens per caption')
 
 
 # --- sections ------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ class Panel(NamedTuple):
 PANELS = (
     Panel('Reward and judge',
           'How alike source and reconstruction are, 1 is equal. The reward is trained on. The '
-          'judge is another network that no training sees. When only the reward rises, it is '
-          'fooled.',
+          'judge is another network that no training sees. If the reward rises and the judge does '
+          'not, the model exploits the reward.',
           dict(reward='reward', judge='judge'), math.nan, math.nan),
     Panel('Caption length',
           'Tokens of a caption. Nothing rewards length: captions grow where words help to draw.',

@@ -1,4 +1,4 @@
-"""Watched images over all stages as a moving picture: source, what came back, and its caption.
+"""Watched images over all stages as a moving picture: source, reconstruction and caption.
 
 One frame for each stop, as wide as a README shows it. Words that are new since the frame before
 have the accent colour, and a curve of the reward runs along.
@@ -20,7 +20,7 @@ MOST_BYTES = 1_500_000
 COLOURS = (256, 128, 64, 32)   # of the palette: the first that keeps the file small enough
 WIDTH, MARGIN, HEAD = 800, 20, 100
 COLUMNS, SPACE = 4, 18         # scenes in a row, and the pixels between them
-INSIDE = 6                     # pixels between a source and what came back
+INSIDE = 6                     # pixels between a source and its reconstruction
 LINES, LINE_HEIGHT = 7, 16     # of a caption
 CURVE_WIDTH, CURVE_HEIGHT, FINE = 330, 52, 4       # the curve is drawn FINE times as large
 PAPER, INK, SOFT, RULE = '#fbfaf7', '#22262b', '#646a72', '#d9d5cc'
@@ -119,7 +119,7 @@ def draw_head(image, runs, stops, now):
 
 
 def draw_scene(image, scene, now, before, left, top, width):
-    """Source, what came back, and the caption of one scene."""
+    """Source, reconstruction and caption of one scene."""
     side = (width - INSIDE) // 2
     image.paste(load(scene.source, side), (left, top))
     sample = scene.at.get(now.index)

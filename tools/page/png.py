@@ -9,7 +9,7 @@ from tools.page.runs import number, read_runs, scenes_of, stops_of
 
 SCENES = 4
 SIDE = 128                     # of an image, in pixels
-TEXT_HEIGHT = 22 + LINES * LINE_HEIGHT      # below it
+TEXT_HEIGHT = 38 + LINES * LINE_HEIGHT      # below it, and a gap to the next row
 COLUMN, MARGIN, HEAD = 180, 16, 44
 
 

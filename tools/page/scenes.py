@@ -65,13 +65,13 @@ def sample_html(stop, run, sample, before):
     image = picture(sample['image'], f'reconstruction: {caption}')
     marked = caption_html(caption, before, sample.get('false') or ())
     scores = [f'{name} {number(sample[name])}' for name in ('reward', 'judge') if name in sample]
-    return (f'<figure {at_stop(stop, stop.edge, "stop")}>{when_html("came back", stop, run)}'
+    return (f'<figure {at_stop(stop, stop.edge, "stop")}>{when_html("redrawn", stop, run)}'
             f'{image}<figcaption><p class="caption">{marked}</p>'
             f'<p class="scores">{" · ".join(scores)}</p></figcaption></figure>')
 
 
 def scene_html(scene, runs, stops):
-    """One watched image: its source once, and what came back at every stop."""
+    """One watched image: its source once, and redrawn at every stop."""
     figures, before, truth = [], None, ''
     for stop in stops:
         sample = scene.at.get(stop.index)
@@ -95,7 +95,7 @@ def hint(scenes):
     if not scenes:
         return 'These runs watched no images (key <code>watch</code>).'
     samples = [sample for scene in scenes for sample in scene.at.values()]
-    parts = ['Left the source, right what came back from the caption below it.']
+    parts = ['Left the source, right the image redrawn from the caption below it.']
     if any(sample.get('truth') for sample in samples):
         parts.append('Below the source is its complete caption.')
     parts.append('<mark>Marked</mark> words are new since the stop before.')
