@@ -164,10 +164,11 @@ def check_sizes(uae):
                          f'{around} tokens, expected more, or 0 for no padding')
     R, vision = uae.config.resolution, uae.encoder.config.vision_config
     step = 2 ** (len(uae.vae.config.block_out_channels) - 1) * uae.decoder.config.patch_size
-    least = vision.patch_size * vision.spatial_merge_size
-    if R % step or R < 2 * least:
-        raise SystemExit(f'--resolution={R}: expected a multiple of {step} (VAE and patches of the '
-                         f'transformer), at least {2 * least} (patches of the encoder)')
+    least = 2 * vision.patch_size * vision.spatial_merge_size
+    most = step * uae.decoder.config.pos_embed_max_size
+    if R % step or not least <= R <= most:
+        raise SystemExit(f'--resolution={R}: expected a multiple of {step} from {least} to {most}, '
+                         'for the VAE, the patches of the encoder and those of the transformer')
 
 
 def loaded_dtype(config):
@@ -247,8 +248,7 @@ def pooled_of_nothing(config, width):
 def stage_start(uae, parts, config):
     """A UAE whose `parts` are frozen as the stage began with them: the reference policy.
 
-    A resumed run loads what was trained of these parts, and nothing else, from where the stage
-    began.
+    A resumed run loads only what was trained of these parts, from where the stage began.
     """
     for part in parts:
         uae = uae.reference(part)

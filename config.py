@@ -84,22 +84,21 @@ choices = dict(
     loss_mean=('token', 'caption', 'constant'))
 # the least and the most that a number may be, of every script's keys
 bounds = dict(
-    resolution=(8, 4096), cond_len=(0, 8192), caption_len=(2, 8192), guidance=(0, 100),
-    sample_steps=(1, 1000), eval_steps=(1, 1000), eval_images=(1, 10 ** 6),
-    eval_batch=(1, 10 ** 6), eval_every=(0, 10 ** 9), eval_temperature=(0, 10), watch=(0, 10 ** 4),
-    lora_rank=(0, 4096), micro_batch=(0, 10 ** 6), seed=(0, 2 ** 31), save_every=(0, 10 ** 9),
-    steps=(0, 10 ** 9), prompts=(1, 10 ** 6), group=(2, 10 ** 4), batch=(1, 10 ** 6),
-    caption_batch=(0, 10 ** 6), temperature=(1e-3, 10), cold_temperature=(0, 10),
-    caption_temperature=(0, 10), clip_range=(0, math.inf), kl=(0, 1e6), updates=(1, 1000),
-    lr=(0, 1), grad_clip=(1e-12, math.inf), patience=(1, 10 ** 9), warmup=(0, 10 ** 9),
-    lr_decay=(0, 1e6), grad_steps=(1, 1000), noise_level=(1e-6, 10), sde_window=(1, 1000),
-    train_steps=(1, 1000), sigma_mean=(-100, 100), sigma_std=(0, 100), drop=(0, 1),
-    ema=(0, 1 - 1e-9), caption_every=(1, 10 ** 9), lambda_t2i=(0, 1e6), see_resolution=(0, 4096),
-    layers=(0, 1000), scenes=(1, 10 ** 6), vae_steps=(1, 10 ** 9), clip_steps=(1, 10 ** 9),
-    judge_steps=(1, 10 ** 9), encoder_steps=(1, 10 ** 9), decoder_steps=(1, 10 ** 9),
-    settle_steps=(0, 10 ** 9), decoder_images=(1, 10 ** 9), full_share=(0, 1),
-    most_phrases=(0, 100), samples=(1, 10 ** 4), seeds=(1, 10 ** 4), judge_tries=(1, 1000),
-    judge_timeout=(0, 1e6))
+    resolution=(8, 4096), cond_len=(0, 8192), caption_len=(2, 8192), guidance=(1e-3, 100),
+    sample_steps=(1, 1000), eval_steps=(1, 1000), eval_images=(1, 10 ** 6), eval_batch=(1, 10 ** 6),
+    eval_every=(0, 10 ** 9), eval_temperature=(0, 10), watch=(0, 10 ** 4), lora_rank=(0, 4096),
+    micro_batch=(0, 10 ** 6), seed=(0, 2 ** 31), save_every=(0, 10 ** 9), steps=(0, 10 ** 9),
+    prompts=(1, 10 ** 6), group=(2, 10 ** 4), batch=(1, 10 ** 6), caption_batch=(0, 10 ** 6),
+    temperature=(1e-3, 10), cold_temperature=(0, 10), caption_temperature=(0, 10),
+    clip_range=(0, math.inf), kl=(0, 1e6), updates=(1, 1000), lr=(0, 1),
+    grad_clip=(1e-12, math.inf), patience=(1, 10 ** 9), warmup=(0, 10 ** 9), lr_decay=(0, 1e6),
+    grad_steps=(1, 1000), noise_level=(1e-6, 10), sde_window=(1, 1000), train_steps=(1, 1000),
+    sigma_mean=(-100, 100), sigma_std=(0, 100), drop=(0, 0.999), ema=(0, 1 - 1e-9),
+    caption_every=(1, 10 ** 9), lambda_t2i=(0, 1e6), see_resolution=(0, 4096), layers=(0, 1000),
+    scenes=(1, 10 ** 6), vae_steps=(1, 10 ** 9), clip_steps=(1, 10 ** 9), judge_steps=(1, 10 ** 9),
+    encoder_steps=(1, 10 ** 9), decoder_steps=(1, 10 ** 9), settle_steps=(0, 10 ** 9),
+    decoder_images=(1, 10 ** 9), full_share=(0, 1), most_phrases=(0, 100), samples=(1, 10 ** 4),
+    seeds=(1, 10 ** 4), judge_tries=(1, 1000), judge_timeout=(0, 1e6))
 # -------------------------------------------------------------------------------------------------
 
 
@@ -167,8 +166,7 @@ def parse(keys, own_presets, argv, script):
     keys: the script's own dict of defaults. own_presets: {preset: differences of own keys}. argv:
     '--key=value', or the bare '--resume', '--plan', '--help'. script: its path, for --help and
     out_dir. Returns a namespace with every key plus preset, resume, plan, script (its name) and
-    changed (the keys that differ from those of the plain command). Raises ConfigError (exit code
-    not 0) in one line.
+    changed (the keys that differ from a plain command's). Raises ConfigError in one line.
     """
     values = {**shared, **keys}
     assert len(values) == len(shared) + len(keys), 'a script key hides a shared one'

@@ -131,6 +131,8 @@ def window(step, config, sigmas=None):
     usable = config.sample_steps - 1                    # steps that may be noisy, from the first
     if config.sde != 'flow':
         usable = min(usable, int((sigmas[1:] >= 0.02).sum()))
+    if usable < 1:
+        raise SystemExit(f'--sample_steps={config.sample_steps}: {config.sde} needs more steps')
     width = min(config.sde_window, usable)
     place = common.generator(config.seed, 'window', step)
     room = max(0, min(config.sample_steps // 2, usable) - width)

@@ -85,8 +85,7 @@ own_presets = dict(
 def group_advantage(r, std=True):
     """A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4) over the group: r (P, G) -> (P, G).
 
-    Exactly 0 where all rewards are equal. Without std, A_i = R_i - mean_j R_j (Dr. GRPO, arXiv
-    2503.20783).
+    Exactly 0 where all rewards are equal. Without std it is not divided (Dr. GRPO, 2503.20783).
     """
     centred = r - r.mean(1, keepdim=True)
     equal = (r == r[:, :1]).all(1, keepdim=True)

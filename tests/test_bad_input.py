@@ -226,6 +226,10 @@ VALUES = [
     ('grpo_encoder', '--group=1'),
     ('grpo_decoder', '--group=1'),
     ('grpo_encoder', '--prompts=0'),
+    ('grpo_encoder', '--resolution=33'),        # the VAE halves it twice
+    ('cold_start', '--resolution=8'),           # one patch of the encoder is as wide
+    ('grpo_decoder', '--resolution=72'),        # more positions than the transformer has
+    ('pretrain_decoder', '--resolution=128'),
 ]
 
 
@@ -234,6 +238,11 @@ def test_values_that_mean_nothing(tmp_path, name, flag):
     key, value = flag[2:].split('=')
     message = refusal(tiny, name, tmp_path / 'out', flag)
     assert key in message or repr(value) in message
+
+
+def test_cps_needs_a_step_that_may_be_noisy(tmp_path):
+    flags = ['--sde=cps', '--sample_steps=2', '--noise_level=1']
+    assert 'more steps' in refusal(tiny, 'grpo_decoder', tmp_path / 'out', *flags)
 
 
 def test_sample_asks_for_something_to_do(tmp_path):

@@ -339,10 +339,13 @@ MEANINGLESS = [
     ('grpo_encoder', '--kl=-0.1'),
     ('grpo_decoder', '--kl=-0.1'),
     ('grpo_decoder', '--guidance=-1'),
+    ('grpo_encoder', '--guidance=0'),
+    ('cold_start', '--guidance=0'),
     ('cold_start', '--grad_clip=0'),
     ('pretrain_decoder', '--ema=2'),
     ('pretrain_decoder', '--drop=2'),
     ('reca', '--drop=2'),
+    ('reca', '--drop=1'),
 ]
 
 
