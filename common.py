@@ -44,9 +44,8 @@ def pick_device(device):
     """--device, or by default the local rank's CUDA device where there is one, else the CPU."""
     if not device:
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    known = device.split(':')[0] in ('cpu', 'cuda', 'mps')
-    absent = device.startswith('cuda') and not torch.cuda.is_available()
-    if not known or absent:
+    present = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not present.get(device.split(':')[0]):
         raise SystemExit(f'--device={device}: expected cpu, or cuda or mps where there is one')
     if device == 'cuda':
         device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'

@@ -52,7 +52,7 @@ shared = dict(
     tensorboard = False,       # curves and pictures in out_dir/tensorboard
     # full size: what a tiny run need not know
     lora_rank = 0,             # 0 = full fine-tuning; > 0 = LoRA of this rank (alpha = 2 rank)
-    dtype = 'float32',         # of frozen weights and matrix work; SDE and log-probs are float32
+    dtype = 'float32',         # of frozen weights and matrix work; the SDE is always float32
     micro_batch = 0,           # samples per forward and backward pass on a rank, 0 = all
     eval_batch = 64,           # held-out images at a time on a rank
     checkpointing = False,     # recompute activations: less memory, 30 % more time
@@ -89,10 +89,10 @@ bounds = dict(
     eval_every=(0, 10 ** 9), eval_temperature=(0, 10), watch=(0, 10 ** 4), lora_rank=(0, 4096),
     micro_batch=(0, 10 ** 6), seed=(0, 2 ** 31), save_every=(0, 10 ** 9), steps=(0, 10 ** 9),
     prompts=(1, 10 ** 6), group=(2, 10 ** 4), batch=(1, 10 ** 6), caption_batch=(0, 10 ** 6),
-    temperature=(1e-3, 10), cold_temperature=(0, 10), caption_temperature=(0, 10),
+    temperature=(0.01, 10), cold_temperature=(0, 10), caption_temperature=(0, 10),
     clip_range=(0, math.inf), kl=(0, 1e6), updates=(1, 1000), lr=(0, 1),
     grad_clip=(1e-12, math.inf), patience=(1, 10 ** 9), warmup=(0, 10 ** 9), lr_decay=(0, 1e6),
-    grad_steps=(1, 1000), noise_level=(1e-6, 10), sde_window=(1, 1000), train_steps=(1, 1000),
+    grad_steps=(1, 1000), noise_level=(0.01, 10), sde_window=(1, 1000), train_steps=(1, 1000),
     sigma_mean=(-100, 100), sigma_std=(0, 100), drop=(0, 0.999), ema=(0, 1 - 1e-9),
     caption_every=(1, 10 ** 9), lambda_t2i=(0, 1e6), see_resolution=(0, 4096), layers=(0, 1000),
     scenes=(1, 10 ** 6), vae_steps=(1, 10 ** 9), clip_steps=(1, 10 ** 9), judge_steps=(1, 10 ** 9),
@@ -156,6 +156,8 @@ def check(values):
     if 'lr' in values and not values['cond_len']:
         raise ConfigError('--cond_len=0: conditions of many lengths cannot be trained on, it is '
                           'for the evaluation of released weights')
+    if values['condition'] == 'text+image' and not values['cond_len']:
+        raise ConfigError('--cond_len=0: with --condition=text+image expected a length')
     if os.path.isfile(values['out_dir']):
         raise ConfigError(f'--out_dir={values["out_dir"]}: a file is there, expected a folder')
 

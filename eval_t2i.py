@@ -78,7 +78,8 @@ keys = dict(
 # -----------------------------------------------------------------------------------------------
 own_presets = dict(
     medium=dict(bench='geneval', batch=4),
-    paper=dict(bench='geneval', batch=4))
+    paper=dict(bench='geneval', batch=4),
+    release=dict(bench='geneval', batch=1))     # what is drawn together is padded together
 
 # bench: its scorer (item, path) -> record, and the summary of all records
 BENCHES = {
@@ -89,7 +90,7 @@ BENCHES = {
 # keys that images depend on, beside prompts and weights
 DRAWN_WITH = (
     'bench', 'encoder', 'decoder', 'seed', 'eval_steps', 'guidance', 'negative_prompt',
-    'resolution', 'caption_len')
+    'resolution', 'caption_len', 'cond_len')
 
 
 # --- drawing -----------------------------------------------------------------------------------

@@ -99,17 +99,17 @@ def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
     """
     if mask is None:
         mask = torch.ones_like(logp)
-    count = mask.sum().clamp(min=1e-8)
+    total_weight = mask.sum().clamp(min=1e-8)
     # masked before the exponential: a -inf that does not count must not become a nan
     log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     A = adv[:, None]
     gain = torch.min(ratio * A, clipped * A)
-    loss = -(gain * mask).sum() / count
+    loss = -(gain * mask).sum() / total_weight
     with torch.no_grad():
         cut = ratio * A > clipped * A               # the clip has taken the gradient away
-        stats = dict(ratio_max=ratio.max(), clip_frac=(cut * mask).sum() / count)
+        stats = dict(ratio_max=ratio.max(), clip_frac=(cut * mask).sum() / total_weight)
     return loss, stats
 
 
@@ -278,6 +278,7 @@ def main(argv):
     negative = None
     if config.guidance != 1.0:
         negative = uae.negative()                        # once: the encoder is frozen
+    window(start_step, config, uae.sigmas(config.sample_steps))     # refused without a noisy step
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
     idle = ('encoder', 'vae') if config.offload else ()

@@ -13,17 +13,17 @@ compared with x:
     ratio_t = pi_phi(y_t | x, y_<t) / pi_phi_old(y_t | x, y_<t)
     J   = mean over tokens of  min(ratio A, clip(ratio) A) - kl k3(phi, ref)
 
-Nothing rewards length. Only the language model is trained: projector, decoder and vision tower are
-frozen, and no gradient passes through the drawing.
+Nothing rewards length. Only the language model of pi_phi is trained (`encoder`, the captioner).
+Its vision tower, projector and decoder are frozen; no gradient passes through the drawing.
 
     paper                       here                         why
-    mean over a caption, then   mean over all tokens of the  no bias to short captions; key
-    over captions               step                         `loss_mean`
-    text encoder of the reward  tiny: the captioner as the   else each update also moves what the
-    not stated                  stage found it; else the     frozen decoder reads, and true
-                                captioner as it is now       captions are drawn worse
+    mean over a caption, then   mean over all tokens of the  a token weighs the same in short and
+    over captions               step                         long captions; key `loss_mean`
+    which weights re-encode y:  tiny: the captioner's as     else each update also moves what the
+    not stated                  the stage found them; medium frozen decoder reads. The other presets
+                                and paper: as they are now   keep the paper's likely reading
     start noise not stated      one start noise per group    captions alone tell rewards apart
-    ratio clip not stated       0.2                          GRPO's own; binds only if updates > 1
+    ratio clip not stated       0.2                          PPO's; binds only if updates > 1
     h_T of the answer, which    the caption re-encoded       a true bottleneck; the paper's is
     has seen the image          alone                        `condition=answer`
     batch size 1 (v5)           tiny: 8 images, paper: 64    less noise; theirs was for the cost
@@ -73,7 +73,7 @@ keys = dict(
     lr_decay = 1.0,            # cosine to 0 at step lr_decay * steps; 0 = constant: at this
                                # lr and without a KL the captioner then collapses (docs/results.md)
     offload = False,           # decoder and VAE wait on the CPU while the encoder is updated
-    shuffle_reward = False,    # control: rewards permuted over the batch teach nothing
+    shuffle_reward = False,    # control: rewards permuted over all captions say nothing of them
 )
 own_presets = dict(
     tiny=dict(text_encoder='start'),        # medium and paper: the captioner as it is now
@@ -97,8 +97,8 @@ def group_advantage(r, std=True):
 def token_weights(mask, config):
     """How much each sampled token weighs in the loss, by config.loss_mean. mask (B, T).
 
-    Returns weights (B, T), 0 where no token was sampled, and this rank's share of the number that
-    the weighted sum is divided by: its tokens, its captions, or its captions times T.
+    Returns weights (B, T), 0 where no token was sampled, and count, this rank's share of what the
+    weighted sum is divided by: its tokens, its captions, or its captions times T.
     """
     if config.loss_mean == 'caption':
         return mask / mask.sum(1, keepdim=True), len(mask)
@@ -108,24 +108,24 @@ def token_weights(mask, config):
 
 
 def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
-    """Clipped surrogate: minus the mean over sampled tokens of min(ratio A, clip(ratio) A).
+    """Clipped surrogate: minus the weighted mean over tokens of min(ratio A, clip(ratio) A).
 
     logp, old_logp (B, T), adv (B,), mask (B, T), 0 where no token was sampled, else its weight.
     Returns loss () and detached stats.
     """
     if mask is None:
         mask = torch.ones_like(logp)
-    count = mask.sum().clamp(min=1e-8)
+    total_weight = mask.sum().clamp(min=1e-8)
     # masked before the exponential: a -inf that does not count must not become a nan
     log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     A = adv[:, None]
     gain = torch.min(ratio * A, clipped * A)
-    loss = -(gain * mask).sum() / count
+    loss = -(gain * mask).sum() / total_weight
     with torch.no_grad():
         cut = ratio * A > clipped * A               # the clip has taken the gradient away
-        stats = dict(ratio_max=ratio.max(), clip_frac=(cut * mask).sum() / count)
+        stats = dict(ratio_max=ratio.max(), clip_frac=(cut * mask).sum() / total_weight)
     return loss, stats
 
 
@@ -143,11 +143,11 @@ def rollout(uae, tower, x, index, step, config):
     """G captions per image, drawn and rewarded. x (P, 3, R, R), index (P,) in the global batch.
 
     All randomness is a function of (seed, step, position in the global batch, group member).
-    Returns seen, the vision tower's output for the P images; a dict of y tokens, mask and recorded,
-    the log-probs while sampling, (B, T) each, B = P * G with a group's captions together; r (P, G).
+    Returns seen, features and grid of the vision tower, P rows each; a dict of y tokens, mask and
+    recorded, the log-probs while sampling, (B, T), B = P * G, groups together; rewards r (P, G).
     """
     P, G = len(x), config.group
-    member = (index[:, None] * G + torch.arange(G)).flatten()
+    member = (index[:, None] * G + torch.arange(G)).flatten()   # (B,), in the global batch
     uniforms = common.uniform((config.caption_len,), member, config.seed, 'token', step)
     uniforms = uniforms.to(uae.device)
     seen = uae.see(x)
@@ -159,13 +159,13 @@ def rollout(uae, tower, x, index, step, config):
     batch = common.join(parts)
 
     z = common.normal(uae.latent_shape(), index, config.seed, 'start', step).to(uae.device)
-    z = z.repeat_interleave(G, 0)                   # one start noise per group
+    z = z.repeat_interleave(G, 0)                   # (B, C, H, W), one start noise per group
     rewards = []
     for images, rows, _ in common.group_slices(P, G, config.micro_batch):
         shown = common.take(seen, images)
         cond = uae.condition(batch['y'][rows], batch['mask'][rows], shown)
         x_hat = uae.to_image(uae.draw(z[rows], cond, config.sample_steps))
-        rewards.append(clip_reward(x[images], x_hat, tower))
+        rewards.append(clip_reward(x[images], x_hat, tower))    # each image with its G drawings
     r = torch.cat(rewards).view(P, G)
     return seen, batch, r
 
@@ -181,17 +181,17 @@ def reference_logp(reference, seen, y, config):
 
 
 def loss_of(uae, seen, batch, share, same_weights, config):
-    """The whole loss of a micro-batch, log fields, and the detached log-probs (B, T).
+    """A micro-batch's part of the step's loss, log fields, and the detached log-probs (B, T).
 
-    batch: y, weight, recorded, old_logp (B, T), adv (B,), with a KL ref_logp (B, T). share: world /
-    the step's `count` of `token_weights`, so that micro-batches and ranks add up. same_weights:
-    whether the model is still that of the rollout.
+    batch: y, weight, recorded, old_logp (B, T), adv (B,), and ref_logp (B, T) if config.kl. share:
+    world / the `count` of `token_weights` of all ranks. same_weights: whether the model is still
+    that of the rollout.
     """
     weight = batch['weight']
     logp = uae.caption_logp(seen, batch['y'], config.temperature)
     old_logp = batch['old_logp']
     if same_weights and config.old_logp == 'replay':
-        old_logp = logp.detach()
+        old_logp = logp.detach()                # the ratio is 1, its gradient is not 0
     loss, stats = policy_loss(logp, old_logp, batch['adv'], weight, config.clip_range)
     if config.kl:
         own_logp = torch.where(weight > 0, logp, 0.0)
@@ -199,14 +199,14 @@ def loss_of(uae, seen, batch, share, same_weights, config):
         kl = (kl_k3(own_logp, ref_logp) * weight).sum() / weight.sum()
         loss = loss + config.kl * kl
         stats['kl'] = kl.detach()
-    difference = torch.where(weight > 0, logp - batch['recorded'], 0.0)
+    difference = torch.where(weight > 0, logp - batch['recorded'], 0.0)     # rounding alone
     stats['logp_diff'] = difference.detach().abs().max()
-    # a mean times its weight is a sum; times share, the sums of all parts are the step's mean
+    # a mean times its weight is a sum; times share, the sums of all parts are the step's loss
     return loss * weight.sum() * share, stats, logp.detach()
 
 
 def update(ddp, optimiser, seen, batch, step, run, config):
-    """config.updates optimiser steps on one rollout -> log fields."""
+    """config.updates optimiser steps on one rollout -> log fields of the last; completes batch."""
     P = len(seen[0])
     batch['weight'], count = token_weights(batch['mask'], config)
     batch['old_logp'] = batch['recorded'].clone()
@@ -227,7 +227,7 @@ def update(ddp, optimiser, seen, batch, step, run, config):
         reduced = stats.reduce(run)
         if same_weights:
             logp_diff = reduced['logp_diff']            # later it would measure the step taken
-        taken = optimiser.step(step)
+        taken = optimiser.step(step)                    # and clears the gradients
     reduced['logp_diff'] = logp_diff
     return dict(reduced, **taken)
 
@@ -283,10 +283,10 @@ def main(argv):
             batch['ref_logp'] = reference_logp(reference, seen, batch['y'], config)
         with uae.parked(*idle):
             fields = update(ddp, optimiser, seen, batch, step, run, config)
-        if evaluate.due(step + 1) and run.master:
+        if evaluate.due(step + 1) and run.master:           # one group, for tools/report.py
             watch.open_captions(uae, step + 1, x, batch, mine, config)
         logp_sum = common.total((batch['recorded'] * batch['mask']).sum(), run)
-        entropy = -logp_sum / common.total(batch['mask'].sum(), run)        # nats a token
+        entropy = -logp_sum / common.total(batch['mask'].sum(), run)    # estimate, nats a token
         log(step, **reward_fields(all_rewards), **fields, entropy=entropy,
             **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
             skipped=count_skipped(train, held_out, run))

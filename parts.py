@@ -71,8 +71,7 @@ class Parts(nn.Module):
     def unreachable(self, key):
         """Whether no loss reaches this decoder parameter.
 
-        The last block drops what its text queries attend to, and at tiny size the pooled
-        embedding is zero.
+        The last block drops what text queries attend to; the tiny pooled embedding is zero.
         """
         last = f'transformer_blocks.{self.decoder.config.num_layers - 1}.attn.'
         if key.startswith((last + 'add_q', last + 'norm_added_q')):

@@ -102,8 +102,7 @@ def token_logp(states, head, y, temperature=1.0, forbidden=None, chunk=2 ** 23):
     """log pi(y_t | ...) of given tokens, from the states that predict them.
 
     states (B, T, d), y (B, T), head: d -> V. Returns (B, T) float32. Never holds more than `chunk`
-    logits: with a vocabulary of 152k the rows go through in pieces, whose logits are recomputed
-    in the backward pass.
+    logits: with a vocabulary of 152k the rows go in pieces, recomputed in the backward pass.
     """
     def rows_logp(states, y):
         return pick_logp(head(states), y, temperature, forbidden)

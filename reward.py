@@ -168,12 +168,13 @@ def reward_parts(config):
     for word in config.reward.split(','):
         name, _, weight = word.strip().partition(':')
         try:
-            parts[name] = float(weight or 1)
+            value = float(weight or 1)
         except ValueError:
-            parts[name] = 0.0
-        if not 0 < parts[name] < math.inf:
+            value = 0.0
+        if name in parts or not 0 < value < math.inf:
             raise SystemExit(f'--reward={config.reward}: expected NAME or NAME:WEIGHT,NAME:WEIGHT '
                              'with positive weights, for example clip:0.7,dinov2:0.3')
+        parts[name] = value
         if name != 'judge' and describe(name, config)[1] == config.judge:
             raise SystemExit(f'--reward={config.reward}: {name} is the judge too ({config.judge}), '
                              'which must be a tower that was not the reward: name another --judge')

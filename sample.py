@@ -38,6 +38,7 @@ keys = dict(
     batch = 8,                 # images at a time on a rank
     draw = True,               # also draw each caption; False = captions only
 )
+own_presets = dict(release=dict(batch=1))       # what is drawn together is padded together
 # -------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +154,7 @@ def read_image(images, i):
 
 
 def main(argv):
-    config = parse(keys, {}, argv, __file__)
+    config = parse(keys, own_presets, argv, __file__)
     if (config.image, config.prompt, config.export).count('') != 2:
         raise SystemExit('give one of --image=FILE_OR_FOLDER, --prompt=TEXT and '
                          '--export=NEW_FOLDER')

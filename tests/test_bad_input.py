@@ -243,6 +243,7 @@ def test_values_that_mean_nothing(tmp_path, name, flag):
 def test_cps_needs_a_step_that_may_be_noisy(tmp_path):
     flags = ['--sde=cps', '--sample_steps=2', '--noise_level=1']
     assert 'more steps' in refusal(tiny, 'grpo_decoder', tmp_path / 'out', *flags)
+    assert not list((tmp_path / 'out').glob('*.json*')), 'the corrected command may use the folder'
 
 
 def test_sample_asks_for_something_to_do(tmp_path):

@@ -132,6 +132,21 @@ def test_length_is_constant(uae, seen, sampled, kind, cond_len):
     assert u.negative().shape == (1, *want)
 
 
+def test_without_a_cond_len_a_condition_is_as_long_as_its_rows(uae):
+    """A row alone is padded no further than itself or the negative prompt, as is the negative."""
+    u = at(uae, cond_len=0)
+    padded = at(uae, cond_len=40)
+    y, mask, _ = u.tokens(['large red circle top-left , navy background .', 'red'])
+    around = len(u.before_text) + len(u.after_text)
+    for i in (0, 1):
+        c = u.condition(y[i:i + 1], mask[i:i + 1])
+        own = int(u.spoken(y[i:i + 1], mask[i:i + 1]).sum())
+        assert c.shape[1] == around + max(own, u.negative_length)
+        assert u.negative(c.shape[1]).shape == c.shape
+        alone = padded.condition(y[i:i + 1], mask[i:i + 1])[:, :around + own]
+        assert (c[:, :around + own] - alone).abs().max() < 1e-5
+
+
 @wirings
 def test_negative(uae, kind):
     """The negative prompt as text; beside it, for text+image, an image of nothing. No gradient."""

@@ -346,6 +346,9 @@ MEANINGLESS = [
     ('pretrain_decoder', '--drop=2'),
     ('reca', '--drop=2'),
     ('reca', '--drop=1'),
+    ('grpo_decoder', '--noise_level=1e-6'),
+    ('grpo_encoder', '--temperature=1e-3'),
+    ('grpo_encoder', '--reward=clip,clip'),
 ]
 
 

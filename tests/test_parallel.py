@@ -4,12 +4,14 @@ These runs take plain gradient descent without clipping: see comparing.plain_des
 """
 import functools
 import json
+import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import common
 from comparing import check_same_training, on_two_ranks, plain_descent
 from running import ROOT, STAGES, arguments, lines, refusal, tiny, weights
@@ -205,3 +207,21 @@ def test_randomness_is_addressed():
     assert 0 <= u.min() and u.max() < 1
     assert abs(u.mean() - 0.5) < 0.05
     assert abs(common.normal((1000,), [0], 'n').std() - 1) < 0.1
+
+
+def test_sums_for_the_log_are_exact_where_the_device_has_no_float64():
+    run = types.SimpleNamespace(rank=0, world=1, device='mps:0')
+    t = common.exact(torch.ones(2), run)
+    assert (t.dtype, t.device.type) == (torch.float64, 'cpu')
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    assert '--device=mps' in refusal(common.pick_device, 'mps')
+
+
+def test_a_rank_that_sees_another_folder_says_so(monkeypatch, tmp_path):
+    run = types.SimpleNamespace(rank=1, world=1, device='cpu', master=False)
+    config = types.SimpleNamespace(out_dir=f'{tmp_path}/own', resume=True)
+    monkeypatch.setattr(common, 'gather_objects', lambda items, run: ['shared/step_000004', *items])
+    assert 'all nodes share' in refusal(checkpoint.open_out_dir, config, run)

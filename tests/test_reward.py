@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 import reward
+from conftest import shared_config
 from reward import BACKBONES, IMAGENET, OPENAI, backbone, clip_reward, preprocess
 from running import refusal
 
@@ -297,3 +298,17 @@ def test_missing_backbone_is_one_line(name, key):
     with pytest.raises(SystemExit) as stop:
         backbone(name, types.SimpleNamespace(clip=key, judge=key))
     assert '\n' not in str(stop.value) and 'no/such' in str(stop.value)
+
+
+def test_a_weighted_reward_is_the_weighted_sum_of_its_cosines():
+    config = shared_config('--reward=clip:0.7,judge:0.3')
+    mixed = reward.reward_tower(config)
+    x, x_hat = torch.rand(2, 3, 3, 32, 32) * 2 - 1
+    parts = [clip_reward(x, x_hat, backbone(name, config)) for name in ('clip', 'judge')]
+    expected = 0.7 * parts[0] + 0.3 * parts[1]
+    torch.testing.assert_close(clip_reward(x, x_hat, mixed), expected)
+
+
+def test_a_tower_does_not_judge_itself():
+    config = shared_config('--preset=medium', '--reward=dinov2')
+    assert 'is the judge too' in refusal(reward.reward_parts, config)

@@ -298,3 +298,11 @@ def test_window_never_holds_the_last_step(S, W, n):
         assert window(step, c) == ((first, end), trained)
         met |= {first + t for t in trained}
     assert met >= set(range(length))
+
+
+def test_cps_steps_that_end_near_no_noise_are_never_noisy():
+    c = types.SimpleNamespace(sample_steps=4, sde_window=3, train_steps=3, seed=0, sde='cps')
+    sigmas = torch.tensor([1, 0.5, 0.03, 0.015, 0])          # the third step ends below .02
+    for step in range(20):
+        (_, end), _ = window(step, c, sigmas)
+        assert end <= 2

@@ -283,6 +283,24 @@ def told_apart(r):
     return torch.pdist(r.reshape(-1, 1)).min() > 1e-4
 
 
+def test_all_captions_are_sampled_in_one_call_or_in_those_asked_for(uae, x, tower, monkeypatch):
+    """Drawing goes by micro_batch, sampling by caption_batch: the captions are the same."""
+    sizes = []
+    sample = type(uae).sample_captions
+
+    def spied(self, seen, G, *rest):
+        sizes.append(len(seen[0]) * G)
+        return sample(self, seen, G, *rest)
+
+    monkeypatch.setattr(type(uae), 'sample_captions', spied)
+    found = []
+    for argv in (['--micro_batch=1'], [f'--caption_batch={G}']):
+        u, c = stage_2(uae, *argv)
+        found.append(encoder_rollout(u, tower, x, INDEX, STEP, c))
+    assert sizes == [P * G] + P * [G]
+    assert torch.equal(found[0]['y'], found[1]['y'])
+
+
 def test_rewards_of_stage_2_belong_to_their_image_and_caption(uae, x, tower):
     u, c = stage_2(uae, '--temperature=2')       # captions that differ, hence rewards
     found = encoder_rollout(u, tower, x, INDEX, STEP, c)

@@ -333,6 +333,7 @@ def plan(config, trained, loss):
     samples = getattr(config, 'batch', 0) or config.prompts * getattr(config, 'group', 1)
     size = min(samples // world, config.micro_batch or samples)
     uae = skeleton(planned_config(config), 'meta')
+    checkpoint.check_sizes(uae)
     tower = random_reward(config, 'meta')
     judge = random_tower('judge', config, 'meta')
     uae.train_only(*trained)

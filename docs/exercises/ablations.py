@@ -45,10 +45,10 @@ FORKS = dict(
         ('config.py', "reward = 'clip', ", "reward = 'judge',")],
     function=[
         ('grpo_encoder.py', '@torch.no_grad()\ndef rollout(', PIXEL_REWARD),
-        ('grpo_encoder.py', '        rewards.append(clip_reward(x[images], x_hat, tower))\n',
+        ('grpo_encoder.py', '        rewards.append(clip_reward(x[images], x_hat, tower))',
          "        texts = uae.texts(batch['y'][rows], batch['mask'][rows])\n"
          '        sources = x[images].repeat_interleave(G, 0)\n'
-         '        rewards.append(own_reward(texts, sources, x_hat))\n')],
+         '        rewards.append(own_reward(texts, sources, x_hat))')],
     length=[
         ('grpo_encoder.py', REWARDS,
          REWARDS + "    r = r - 0.02 * batch['mask'].sum(1).view(P, G)\n")],

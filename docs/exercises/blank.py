@@ -41,7 +41,7 @@ EXERCISES = dict(
         wrong=[('the clipped term alone, without the minimum',
                 'torch.min(ratio * A, clipped * A)', 'clipped * A'),
                ('the mean over all entries, padding among them',
-                '-(gain * mask).sum() / count', '-(gain * mask).mean()'),
+                '-(gain * mask).sum() / total_weight', '-(gain * mask).mean()'),
                ('masked only at the end, when a -inf behind the end is a nan already',
                 'torch.where(mask > 0, logp - old_logp, 0.0)', 'logp - old_logp')]),
     kl_k3=dict(
