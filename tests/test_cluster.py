@@ -120,6 +120,17 @@ def test_sigterm_on_one_rank_stops_saves_and_exits_0_on_all(tmp_path):
     assert state['step'] == done, 'the last finished update is the one that was saved'
 
 
+def test_sigterm_on_torchrun_itself_saves_too(tmp_path):
+    """It exits with 1 whatever its workers do; the line and the checkpoint tell."""
+    run = run_of(tmp_path, 'cold_start', steps=100000)
+    wait_for_lines(tmp_path / 'run' / 'log.jsonl', 1, run)
+    run.terminate()
+    said = run.communicate(timeout=60)[0]
+    assert said.count('SIGTERM: stopped after update') == 1, said[-2000:]
+    done = len(lines(tmp_path / 'run' / 'log.jsonl'))
+    assert optimizer_state(tmp_path / 'run' / f'step_{done:06d}')['step'] == done
+
+
 def test_a_restart_goes_on_from_the_newest_checkpoint(tmp_path):
     out = tmp_path / 'run'
     run = run_of(tmp_path, 'cold_start', '--save_every=1', '--resume', steps=4, die=2, restarts=1)

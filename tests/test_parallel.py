@@ -225,3 +225,13 @@ def test_a_rank_that_sees_another_folder_says_so(monkeypatch, tmp_path):
     config = types.SimpleNamespace(out_dir=f'{tmp_path}/own', resume=True)
     monkeypatch.setattr(common, 'gather_objects', lambda items, run: ['shared/step_000004', *items])
     assert 'all nodes share' in refusal(checkpoint.open_out_dir, config, run)
+
+
+def test_ranks_wait_two_hours_for_each_other(monkeypatch):
+    joined = {}
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(common.dist, 'rendezvous', lambda url: iter([('store', 0, 2)]))
+    monkeypatch.setattr(common.dist, 'PrefixStore', lambda life, store: store)
+    monkeypatch.setattr(common.dist, 'init_process_group', lambda *_, **how: joined.update(how))
+    common.start(types.SimpleNamespace(device='cpu', seed=0))
+    assert joined['timeout'].total_seconds() == 2 * 3600
