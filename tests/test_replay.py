@@ -227,5 +227,5 @@ def test_another_order_of_summation_is_no_policy_ratio(wide, monkeypatch, name, 
     assert replay['grad_norm'] > 0
     assert recorded['logp_diff'] == replay['logp_diff'] > 0
     assert not rounding_counts_for_nothing(recorded)
-    if name == 'grpo_decoder':
+    if name == 'grpo_decoder' and not flags:     # the clip of flow is wider: it binds now and then
         assert recorded['clip_frac'] > 0
