@@ -23,114 +23,105 @@ import sys
 
 import torch
 
-import checkpoint
-import common
 from config import parse
 from data.images import open_data
-from evaluate import Evaluator
-from log import Log, Stats, caption_fields, count_skipped
+from lib import checkpoint, ranks
+from lib.log import Log, Stats, caption_fields, count_skipped
+from lib.optimiser import Optimiser
+from lib.scores import Evaluator
 from reward import clip_reward, reward_tower
-from tools.plan import plan
 
 # --- script keys ---------------------------------------------------------------------------------
+# those that all scripts share are in config.py
 keys = dict(
     steps = 80,                # updates
-    prompts = 24,              # images per update, all ranks together
-    cold_temperature = 0.0,    # of the captions; 0 = greedy
+    batch = 24,                # images an update, all ranks together
+    captions = 'own',          # what is drawn: own, the encoder's greedy caption | given, the one
+                               # that comes with the image
     grad_steps = 2,            # K: gradients flow through the last K denoising steps
     lr = 2e-5,
-    grad_clip = 1.0,           # largest gradient norm
-    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 0,                # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
 )
 own_presets = dict(
-    tiny=dict(sample_steps=6),
-    medium=dict(steps=500, prompts=32, lr=1e-6),
-    paper=dict(steps=500, prompts=64, lr=1e-6))
+    tiny=dict(denoise_steps=6),
+    medium=dict(steps=500, batch=32, lr=1e-6),
+    paper=dict(steps=500, batch=64, lr=1e-6))
+limits = dict(batch=(1, 1e6), captions=('own', 'given'), grad_steps=(1, 1000))
 # -------------------------------------------------------------------------------------------------
 
 
-def reconstruction_loss(uae, tower, x, seen, y, mask, z, config):
+def reconstruction_loss(uae, tower, x, y, mask, z, vision, config):
     """L = 1 - cos(f_I(x), f_I(x_hat)), mean over images.
 
-    x (P, 3, R, R), y, mask (P, T), start noise z (P, C, H, W) -> loss ().
+    x (P, 3, R, R), captions y, mask (P, T), start noise z (P, C, H, W) -> loss ().
     """
-    cond = uae.condition(y, mask, seen)
-    x_hat = uae.to_image(uae.draw(z, cond, config.sample_steps, config.grad_steps))
+    c = uae.condition(y, mask, vision)
+    x_hat = uae.draw(z, c, config.denoise_steps, config.grad_steps)
     return (1 - clip_reward(x, x_hat, tower)).mean()
 
 
-def loss_of(uae, tower, seen, batch, share, config):
-    """The whole loss of a micro-batch. batch: x (P, 3, R, R), y, mask (P, T), z (P, C, H, W).
-
-    share: world / images of the step, so that micro-batches and ranks add up.
-    """
-    loss = reconstruction_loss(uae, tower, batch['x'], seen, batch['y'], batch['mask'],
-                               batch['z'], config)
-    return loss * len(batch['x']) * share
-
-
 @torch.no_grad()
-def caption(uae, x, index, step, config):
-    """Each image's caption and start noise. x (P, 3, R, R), index (P,) in the global batch.
+def rollout(uae, images, step, config):
+    """Each image's caption and start noise. images: x (P, 3, R, R), index (P,) in the global batch.
 
-    Returns seen (the images as the encoder sees them) and the batch of `loss_of`.
+    Returns the arguments x, y, mask, z of `reconstruction_loss`, and vision, P rows each.
     """
-    z = common.normal(uae.latent_shape(), index, config.seed, 'start', step).to(uae.device)
-    uniforms = common.uniform((config.caption_len,), index, config.seed, 'token', step)
-    seen = uae.see(x)
-    y, mask, _ = uae.sample_captions(seen, 1, config.cold_temperature, uniforms.to(uae.device))
-    return seen, dict(x=x, y=y, mask=mask, z=z)
-
-
-def planned_loss(uae, tower, size, prompt_len, config):
-    """For --plan: the loss of `size` images, zeros in place of images, tokens and noise."""
-    x = torch.zeros(size, 3, config.resolution, config.resolution)
-    y = torch.zeros(size, config.caption_len, dtype=torch.long)
-    z = torch.zeros(size, *uae.latent_shape())
-    return reconstruction_loss(uae, tower, x, None, y, torch.ones(y.shape), z, config)
+    x = images['x'].to(uae.device)
+    vision = uae.encoder.see(x)
+    if config.captions == 'given':
+        y, mask, _ = uae.encoder.tokens(images['captions'])
+    else:
+        y, mask, _ = uae.encoder.sample(vision, temperature=0.0)
+    shape = uae.decoder.latent_shape()
+    z = ranks.normal(shape, images['index'], config.seed, 'start', step).to(uae.device)
+    return dict(x=x, y=y, mask=mask, z=z), vision
 
 
 def main(argv):
-    config = parse(keys, own_presets, argv, __file__)
-    if not 1 <= config.grad_steps <= config.sample_steps:
+    config = parse(keys, own_presets, argv, __file__, limits)
+    if config.grad_steps > config.denoise_steps:
         raise SystemExit(f'--grad_steps={config.grad_steps}: between 1 and '
-                         f'sample_steps={config.sample_steps} denoising steps carry the gradient')
-    if config.plan:
-        return plan(config, ['encoder', 'projector', 'decoder'], planned_loss)
-    run = common.start(config)
-    P = common.per_rank('prompts', config.prompts, run.world)
+                         f'denoise_steps={config.denoise_steps} denoising steps carry the gradient')
+    run = ranks.start(config)
+    P = ranks.per_rank('batch', config.batch, run.world)
     start_step = checkpoint.open_out_dir(config, run)
-    checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
-    if uae.text_encoder:
+    if uae.encoder.text_encoder:
         raise SystemExit(f'{config.init_from} has a text encoder of its own, which stage 1 would '
-                         'not train: start from a checkpoint of before --text_encoder=start')
+                         'not train: start from a checkpoint of before stage 2')
     params = uae.train_only('encoder', 'projector', 'decoder')
-    ddp = common.parallel(uae, run)
+    model = ranks.parallel(uae, run)
     tower = reward_tower(config, run.device)
-    optimiser = common.Optimiser(params, config)
+    optimiser = Optimiser(params, config)
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
 
     for step in log.progress(start_step):
         evaluate.every(step)
-        source = train.batch(config.seed, step, config.prompts, run.rank, run.world)
-        seen, batch = caption(uae, source['x'].to(run.device), source['index'], step, config)
+        images = train.batch(config.seed, step, config.batch, run.rank, run.world)
+        sampled, vision = rollout(uae, images, step, config)
+
         stats = Stats()
-        for _, rows, last in common.group_slices(P, 1, config.micro_batch):
-            part = common.take(batch, rows)
-            with common.no_sync(ddp, last):
-                loss = ddp(loss_of, tower, common.take(seen, rows), part, 1 / P, config)
+        uae.train()                             # turns on the recomputation of activations
+        for _, rows, last in ranks.sample_slices(P, 1, config.micro_batch):
+            part = ranks.take(sampled, rows)
+            with ranks.no_sync(model, last):
+                # model(f, ...) is f(uae, ...): DistributedDataParallel sees the forward pass
+                loss = model(reconstruction_loss, tower, **part, vision=ranks.take(vision, rows),
+                             config=config)
+                loss = loss * len(part['x']) / P        # the sum of the parts is the mean
                 loss.backward()
             stats.add_sum(loss=loss.detach())
         taken = optimiser.step(step)
+        uae.eval()
+
         fields = stats.reduce(run)
+        words = uae.encoder.words(sampled['y'], sampled['mask'])
         log(step, reward=1 - fields['loss'], **fields, **taken,
-            **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
+            **caption_fields(words, uae.encoder.text_room, run),
             skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     evaluate.every(config.steps)

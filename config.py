@@ -7,9 +7,9 @@ A script adds its own keys to `shared`; the two dicts together are the whole con
 import argparse
 import ast
 import inspect
-import math
 import os
 import re
+import subprocess
 import sys
 
 # --- shared keys ---------------------------------------------------------------------------------
@@ -18,7 +18,7 @@ shared = dict(
     encoder = 'data/shapes/base/encoder',      # Qwen2_5_VLForConditionalGeneration + processor
     decoder = 'data/shapes/base/decoder',      # transformer/ vae/ scheduler/ of diffusers
     clip = 'local-dir:data/shapes/base/clip',  # open_clip name:weights, or local-dir:FOLDER
-    judge = 'data/shapes/base/judge',          # image tower that only evaluation sees
+    judge = 'data/shapes/base/judge',          # image tower that only evaluation sees; '' = none
     init_from = '',            # checkpoint of an earlier stage, or uae:DIR (the authors' release);
                                # '' = the shipped base (tiny only)
     out_dir = '',              # '' = out/<script name>
@@ -30,40 +30,33 @@ shared = dict(
     caption_prompt = 'describe the image',  # user turn: this text, then the image
     negative_prompt = 'random image',       # unconditional branch of classifier-free guidance
     condition = 'text',        # text | answer | image | text+image: see model.UAE.condition
-    text_encoder = '',         # what re-encodes captions: live, the captioner itself | start, the
-                               # language model as stage 2 found it; '' = as the checkpoint has it
     cond_len = 28,             # tokens that every condition is padded to: SD3 has no text mask;
                                # 0 (evaluation only) = no further than the rows drawn together
     caption_len = 24,          # T, most tokens of a sampled caption, its end token included
     guidance = 1.0,            # classifier-free guidance scale; 1 = off and costs nothing
-    sample_steps = 8,          # S, denoising steps of a rollout
-    # evaluation: on held-out images, ODE sampling, fixed noise
-    reward = 'clip',           # a name of reward.BACKBONES, or a weighted sum: clip:0.7,dinov2:0.3
-    eval_steps = 8,            # denoising steps
+    denoise_steps = 8,         # S, denoising steps of a training rollout
+    # evaluation: on held-out images, greedy captions, ODE sampling, fixed noise
+    reward = 'clip',           # NAME of reward.BACKBONES or FILE.py:FUNCTION, or a weighted sum:
+                               # clip:0.7,dinov2:0.3
+    eval_denoise_steps = 8,
     eval_images = 64,          # held-out images
     eval_every = 20,           # updates between evaluations, 0 = never
-    eval_temperature = 0.0,    # of the captions; 0 = greedy, 0.7 for the paper's Unified-Bench
-    watch = 8,                 # held-out images whose pictures each evaluation keeps, 0 = none
     # run
     seed = 1337,
     device = '',               # '' = cuda if there is one, else cpu
     save_every = 0,            # updates between checkpoints; 0 = only at the end
-    wandb = '',                # project name; '' = nothing is imported
-    tensorboard = False,       # curves and pictures in out_dir/tensorboard
+    tracker = '',              # wandb:PROJECT or tensorboard; '' = nothing is imported
     # full size: what a tiny run need not know
     lora_rank = 0,             # 0 = full fine-tuning; > 0 = LoRA of this rank (alpha = 2 rank)
     dtype = 'float32',         # of frozen weights and matrix work; the SDE is always float32
-    micro_batch = 0,           # samples per forward and backward pass on a rank, 0 = all
-    eval_batch = 64,           # held-out images at a time on a rank
+    micro_batch = 0,           # rows of a forward and backward pass on a rank, 0 = all
     checkpointing = False,     # recompute activations: less memory, 30 % more time
-    old_logp = '',             # of stages 2 and 3: recorded while sampling | replay: the first
-                               # update's own, ratio 1; '' = replay in bfloat16, else recorded
 )
 presets = dict(tiny={})
 presets['medium'] = dict(
     encoder='Qwen/Qwen2.5-VL-3B-Instruct', decoder='stabilityai/stable-diffusion-3.5-medium',
     clip='ViT-L-14-quickgelu:openai', judge='facebook/dinov2-large', data='', resolution=512,
-    cond_len=512, caption_len=384, sample_steps=10, eval_steps=40, eval_batch=4, save_every=20,
+    cond_len=512, caption_len=384, denoise_steps=10, eval_denoise_steps=40, save_every=20,
     lora_rank=32, micro_batch=1, checkpointing=True, dtype='bfloat16',
     caption_prompt=(                                            # the authors' own, spaces and all
         'You are an expert vision-language model.  \n'
@@ -75,31 +68,25 @@ presets['paper'] = dict(
     presets['medium'], decoder='stabilityai/stable-diffusion-3.5-large', guidance=5.0,
     micro_batch=2)
 presets['release'] = dict(                                      # as the authors' demo runs theirs
-    presets['paper'], resolution=1024, cond_len=0, caption_len=513, eval_steps=40, eval_batch=1,
-    eval_temperature=0.7, micro_batch=1)
-choices = dict(
+    presets['paper'], resolution=1024, cond_len=0, caption_len=513, eval_denoise_steps=40,
+    micro_batch=1)
+# what a value may be: one of some words, or a number from the least to the most. A number of which
+# nothing is said, here or in a script's own `limits`, is not negative
+limits = dict(
     condition=('text', 'answer', 'image', 'text+image'), dtype=('float32', 'bfloat16'),
-    text_encoder=('', 'live', 'start'), sde=('flow', 'cps', 'cps_exact'),
-    old_logp=('', 'recorded', 'replay'),
-    loss_mean=('token', 'caption', 'constant'))
-# the least and the most that a number may be, of every script's keys
-bounds = dict(
     resolution=(8, 4096), cond_len=(0, 8192), caption_len=(2, 8192), guidance=(1e-3, 100),
-    sample_steps=(1, 1000), eval_steps=(1, 1000), eval_images=(1, 10 ** 6), eval_batch=(1, 10 ** 6),
-    eval_every=(0, 10 ** 9), eval_temperature=(0, 10), watch=(0, 10 ** 4), lora_rank=(0, 4096),
-    micro_batch=(0, 10 ** 6), seed=(0, 2 ** 31), save_every=(0, 10 ** 9), steps=(0, 10 ** 9),
-    prompts=(1, 10 ** 6), group=(2, 10 ** 4), batch=(1, 10 ** 6), caption_batch=(0, 10 ** 6),
-    temperature=(0.01, 10), cold_temperature=(0, 10), caption_temperature=(0, 10),
-    clip_range=(0, math.inf), kl=(0, 1e6), updates=(1, 1000), lr=(0, 1),
-    grad_clip=(1e-12, math.inf), patience=(1, 10 ** 9), warmup=(0, 10 ** 9), lr_decay=(0, 1e6),
-    grad_steps=(1, 1000), noise_level=(0.01, 10), sde_window=(1, 1000), train_steps=(1, 1000),
-    sigma_mean=(-100, 100), sigma_std=(0, 100), drop=(0, 0.999), ema=(0, 1 - 1e-9),
-    caption_every=(1, 10 ** 9), lambda_t2i=(0, 1e6), see_resolution=(0, 4096), layers=(0, 1000),
-    scenes=(1, 10 ** 6), vae_steps=(1, 10 ** 9), clip_steps=(1, 10 ** 9), judge_steps=(1, 10 ** 9),
-    encoder_steps=(1, 10 ** 9), decoder_steps=(1, 10 ** 9), settle_steps=(0, 10 ** 9),
-    decoder_images=(1, 10 ** 9), full_share=(0, 1), most_phrases=(0, 100), samples=(1, 10 ** 4),
-    seeds=(1, 10 ** 4), judge_tries=(1, 1000), judge_timeout=(0, 1e6))
+    denoise_steps=(1, 1000), eval_denoise_steps=(1, 1000), eval_images=(1, 1e6))
+NOT_NEGATIVE = (0, 1e9)
 # -------------------------------------------------------------------------------------------------
+# keys of before, and where their meaning went
+RENAMED = dict(
+    prompts='batch', updates='epochs', sample_steps='denoise_steps',
+    eval_steps='eval_denoise_steps', sde_window='noisy_steps', train_steps='trained_steps',
+    wandb='tracker=wandb:PROJECT', tensorboard='tracker=tensorboard', eval_batch='micro_batch',
+    caption_batch='micro_batch', eval_temperature='temperature',
+    grad_clip='a constant, lib/optimiser.GRAD_CLIP', patience='a constant, lib/optimiser.PATIENCE',
+    watch='a constant, lib/watch.WATCHED', caption_temperature='a constant, 0',
+    cold_temperature='a constant, 0', old_logp='decided by dtype: see Encoder.logp')
 
 
 class ConfigError(SystemExit):
@@ -138,49 +125,65 @@ def literal(key, old, text):
     return value
 
 
-def check(values):
-    """Refuses a value out of its choices or bounds, and an out_dir that is a file."""
-    for key in choices.keys() & values.keys():
-        if values[key] not in choices[key]:
-            raise ConfigError(f'--{key}: expected one of {" ".join(choices[key])}, '
-                              f'got {values[key]!r}')
+def check(values, limits):
+    """Refuses a value out of its limits, and an out_dir that is a file."""
     for key, value in values.items():
-        least, most = bounds.get(key, (-math.inf, math.inf))
+        limit = limits.get(key, NOT_NEGATIVE)
+        if isinstance(limit[0], str):
+            if value not in limit:
+                raise ConfigError(f'--{key}: expected one of {" ".join(limit)}, got {value!r}')
+            continue
+        least, most = limit
         numbers = value if isinstance(value, tuple) else (value,)
         for number in numbers:
             if isinstance(number, (int, float)) and not least <= number <= most:
-                raise ConfigError(f'--{key}: expected {least} to {most}, got {number}')
-    if values.get('sde', 'flow') != 'flow' and values['noise_level'] > 1:
-        raise ConfigError(f'--noise_level={values["noise_level"]}: with --sde={values["sde"]} '
-                          'expected at most 1')
-    if 'lr' in values and not values['cond_len']:
-        raise ConfigError('--cond_len=0: conditions of many lengths cannot be trained on, it is '
-                          'for the evaluation of released weights')
-    if values['condition'] == 'text+image' and not values['cond_len']:
-        raise ConfigError('--cond_len=0: with --condition=text+image expected a length')
-    if os.path.isfile(values['out_dir']):
-        raise ConfigError(f'--out_dir={values["out_dir"]}: a file is there, expected a folder')
+                raise ConfigError(f'--{key}: expected {least} to {most:g}, got {number}')
+    if not values['cond_len'] and ('lr' in values or values['condition'] == 'text+image'):
+        raise ConfigError('--cond_len=0: conditions of many lengths cannot be trained on or '
+                          'joined, it is for the evaluation of released weights')
+    folder = values['out_dir']
+    while folder and not os.path.isdir(folder):
+        if os.path.exists(folder):
+            raise ConfigError(f'--out_dir={values["out_dir"]}: {folder} is a file, expected a '
+                              'folder')
+        folder = os.path.dirname(folder)
 
 
-def parse(keys, own_presets, argv, script):
+def parse(keys, own_presets, argv, script, own_limits=None):
     """Configuration of one run.
 
     keys: the script's own dict of defaults. own_presets: {preset: differences of own keys}. argv:
     '--key=value', or the bare '--resume', '--plan', '--help'. script: its path, for --help and
-    out_dir. Returns a namespace with every key plus preset, resume, plan, script (its name) and
-    changed (the keys that differ from a plain command's). Raises ConfigError in one line.
+    out_dir. own_limits: as `limits`. Returns a namespace with every key plus preset, resume,
+    script (its name) and changed (the keys that differ from a plain command's). Raises ConfigError
+    in one line.
     """
     values = {**shared, **keys}
     assert len(values) == len(shared) + len(keys), 'a script key hides a shared one'
     defaults = {**values, **own_presets.get('tiny', {})}
+    stem = os.path.basename(str(script)).removesuffix('.py')
     if '--help' in argv or '-h' in argv:
         print_help(script)
         raise SystemExit(0)
+    if '--plan' in argv:
+        raise SystemExit(plan(stem, argv))
+    given, flags = read(argv, values)
+    values.update(presets[flags['preset']])
+    values.update(own_presets.get(flags['preset'], {}))
+    values.update(given)
+    changed = {key: value for key, value in values.items() if value != defaults[key]}
+    values['out_dir'] = values['out_dir'] or f'out/{stem}'
+    check(values, {**limits, **(own_limits or {})})
+    return argparse.Namespace(**values, **flags, script=stem, changed=changed)
+
+
+def read(argv, values):
+    """Arguments -> {key: value} of the keys that are given, and the flags preset and resume."""
     given = {}
-    flags = dict(preset='tiny', resume=False, plan=False)
+    flags = dict(preset='tiny', resume=False)
     for option in argv:
-        if option in ('--resume', '--plan'):
-            flags[option[2:]] = True
+        if option == '--resume':
+            flags['resume'] = True
             continue
         match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', option, re.S)
         if not match:
@@ -188,25 +191,23 @@ def parse(keys, own_presets, argv, script):
         key, text = match.groups()
         if key == 'preset':
             flags['preset'] = text
-        elif key not in values:
-            raise ConfigError(f'unknown key {key!r}; the keys are: preset {" ".join(values)}')
-        else:
+        elif key in values:
             given[key] = literal(key, values[key], text)
+        elif key in RENAMED:
+            raise ConfigError(f'there is no key {key!r} any more, it is now {RENAMED[key]}')
+        else:
+            raise ConfigError(f'unknown key {key!r}; the keys are: preset {" ".join(values)}')
     if flags['preset'] not in presets:
         raise ConfigError(f'unknown preset {flags["preset"]!r}; the presets are: '
                           f'{" ".join(presets)}')
-    values.update(presets[flags['preset']])
-    values.update(own_presets.get(flags['preset'], {}))
-    values.update(given)
-    changed = {key: value for key, value in values.items() if value != defaults[key]}
-    stem = os.path.basename(str(script)).removesuffix('.py')
-    values['out_dir'] = values['out_dir'] or f'out/{stem}'
-    if not values['old_logp']:
-        values['old_logp'] = 'recorded'
-        if values['dtype'] == 'bfloat16':
-            values['old_logp'] = 'replay'
-    check(values)
-    return argparse.Namespace(**values, **flags, script=stem, changed=changed)
+    return given, flags
+
+
+def plan(stem, argv):
+    """--plan: what this command would need, by tools/plan.py in a process of its own."""
+    tool = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tools', 'plan.py')
+    arguments = [argument for argument in argv if argument != '--plan']
+    return subprocess.run([sys.executable, tool, stem, *arguments]).returncode
 
 
 def print_help(script):

@@ -29,7 +29,7 @@ world's), dpg.py, judges.py (GenEval++).
     counts as wrong               for theirs), a failed answer
                                   is left out and counted
 """
-import glob
+import collections
 import hashlib
 import importlib.util
 import json
@@ -41,8 +41,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import checkpoint
-import common
+from lib import checkpoint
+from lib import ranks
+from lib.scores import images_at_once, warn_of_losses
+from lib.files import write_atomic, write_json, write_lines
 from bench.dpg import dpg_scorer, drop_first_row
 from bench.dpg import dpg_score                                  # the rules, for whoever imports
 from bench.geneval import geneval_correct, relative_position     # them from here
@@ -62,7 +64,6 @@ keys = dict(
     images = '',               # folder to write and score; '' = out_dir/BENCH/CHECKPOINT/images
     generate = True,           # draw the images that are missing; False = score what is there
     score = True,              # False = images only
-    batch = 64,                # images drawn at a time
     detector = 'facebook/mask2former-swin-small-coco-instance',
     colour_clip = 'ViT-L-14-quickgelu:openai',   # names an object's colour (geneval); without
                                                  # quickgelu the features would be wrong
@@ -77,9 +78,10 @@ keys = dict(
 )
 # -----------------------------------------------------------------------------------------------
 own_presets = dict(
-    medium=dict(bench='geneval', batch=4),
-    paper=dict(bench='geneval', batch=4),
-    release=dict(bench='geneval', batch=1))     # what is drawn together is padded together
+    medium=dict(bench='geneval'),
+    paper=dict(bench='geneval'),
+    release=dict(bench='geneval'))
+limits = dict(samples=(1, 1e4), judge_tries=(1, 1000))
 
 # bench: its scorer (item, path) -> record, and the summary of all records
 BENCHES = {
@@ -89,7 +91,7 @@ BENCHES = {
     'geneval++': (judge_scorer, judge_summary)}
 # keys that images depend on, beside prompts and weights
 DRAWN_WITH = (
-    'bench', 'encoder', 'decoder', 'seed', 'eval_steps', 'guidance', 'negative_prompt',
+    'bench', 'encoder', 'decoder', 'seed', 'eval_denoise_steps', 'guidance', 'negative_prompt',
     'resolution', 'caption_len', 'cond_len')
 
 
@@ -97,8 +99,7 @@ DRAWN_WITH = (
 def origin(config, items):
     """What images of a run come from: keys, and digests of the prompts and of the weights."""
     weights = hashlib.blake2b(digest_size=8)
-    folder = glob.escape(checkpoint.find_checkpoint(config))
-    for path in sorted(glob.glob(f'{folder}/**/*.safetensors', recursive=True)):
+    for path in checkpoint.weight_files(checkpoint.find_checkpoint(config)):
         with open(path, 'rb') as f:
             weights.update(hashlib.file_digest(f, 'blake2b').digest())
     named = [(item['id'], item['prompt']) for item in items]
@@ -128,7 +129,7 @@ def claim_images(config, items):
         raise SystemExit(
             f'{config.images} holds images {why}: remove it, choose another --out_dir or --images, '
             'or --generate=False')
-    common.write_json(path, mine)
+    write_json(path, mine)
 
 
 @torch.no_grad()
@@ -137,14 +138,13 @@ def draw_prompts(uae, jobs):
 
     Start noise is a function of (seed, the item's number, sample) alone.
     """
-    shape, seed = uae.latent_shape(), uae.config.seed
+    shape, seed = uae.decoder.latent_shape(), uae.config.seed
     noise = []
     for item, sample in jobs:
-        noise.append(common.normal(shape, [sample], 't2i', seed, item['number']))
+        noise.append(ranks.normal(shape, [sample], 't2i', seed, item['number']))
     z = torch.cat(noise).to(uae.device)
-    y, mask, _ = uae.tokens([item['prompt'] for item, _ in jobs])
-    z = uae.draw(z, uae.condition(y, mask), uae.config.eval_steps)
-    return uae.to_image(z).clamp(-1, 1)
+    y, mask, _ = uae.encoder.tokens([item['prompt'] for item, _ in jobs])
+    return uae.draw(z, uae.condition(y, mask), uae.config.eval_denoise_steps).clamp(-1, 1)
 
 
 def save_images(config, item, x):
@@ -159,11 +159,11 @@ def save_images(config, item, x):
         if not os.path.exists(path):
             image = Image.fromarray(array)
             kind = 'png' if path.endswith('.png') else 'jpeg'
-            common.write_atomic(path, lambda tmp: image.save(tmp, kind, quality=95))
+            write_atomic(path, lambda tmp: image.save(tmp, kind, quality=95))
     if config.bench in ('geneval', 'shapes'):
         line = json.dumps(item['meta']) + '\n'
         path = f'{config.images}/{item["id"]}/metadata.jsonl'
-        common.write_atomic(path, lambda tmp: common.write_lines(tmp, [line]))
+        write_atomic(path, lambda tmp: write_lines(tmp, [line]))
 
 
 def generate(config, run, items):
@@ -174,36 +174,38 @@ def generate(config, run, items):
     """
     if run.master:
         claim_images(config, items)
-    size = max(1, config.batch // config.samples)
+    size = max(1, images_at_once(config) // config.samples)
     chunks = [items[i:i + size] for i in range(0, len(items), size)]
     todo = []
     for chunk in chunks[run.rank::run.world]:
         paths = [path for item in chunk for path in item_files(config, item)]
         if not all(map(os.path.exists, paths)):
             todo.append(chunk)
-    cut = 0
+    lost = {}
     if todo:
-        cut = draw_chunks(config, run, todo)
-    cut = sum(common.gather_objects([cut], run))     # also waits for the other ranks' images
-    if cut and run.master:
-        print(f'warning: {cut} prompts have more than caption_len - 1 = {config.caption_len - 1} '
-              'tokens and were cut')
+        lost = draw_chunks(config, run, todo)
+    everywhere = collections.Counter()
+    for counts in ranks.gather_objects([lost], run):        # also waits for the others' images
+        everywhere.update(counts)
+    if run.master:
+        warn_of_losses('the prompts', everywhere, config)
 
 
 def draw_chunks(config, run, chunks):
-    """Draws and saves lists of items; how many of their prompts were too long."""
+    """Draws and saves lists of items -> what their prompts lost, see Encoder.tokens."""
     uae = checkpoint.open_uae(config, run.device)
     for chunk in tqdm(chunks, desc=f'draw {config.name}', disable=not run.master):
         jobs = [(item, sample) for item in chunk for sample in range(config.samples)]
         parts = []
-        for start in range(0, len(jobs), config.batch):
-            parts.append(draw_prompts(uae, jobs[start:start + config.batch]))
+        at_once = images_at_once(config)
+        for start in range(0, len(jobs), at_once):
+            parts.append(draw_prompts(uae, jobs[start:start + at_once]))
         x = torch.cat(parts)
         for item, own in zip(chunk, x.split(config.samples)):
             save_images(config, item, own)
     prompts = [item['prompt'] for chunk in chunks for item in chunk]
-    _, _, cut = uae.tokens(prompts)
-    return cut
+    _, _, lost = uae.encoder.tokens(prompts)
+    return lost
 
 
 # --- scoring -----------------------------------------------------------------------------------
@@ -236,8 +238,8 @@ def score(config, run, items):
                 records.append(scorer(item, path))
             except Unusable as e:
                 unusable.append(str(e))
-    records = common.gather_objects(records, run)
-    unusable = common.gather_objects(unusable, run)
+    records = ranks.gather_objects(records, run)
+    unusable = ranks.gather_objects(unusable, run)
     if not run.master:
         return None
     # a scorer's None is an image that is left out, as the official script does (dpg)
@@ -245,7 +247,7 @@ def score(config, run, items):
     records.sort(key=lambda record: record['filename'])
     lines = [json.dumps(record) + '\n' for record in records]
     path = f'{config.folder}/results.jsonl'
-    common.write_atomic(path, lambda tmp: common.write_lines(tmp, lines))
+    write_atomic(path, lambda tmp: write_lines(tmp, lines))
     if unusable:
         asked = len(unusable) + len(records)
         raise SystemExit(
@@ -254,7 +256,7 @@ def score(config, run, items):
     if not records:
         raise SystemExit(f'{config.images}: every image is left out, so there is no score')
     summary = summarise(records)
-    common.write_json(f'{config.folder}/summary.json', summary)
+    write_json(f'{config.folder}/summary.json', summary)
     numbers = [f'{k} {v:.4g}' for k, v in summary.items() if isinstance(v, (int, float))]
     print(config.name, ' '.join(numbers))
     return summary
@@ -279,7 +281,7 @@ def write_table(config, summaries):
         text += ('\nThe detector has other weights than the official one: near the official '
                  'numbers, not equal.\n')
     path = f'{config.out_dir}/{config.bench}/table.md'
-    common.write_atomic(path, lambda tmp: common.write_lines(tmp, [text]))
+    write_atomic(path, lambda tmp: write_lines(tmp, [text]))
     print(text)
 
 
@@ -295,7 +297,7 @@ def name_of(source):
 
 
 def main(argv):
-    config = parse(keys, own_presets, argv, __file__)
+    config = parse(keys, own_presets, argv, __file__, limits)
     if config.bench == 'geneval++':
         config.samples = 1
     items = read_items(config)
@@ -307,7 +309,7 @@ def main(argv):
     if len(sources) > 1 and (config.images or len(set(names)) < len(names)):
         raise SystemExit(f'--init_from={config.init_from}: several checkpoints need other names, '
                          'and --images is for one')
-    run = common.start(config)
+    run = ranks.start(config)
     missing = why_not(config, items)
     if missing and config.score and run.master:
         print(f'no score: {missing}')

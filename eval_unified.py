@@ -4,11 +4,11 @@
     python eval_unified.py --init_from=out/grpo_decoder --eval_images=256
     python eval_unified.py --plot=out/grpo_encoder,out/other  # curves of these runs' evaluations
     python eval_unified.py --bench=unified --preset=paper --init_from=out/grpo_decoder \\
-        --data=UniBench --eval_temperature=0.7 --seeds=3
+        --data=UniBench --temperature=0.7 --seeds=3
     python eval_unified.py --bench=unified --data=UniBench --generated=UniBench/example_image
         # score somebody else's images, or with --captions=FILE draw somebody else's captions
 
-Captions are greedy unless eval_temperature says otherwise; what is measured stands in evaluate.py.
+Captions are greedy unless `temperature` says otherwise; what is measured stands in lib/scores.py.
 
 --bench=unified is the paper's benchmark in its official layout, see bench/unified.py. It writes
 unified.json with the official script's keys, and report.json with means and standard errors over
@@ -20,13 +20,14 @@ import os
 import sys
 import textwrap
 
-import common
-import watch
+from lib import ranks
+from lib.files import write_json
+from lib import watch
 from bench.unified import backbones, match_files, of_seed, over_seeds, rebuild, score_folder
-from checkpoint import open_uae
+from lib.checkpoint import open_uae
 from config import parse
 from data.images import image_files, load_picture, open_data
-from evaluate import Evaluator
+from lib.scores import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
@@ -37,9 +38,11 @@ keys = dict(
     captions = '',             # .jsonl of {"image", "caption"} as sample.py writes: draw these
     generated = '',            # folder of finished reconstructions: score these, load no UAE
     own_size = False,          # the encoder sees a reference at its own size
+    temperature = 0.0,         # of the captions; 0 = greedy, 0.7 for the paper's Unified-Bench
     seeds = 1,                 # repetitions with other start noise and other sampled captions
 )
-own_presets = dict(release=dict(own_size=True))
+own_presets = dict(release=dict(own_size=True, temperature=0.7))
+limits = dict(seeds=(1, 1e4))
 # -------------------------------------------------------------------------------------------------
 
 SHEET_ROWS = 12                # images on a contact sheet
@@ -116,16 +119,16 @@ def plot_runs(folders, fields, path):
 def held_out(config, run):
     """Scores a model on the held-out images: report.json, and pictures of the watched ones."""
     _, held = open_data(config, run, training=False)
-    evaluate = Evaluator(open_uae(config, run.device), held, config, run)
-    summary, records = evaluate(config.watch)
+    uae = open_uae(config, run.device)
+    evaluate = Evaluator(uae, held, config, run, temperature=config.temperature)
+    summary, records = evaluate(watch.WATCHED)
     if not run.master:
         return
     for name, value in summary.items():
         print(f'{name:22s} {value:.4f}')
     captions = {record['name']: record['caption'] for record in records}
-    common.write_json(f'{config.out_dir}/report.json', dict(summary=summary, captions=captions))
-    if config.watch:
-        print(watch.save_samples(records[:config.watch], 0, config, held['scenes']))
+    write_json(f'{config.out_dir}/report.json', dict(summary=summary, captions=captions))
+    print(watch.save_samples(records[:watch.WATCHED], 0, config, held['scenes']))
 
 
 def unified(config, run):
@@ -155,12 +158,12 @@ def unified(config, run):
         result, pairs = score_folder(folder, references, towers, run.device)
         results.append(result)
         path = of_seed(f'{config.out_dir}/unified', k) + '.json'
-        common.write_json(path, result, indent=2)
+        write_json(path, result, indent=2)
 
     means, errors = over_seeds(results)                      # captions and pairs: the last seed's
     report = dict(summary=means, standard_error=errors, seeds=len(results),
                   images=len(references), captions=captions)
-    common.write_json(f'{config.out_dir}/report.json', report, indent=2)
+    write_json(f'{config.out_dir}/report.json', report, indent=2)
     for name, mean in means.items():
         error = f' +- {errors[name]:.4f}' if errors else ''
         print(f'{name:22s} {mean:.4f}{error}')
@@ -178,14 +181,12 @@ def check(config):
         raise SystemExit(f'--bench={config.bench}: expected unified')
     if given and not config.bench:
         raise SystemExit(f'--bench={config.bench}: expected unified (for --{given[0]})')
-    if config.seeds < 1:
-        raise SystemExit(f'--seeds={config.seeds}: expected 1 or more')
     if config.generated and len(given) > 1:
         raise SystemExit('--generated images are finished: without --captions and --seeds')
 
 
 def main(argv):
-    config = parse(keys, own_presets, argv, __file__)
+    config = parse(keys, own_presets, argv, __file__, limits)
     if config.plot:
         os.makedirs(config.out_dir, exist_ok=True)
         folders, _, fields = config.plot.partition(':')
@@ -194,7 +195,7 @@ def main(argv):
         print(f'{config.out_dir}/curves.png')
         return
     check(config)
-    run = common.start(config)
+    run = ranks.start(config)
     if config.bench:
         unified(config, run)
     else:

@@ -18,9 +18,10 @@ of the G drawings looks most like x:
                                 over dimensions              1, hence the clip of 1e-4
     std of A not stated         of the group, over G - 1     GRPO's; Flow-GRPO takes the batch's for
                                                              SD3, the population's elsewhere
-    KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; .02 there is about .02 / S here
-    all steps trained           `train_steps` of a window    time; the window lies in the first half
-                                of noisy ones                of the steps, or if it is longer than
+    KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; a weight of .02 there is one of
+                                                             about .02 / S here
+    all steps trained           `trained_steps` of a window  time; the window lies in the first half
+                                of `noisy_steps`             of the steps, or if it is longer than
                                                              that, it starts at step 0
     last step                   never noisy, never trained   its noise would stay in the image; the
                                                              same for cps steps that end below .02
@@ -28,43 +29,43 @@ of the G drawings looks most like x:
                                 -(z_{s'} - mean)^2           grows without bound as s' falls
     c = {c_text, c_img}         condition=text               a true bottleneck; text+image is the
                                                              paper's (key `condition`)
-    caption temperature         0 (greedy)                   no sampling noise
-    old log-prob not stated     float32: as recorded while   key `old_logp`; in bfloat16 a GPU's
-                                sampling; bfloat16: the      result depends on the batch's shape, by
-                                update's own                 more than the clip
+    caption temperature         0 (greedy), or the           no sampling noise; true captions teach
+    not stated                  manifest's own captions      the decoder more (`captions`)
+    old log-prob not stated     float32: as recorded while   in bfloat16 a GPU's result depends on
+                                sampling; bfloat16: the      the batch's shape, by more than the
+                                update's own, ratio 1        clip
 """
 import sys
 
 import torch
 
-import checkpoint
-import common
-import watch
 from config import parse
 from data.images import open_data
-from evaluate import Evaluator
-from log import Log, Stats, caption_fields, count_skipped, reward_fields
+from lib import checkpoint, ranks, watch
+from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
+from lib.optimiser import Optimiser
+from lib.scores import Evaluator
+from model import parked
 from reward import clip_reward, reward_tower
-from tools.plan import plan
 
 # --- script keys ---------------------------------------------------------------------------------
-# those that all scripts share, as old_logp and micro_batch, are in config.py
+# those that all scripts share are in config.py
 keys = dict(
-    steps = 150,               # of the loop: one rollout and `updates` optimiser steps each
-    prompts = 8,               # images per rollout, all ranks together
+    steps = 150,               # of the loop: one rollout and `epochs` optimiser steps each
+    batch = 8,                 # images an update, all ranks together
     group = 16,                # G drawings per image; their mean reward is the baseline
-    caption_temperature = 0.0, # of the frozen captioner; one caption per image, for its group
+    captions = 'own',          # what is drawn: own, the encoder's greedy caption | given, the one
+                               # that comes with the image
     sde = 'flow',              # flow | cps (coefficient-preserving) | cps_exact: see sde_step
     noise_level = 0.7,         # of the SDE; 0.8 is usual with cps
-    sde_window = 4,            # noisy steps, the others are ODE steps; at most sample_steps - 1
-    train_steps = 4,           # of those in the loss, drawn anew each rollout; one forward pass
+    noisy_steps = 4,           # the others are ODE steps; at most denoise_steps - 1
+    trained_steps = 4,         # of those in the loss, drawn anew each rollout; one forward pass
     same_noise = False,        # one start noise for the whole group
+    ratio = 'step',            # step | sequence: exp of a drawing's mean log-ratio (GSPO)
     clip_range = (1e-4, 1e-4), # ratio in [1 - a, 1 + b]; narrow: a log-density is a mean
     kl = 0.0,                  # weight of the Gaussian KL against the stage's initial decoder
-    updates = 1,               # optimiser steps per rollout
+    epochs = 1,                # optimiser steps per rollout; 1 = on policy
     lr = 1e-4,
-    grad_clip = 1.0,           # largest gradient norm
-    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 30,               # loop steps of linear warm-up: Adam's first steps are mostly noise
     lr_decay = 1.0,            # cosine to 0 at step lr_decay * steps; 0 = constant
     offload = False,           # encoder and VAE wait on the CPU while the decoder is updated
@@ -72,11 +73,15 @@ keys = dict(
     compile = False,           # the transformer blocks; when it pays: docs/results.md, speed
 )
 own_presets = dict(
-    tiny=dict(sample_steps=6),              # fewer steps are more drawings in the same time
-    medium=dict(steps=500, prompts=8, group=8, lr=3e-4, warmup=20, sde_window=3, train_steps=3,
+    tiny=dict(denoise_steps=6),             # fewer steps are more drawings in the same time
+    medium=dict(steps=500, group=8, lr=3e-4, warmup=20, noisy_steps=3, trained_steps=3,
                 sde='cps', noise_level=0.8, clip_range=(1e-5, 1e-5)),
-    paper=dict(steps=500, prompts=48, group=24, lr=3e-4, warmup=20, kl=0.002, sde_window=9,
-               train_steps=9))
+    paper=dict(steps=500, batch=48, group=24, lr=3e-4, warmup=20, kl=0.002, noisy_steps=9,
+               trained_steps=9))
+limits = dict(
+    batch=(1, 1e6), group=(2, 1e4), epochs=(1, 1000), captions=('own', 'given'),
+    sde=('flow', 'cps', 'cps_exact'), noise_level=(0.01, 10), noisy_steps=(1, 1000),
+    trained_steps=(1, 1000), ratio=('step', 'sequence'), denoise_steps=(2, 1000))
 # -------------------------------------------------------------------------------------------------
 
 
@@ -91,25 +96,30 @@ def group_advantage(r):
     return torch.where(equal, 0.0, centred)
 
 
-def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
-    """Clipped surrogate: minus the mean over denoising steps of min(ratio A, clip(ratio) A).
+def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2), ratio='step', weight=None):
+    """Clipped surrogate: minus the weighted mean over steps of min(ratio A, clip(ratio) A).
 
     logp, old_logp (B, n) of n steps, adv (B,), mask (B, n), 0 where a step does not count. The code
     is grpo_encoder's, so that either file can be read alone. Returns loss () and detached stats.
     """
     if mask is None:
         mask = torch.ones_like(logp)
-    total_weight = mask.sum().clamp(min=1e-8)
+    if weight is None:
+        weight = mask
+    total_weight = weight.sum().clamp(min=1e-8)
     # masked before the exponential: a -inf that does not count must not become a nan
     log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+    if ratio == 'sequence':
+        length = mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = (log_ratio.sum(1, keepdim=True) / length).expand_as(logp)
+    ratios = log_ratio.exp()
+    clipped = ratios.clamp(1 - clip[0], 1 + clip[1])
     A = adv[:, None]
-    gain = torch.min(ratio * A, clipped * A)
-    loss = -(gain * mask).sum() / total_weight
+    gain = torch.min(ratios * A, clipped * A)
+    loss = -(gain * weight).sum() / total_weight
     with torch.no_grad():
-        cut = ratio * A > clipped * A               # the clip has taken the gradient away
-        stats = dict(ratio_max=ratio.max(), clip_frac=(cut * mask).sum() / total_weight)
+        cut = ratios * A > clipped * A              # the clip has taken the gradient away
+        stats = dict(ratio_max=ratios.max(), clip_frac=(cut * weight).sum() / total_weight)
     return loss, stats
 
 
@@ -121,183 +131,153 @@ def kl_gauss(mean, ref_mean, std):
     return ((mean - ref_mean) ** 2 / (2 * std ** 2)).mean()
 
 
-def window(step, config, sigmas=None):
-    """(begin, end) of this rollout's noisy steps, and which of them are trained.
+def window(step, config, sigmas):
+    """(begin, end) of this rollout's noisy steps, and the trained ones among them, sorted.
 
-    The trained ones are sorted offsets from `begin`. Never noisy: the last step, whose noise would
-    stay in the image, and steps of cps that end below .02, where its std is hardly more than 0;
-    for these sigmas (S + 1,) is needed.
+    Never noisy: the last step, whose noise would stay in the image, and steps of cps that end below
+    .02, where its std is hardly more than 0. sigmas (S + 1,).
     """
-    usable = config.sample_steps - 1                    # steps that may be noisy, from the first
+    usable = config.denoise_steps - 1                   # steps that may be noisy, from the first
     if config.sde != 'flow':
         usable = min(usable, int((sigmas[1:] >= 0.02).sum()))
     if usable < 1:
-        raise SystemExit(f'--sample_steps={config.sample_steps}: {config.sde} needs more steps')
-    width = min(config.sde_window, usable)
-    place = common.generator(config.seed, 'window', step)
-    room = max(0, min(config.sample_steps // 2, usable) - width)
+        raise SystemExit(f'--denoise_steps={config.denoise_steps}: {config.sde} needs more steps')
+    width = min(config.noisy_steps, usable)
+    place = ranks.generator(config.seed, 'window', step)
+    room = max(0, min(config.denoise_steps // 2, usable) - width)
     begin = torch.randint(room + 1, (), generator=place).item()
-    trained = torch.randperm(width, generator=place)[:config.train_steps]
-    return (begin, begin + width), sorted(trained.tolist())
+    trained = torch.randperm(width, generator=place)[:config.trained_steps]
+    return (begin, begin + width), sorted(begin + offset for offset in trained.tolist())
 
 
 @torch.no_grad()
-def rollout(uae, tower, x, index, step, config, negative=None):
-    """G drawings of each image's caption, and their rewards. x (P, 3, R, R), index (P,).
+def rollout(uae, tower, images, step, config, negative=None):
+    """G drawings of each image's caption, and their rewards. images: x (P, 3, R, R), index (P,).
 
-    index: positions in the global batch, the address of all randomness. negative: the unconditional
-    branch's condition under guidance. Returns a dict of cond (B, cond_len, D), z, z_next, under
-    guidance v0 (B, W, C, H, W), recorded (B, W), the captions y (B, T), the finished latents z_0
-    (B, C, H, W), B = P * G with a group's drawings together; r (P, G); and spoken (P, T) bool, the
-    captions' own tokens without the end token.
+    All randomness is a function of (seed, step, position in the global batch, group member).
+    negative: the unconditional branch's condition under guidance. Returns a dict of c
+    (B, cond_len, D), z, z_next, under guidance v0 (B, n, C, H, W), recorded (B, n), all of the
+    steps that are trained, z_0 (B, C, H, W), the finished latents, B = P * G, groups together;
+    rewards r (P, G); and the captions' y, mask (P, T).
     """
+    x, index = images['x'].to(uae.device), images['index']
     P, G = len(x), config.group
-    seen = uae.see(x)
-    uniforms = common.uniform((config.caption_len,), index, config.seed, 'token', step)
-    y, mask, _ = uae.sample_captions(seen, 1, config.caption_temperature,
-                                     uniforms.to(uae.device))
+    member = (index[:, None] * G + torch.arange(G)).flatten()   # (B,), in the global batch
+    vision = uae.encoder.see(x)
+    if config.captions == 'given':
+        y, mask, _ = uae.encoder.tokens(images['captions'])
+    else:
+        y, mask, _ = uae.encoder.sample(vision, temperature=0.0)
 
-    member = (index[:, None] * G + torch.arange(G)).flatten()
-    start = member
-    if config.same_noise:
-        start = index.repeat_interleave(G)
-    z = common.normal(uae.latent_shape(), start, config.seed, 'start', step)
-    noisy, _ = window(step, config, uae.sigmas(config.sample_steps))
+    start = index.repeat_interleave(G) if config.same_noise else member
+    z = ranks.normal(uae.decoder.latent_shape(), start, config.seed, 'start', step).to(uae.device)
+    noisy, trained = window(step, config, uae.decoder.sigmas(config.denoise_steps))
     begin, end = noisy
-    shape = (end - begin, *uae.latent_shape())
-    noise = common.normal(shape, member, config.seed, 'sde', step)
-
-    parts = []
-    for images, rows, _ in common.group_slices(P, G, config.micro_batch):
-        cond = uae.condition(y[images], mask[images], common.take(seen, images))
-        cond = cond.repeat_interleave(G, 0)
-        z_0, path = uae.draw_sde(
-            z[rows].to(uae.device), cond, config.sample_steps, noise[rows].to(uae.device),
-            config.sde, config.noise_level, noisy, negative)
-        r = clip_reward(x[images], uae.to_image(z_0), tower)
-        caption = y[images].repeat_interleave(G, 0)
-        parts.append(dict(path, cond=cond, y=caption, z_0=z_0, r=r))
-    batch = common.join(parts)
-    r = batch.pop('r').view(P, G)
-    return batch, r, uae.spoken(y, mask)
-
-
-def loss_of(uae, reference, batch, step, share, same_weights, config, negative=None):
-    """The whole loss of a micro-batch, log fields, and the detached log-probs (B, n).
-
-    batch: what `rollout` returns and adv (B,), old_logp (B, W). share: world / samples of the step,
-    so that micro-batches and ranks add up. same_weights: whether the model is still the rollout's.
-    """
-    # a function of `step` alone: the rollout's
-    (begin, _), trained = window(step, config, uae.sigmas(config.sample_steps))
-    settings = dict(steps=trained, c=batch['cond'], S=config.sample_steps, kind=config.sde,
-                    noise_level=config.noise_level, begin=begin, negative=negative)
-    path = dict(z=batch['z'], z_next=batch['z_next'])
-    own_path = dict(path)
-    if same_weights and 'v0' in batch:      # the unconditional branch would come out the same
-        own_path['v0'] = batch['v0']
-    logp, mean, std = uae.step_logp(own_path, **settings)
-    old_logp = batch['old_logp'][:, trained]
-    if same_weights and config.old_logp == 'replay':
-        old_logp = logp.detach()
-    loss, stats = policy_loss(logp, old_logp, batch['adv'], clip=config.clip_range)
-    if config.kl:
-        with torch.no_grad():
-            _, ref_mean, _ = reference.step_logp(path, **settings)
-        kl = kl_gauss(mean, ref_mean, std)
-        loss = loss + config.kl * kl
-        stats['kl'] = kl.detach()
-    difference = logp - batch['recorded'][:, trained]
-    stats['logp_diff'] = difference.detach().abs().max()
-    # a mean times its weight is a sum; times share, the sums of all parts are the step's mean
-    return loss * len(logp) * share, stats, logp.detach()
-
-
-def update(uae, ddp, optimiser, reference, batch, step, run, config, negative=None):
-    """config.updates optimiser steps on one rollout -> log fields."""
-    B, G = len(batch['adv']), config.group
-    batch['old_logp'] = batch['recorded'].clone()
-    _, trained = window(step, config, uae.sigmas(config.sample_steps))
-    for k in range(config.updates):
-        same_weights = k == 0
-        stats = Stats()
-        for _, rows, last in common.sample_slices(B // G, G, config.micro_batch):
-            part = common.take(batch, rows)
-            with common.no_sync(ddp, last):
-                # ddp(f, ...) calls f(uae, ...), so that DDP sees the forward pass; share is 1 / B,
-                # as every rank has B of the world * B samples
-                loss, fields, logp = ddp(loss_of, reference, part, step, 1 / B, same_weights,
-                                         config, negative)
-                loss.backward()
-            if same_weights and config.old_logp == 'replay':
-                batch['old_logp'][rows, trained] = logp         # of every later update as well
-            stats.add_update(loss.detach(), fields, len(part['adv']))
-        reduced = stats.reduce(run)
-        if same_weights:
-            logp_diff = reduced['logp_diff']            # later it would measure the step taken
-        taken = optimiser.step(step)
-    reduced['logp_diff'] = logp_diff
-    return dict(reduced, **taken)
-
-
-def planned_loss(uae, tower, size, prompt_len, config):
-    """For --plan: the loss of `size` drawings, zeros in place of latents, conditions, rewards."""
-    trained = list(range(min(config.train_steps, config.sde_window, config.sample_steps - 1)))
-    cond = torch.zeros(size, config.cond_len, uae.projector.down.out_features)
-    latents = torch.zeros(size, len(trained), *uae.latent_shape())
-    path = dict(z=latents, z_next=latents, v0=latents)
-    logp, _, _ = uae.step_logp(path, trained, cond, config.sample_steps, config.sde,
-                               config.noise_level, 0)
-    return policy_loss(logp, torch.zeros(logp.shape), torch.zeros(size), clip=config.clip_range)[0]
+    shape = (end - begin, *uae.decoder.latent_shape())
+    noise = ranks.normal(shape, member, config.seed, 'sde', step).to(uae.device)
+    c = uae.condition(y, mask, vision).repeat_interleave(G, 0)
+    z_0, path = uae.decoder.draw_sde(z, c, config.denoise_steps, noise, config.sde,
+                                     config.noise_level, noisy, negative)
+    x_hat = uae.decoder.to_image(z_0)
+    captions = [caption for caption in uae.encoder.texts(y, mask) for _ in range(G)]
+    r = clip_reward(x, x_hat, tower, captions)                  # an image with its G drawings
+    offsets = [number - begin for number in trained]
+    path = {name: stored[:, offsets] for name, stored in path.items()}
+    return dict(path, c=c, z_0=z_0), r.view(P, G), (y, mask)
 
 
 def main(argv):
-    config = parse(keys, own_presets, argv, __file__)
-    if config.sample_steps < 2:
-        raise SystemExit('--sample_steps=1: expected 2 or more, as the last step is never noisy')
-    if config.plan:
-        return plan(config, ['decoder'], planned_loss)
-    run = common.start(config)
-    P = common.per_rank('prompts', config.prompts, run.world)
+    config = parse(keys, own_presets, argv, __file__, limits)
+    if config.sde != 'flow' and config.noise_level > 1:
+        raise SystemExit(f'--noise_level={config.noise_level}: with --sde={config.sde} expected at '
+                         'most 1')
+    run = ranks.start(config)
+    P, G = ranks.per_rank('batch', config.batch, run.world), config.group
     start_step = checkpoint.open_out_dir(config, run)
-    checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
     params = uae.train_only('decoder')
     reference = None
     if config.kl:
-        reference = checkpoint.stage_start(uae, ['decoder'], config)
+        reference = checkpoint.open_reference(uae, ['decoder'], config).decoder
     if config.compile:
-        uae.compile_decoder()
+        uae.decoder.compile_blocks()
         if config.kl:
-            reference.compile_decoder()
-    ddp = common.parallel(uae, run)
+            reference.compile_blocks()
+    policy = ranks.parallel(uae.decoder, run)           # its forward pass is the log-prob
     tower = reward_tower(config, run.device)
-    optimiser = common.Optimiser(params, config)
+    optimiser = Optimiser(params, config)
     checkpoint.restore(config, optimiser)
     negative = None
     if config.guidance != 1.0:
-        negative = uae.negative()                        # once: the encoder is frozen
-    window(start_step, config, uae.sigmas(config.sample_steps))     # refused without a noisy step
+        negative = uae.negative()                       # once: the encoder is frozen
+    sigmas = uae.decoder.sigmas(config.denoise_steps)
+    window(start_step, config, sigmas)                  # refused without a noisy step
+    sampler = dict(S=config.denoise_steps, kind=config.sde, noise_level=config.noise_level)
+    rows_at_once = config.micro_batch
+    if config.ratio == 'sequence':              # all steps of a drawing stay in one pass
+        rows_at_once *= config.trained_steps
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
-    idle = ('encoder', 'vae') if config.offload else ()
+    idle = [uae.encoder, uae.decoder.vae] if config.offload else []
+    # in bfloat16 the update's log-prob differs by rounding from the one recorded while sampling
+    replay = config.dtype == 'bfloat16'
 
     for step in log.progress(start_step):
         evaluate.every(step)
-        source = train.batch(config.seed, step, config.prompts, run.rank, run.world)
-        x = source['x'].to(run.device)
-        batch, r, spoken = rollout(uae, tower, x, source['index'], step, config, negative)
-        all_rewards = common.gather(r, run)                     # (world * P, G), whole groups
+        images = train.batch(config.seed, step, config.batch, run.rank, run.world)
+        sampled, r, (y, mask) = rollout(uae, tower, images, step, config, negative)
+
+        all_r = ranks.gather(r, run)                            # (world * P, G), whole groups
         if config.shuffle_reward:               # what is logged is what was taught
-            all_rewards = common.permuted(all_rewards, config.seed, 'shuffle', step)
-        mine = all_rewards[run.rank * P:(run.rank + 1) * P]
-        batch['adv'] = group_advantage(mine).flatten()        # (P, G) -> (B,)
-        with uae.parked(*idle):
-            fields = update(uae, ddp, optimiser, reference, batch, step, run, config, negative)
-        if evaluate.due(step + 1) and run.master:
-            watch.open_drawings(uae, step + 1, x, batch, mine, config)
-        log(step, **reward_fields(all_rewards), **fields, **caption_fields(spoken, run),
+            all_r = ranks.permuted(all_r, config.seed, 'shuffle', step)
+        r = all_r[run.rank * P:(run.rank + 1) * P]
+        sampled['adv'] = group_advantage(r).flatten()                       # (P, G) -> (B,)
+        sampled['old_logp'] = sampled['recorded'].clone()
+        _, trained = window(step, config, sigmas)               # the rollout's, by `step` alone
+        count = P * G * len(trained)                            # the same on every rank
+
+        health = Stats()
+        uae.train()                             # turns on the recomputation of activations
+        with parked(idle, run.device):
+            for epoch in range(config.epochs):
+                stats = Stats()
+                for rows, at, last in ranks.step_slices(P, G, len(trained), rows_at_once):
+                    part = ranks.take(sampled, rows)
+                    stored = dict(z=part['z'][:, at], z_next=part['z_next'][:, at], c=part['c'],
+                                  steps=trained[at], **sampler)
+                    v0 = None
+                    if epoch == 0 and negative is not None:     # it moves with the weights
+                        v0 = part['v0'][:, at]
+                    with ranks.no_sync(policy, last):
+                        logp, mean, std = policy(**stored, negative=negative, v0=v0)    # (b, n)
+                        if epoch == 0:
+                            difference = logp - part['recorded'][:, at]
+                            health.add_max(logp_diff=difference.detach().abs().max())
+                        if epoch == 0 and replay:
+                            sampled['old_logp'][rows, at] = logp.detach()   # so the ratio is 1
+                        old_logp = sampled['old_logp'][rows, at]
+                        loss, fields = policy_loss(
+                            logp, old_logp, part['adv'], clip=config.clip_range,
+                            ratio=config.ratio)
+                        if config.kl:
+                            with torch.no_grad():
+                                _, ref_mean, _ = reference.step_logp(**stored, negative=negative)
+                            kl = kl_gauss(mean, ref_mean, std)
+                            loss = loss + config.kl * kl
+                            fields['kl'] = kl.detach()
+                        # a mean times its number is a sum; the sums over count are the whole mean
+                        loss = loss * logp.numel() / count
+                        loss.backward()
+                    stats.add_update(loss.detach(), fields, logp.numel())
+                taken = optimiser.step(step)                        # and clears the gradients
+        uae.eval()
+
+        if evaluate.due(step + 1) and run.master:           # one group, for tools/report.py
+            watch.open_drawings(uae, step + 1, images['x'], sampled, y, r, config)
+        words = uae.encoder.words(y, mask)
+        log(step, **reward_fields(all_r), **health.reduce(run), **stats.reduce(run), **taken,
+            **caption_fields(words, uae.encoder.text_room, run),
             skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     evaluate.every(config.steps)

@@ -23,7 +23,7 @@ Its vision tower, projector and decoder are frozen; no gradient passes through t
     not stated                  the stage found them; medium frozen decoder reads. The other presets
                                 and paper: as they are now   keep the paper's likely reading
     start noise not stated      one start noise per group    captions alone tell rewards apart
-    ratio clip not stated       0.2                          PPO's; binds only if updates > 1
+    ratio clip not stated       0.2                          PPO's; binds only if epochs > 1
     h_T of the answer, which    the caption re-encoded       a true bottleneck; the paper's is
     has seen the image          alone                        `condition=answer`
     batch size 1 (v5)           tiny: 8 images, paper: 64    less noise; theirs was for the cost
@@ -31,33 +31,32 @@ Its vision tower, projector and decoder are frozen; no gradient passes through t
                                 learning rate                they become a code for this decoder
     truncated captions          rewarded as they stand       what was cut off draws nothing; the
     not stated                                               field `truncated` is their share
-    old log-prob not stated     float32: as recorded while   key `old_logp`; in bfloat16 another
-                                sampling; bfloat16: the      batch shape is another rounding, which
-                                update's own                 must not count as a policy ratio
+    old log-prob not stated     float32: as recorded while   in bfloat16 another batch shape is
+                                sampling; bfloat16: the      another rounding, which must not count
+                                update's own, ratio 1        as a policy ratio
 """
 import sys
 
 import torch
 
-import checkpoint
-import common
-import watch
 from config import parse
 from data.images import open_data
-from evaluate import Evaluator
-from log import Log, Stats, caption_fields, count_skipped, reward_fields
-from policy import token_logp
+from lib import checkpoint, ranks, watch
+from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
+from lib.optimiser import Optimiser
+from lib.scores import Evaluator
+from model import parked
 from reward import clip_reward, reward_tower
-from tools.plan import plan
 
 # --- script keys ---------------------------------------------------------------------------------
-# those that all scripts share, as old_logp and micro_batch, are in config.py
+# those that all scripts share are in config.py
 keys = dict(
-    steps = 200,               # of the loop: one rollout and `updates` optimiser steps each
-    prompts = 8,               # images per rollout, all ranks together
+    steps = 200,               # of the loop: one rollout and `epochs` optimiser steps each
+    batch = 8,                 # images an update, all ranks together
     group = 8,                 # G captions per image; their mean reward is the baseline
     temperature = 1.0,         # of the sampling, and of the log-probs in the loss
-    caption_batch = 0,         # captions sampled at once on a rank, in whole groups; 0 = all
+    ratio = 'token',           # token | sequence: exp of a caption's mean log-ratio (GSPO), for
+                               # which a clip_range of about 0.01 suits
     clip_range = (0.2, 0.2),   # ratio in [1 - a, 1 + b]; (0.2, 0.28) is clip-higher
     adv_std = True,            # divide by the group's std; False (Dr. GRPO): then a group of nearly
                                # equal rewards teaches little
@@ -65,10 +64,10 @@ keys = dict(
                                # then captions (GRPO, the paper) | constant: the sum / (captions *
                                # caption_len), no length normalisation at all (Dr. GRPO)
     kl = 0.03,                 # weight of the k3 estimate against the stage's initial captioner
-    updates = 1,               # optimiser steps per rollout; 1 = on policy
+    text_encoder = 'start',    # what re-encodes captions: start, the language model as this stage
+                               # found it | live, the captioner as it is now
+    epochs = 1,                # optimiser steps per rollout; 1 = on policy
     lr = 1e-4,                 # a larger step makes captions that the decoder does not know
-    grad_clip = 1.0,           # largest gradient norm
-    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 0,                # loop steps of linear warm-up
     lr_decay = 1.0,            # cosine to 0 at step lr_decay * steps; 0 = constant: at this
                                # lr and without a KL the captioner then collapses (docs/results.md)
@@ -76,9 +75,12 @@ keys = dict(
     shuffle_reward = False,    # control: rewards permuted over all captions say nothing of them
 )
 own_presets = dict(
-    tiny=dict(text_encoder='start'),        # medium and paper: the captioner as it is now
-    medium=dict(steps=500, prompts=8, group=4, lr=1e-6, kl=1e-6, lr_decay=0.0),
-    paper=dict(steps=500, prompts=64, group=4, lr=1e-6, kl=1e-6, lr_decay=0.0))
+    medium=dict(steps=500, group=4, text_encoder='live', lr=1e-6, kl=1e-6, lr_decay=0.0),
+    paper=dict(steps=500, batch=64, group=4, text_encoder='live', lr=1e-6, kl=1e-6, lr_decay=0.0))
+limits = dict(
+    batch=(1, 1e6), group=(2, 1e4), temperature=(0.01, 10), epochs=(1, 1000),
+    ratio=('token', 'sequence'), loss_mean=('token', 'caption', 'constant'),
+    text_encoder=('start', 'live'))
 # -------------------------------------------------------------------------------------------------
 
 
@@ -94,38 +96,44 @@ def group_advantage(r, std=True):
     return torch.where(equal, 0.0, centred)
 
 
-def token_weights(mask, config):
-    """How much each sampled token weighs in the loss, by config.loss_mean. mask (B, T).
+def token_weights(mask, loss_mean):
+    """How much each sampled token weighs in the loss. mask (B, T).
 
     Returns weights (B, T), 0 where no token was sampled, and count, this rank's share of what the
     weighted sum is divided by: its tokens, its captions, or its captions times T.
     """
-    if config.loss_mean == 'caption':
+    if loss_mean == 'caption':
         return mask / mask.sum(1, keepdim=True), len(mask)
-    if config.loss_mean == 'token':
+    if loss_mean == 'token':
         return mask, mask.sum().item()
     return mask, mask.numel()
 
 
-def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2)):
+def policy_loss(logp, old_logp, adv, mask=None, clip=(0.2, 0.2), ratio='token', weight=None):
     """Clipped surrogate: minus the weighted mean over tokens of min(ratio A, clip(ratio) A).
 
-    logp, old_logp (B, T), adv (B,), mask (B, T), 0 where no token was sampled, else its weight.
-    Returns loss () and detached stats.
+    logp, old_logp (B, T), adv (B,), mask (B, T), 0 where no token was sampled. ratio 'sequence':
+    one for the whole caption, exp of its mean log-ratio (GSPO, arXiv 2507.18071). weight (B, T) of
+    each token; None = the mask. Returns loss () and detached stats.
     """
     if mask is None:
         mask = torch.ones_like(logp)
-    total_weight = mask.sum().clamp(min=1e-8)
+    if weight is None:
+        weight = mask
+    total_weight = weight.sum().clamp(min=1e-8)
     # masked before the exponential: a -inf that does not count must not become a nan
     log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+    if ratio == 'sequence':
+        length = mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = (log_ratio.sum(1, keepdim=True) / length).expand_as(logp)
+    ratios = log_ratio.exp()
+    clipped = ratios.clamp(1 - clip[0], 1 + clip[1])
     A = adv[:, None]
-    gain = torch.min(ratio * A, clipped * A)
-    loss = -(gain * mask).sum() / total_weight
+    gain = torch.min(ratios * A, clipped * A)
+    loss = -(gain * weight).sum() / total_weight
     with torch.no_grad():
-        cut = ratio * A > clipped * A               # the clip has taken the gradient away
-        stats = dict(ratio_max=ratio.max(), clip_frac=(cut * mask).sum() / total_weight)
+        cut = ratios * A > clipped * A              # the clip has taken the gradient away
+        stats = dict(ratio_max=ratios.max(), clip_frac=(cut * weight).sum() / total_weight)
     return loss, stats
 
 
@@ -139,156 +147,108 @@ def kl_k3(logp, ref_logp):
 
 
 @torch.no_grad()
-def rollout(uae, tower, x, index, step, config):
-    """G captions per image, drawn and rewarded. x (P, 3, R, R), index (P,) in the global batch.
+def rollout(uae, tower, images, step, config):
+    """G captions per image, drawn and rewarded. images: x (P, 3, R, R), index (P,) in the batch.
 
     All randomness is a function of (seed, step, position in the global batch, group member).
-    Returns seen, features and grid of the vision tower, P rows each; a dict of y tokens, mask and
-    recorded, the log-probs while sampling, (B, T), B = P * G, groups together; rewards r (P, G).
+    Returns a dict of y tokens, mask and recorded, the log-probs while sampling, (B, T), B = P * G,
+    groups together; rewards r (P, G); and vision, P rows.
     """
+    x, index = images['x'].to(uae.device), images['index']
     P, G = len(x), config.group
     member = (index[:, None] * G + torch.arange(G)).flatten()   # (B,), in the global batch
-    uniforms = common.uniform((config.caption_len,), member, config.seed, 'token', step)
-    uniforms = uniforms.to(uae.device)
-    seen = uae.see(x)
-    parts = []
-    for images, rows, _ in common.group_slices(P, G, config.caption_batch):
-        shown = common.take(seen, images)
-        y, mask, logp = uae.sample_captions(shown, G, config.temperature, uniforms[rows])
-        parts.append(dict(y=y, mask=mask, recorded=logp))
-    batch = common.join(parts)
+    uniforms = ranks.uniform((config.caption_len,), member, config.seed, 'token', step)
+    vision = uae.encoder.see(x)
+    y, mask, recorded = uae.encoder.sample(vision, G, config.temperature, uniforms.to(uae.device))
 
-    z = common.normal(uae.latent_shape(), index, config.seed, 'start', step).to(uae.device)
-    z = z.repeat_interleave(G, 0)                   # (B, C, H, W), one start noise per group
-    rewards = []
-    for images, rows, _ in common.group_slices(P, G, config.micro_batch):
-        shown = common.take(seen, images)
-        cond = uae.condition(batch['y'][rows], batch['mask'][rows], shown)
-        x_hat = uae.to_image(uae.draw(z[rows], cond, config.sample_steps))
-        rewards.append(clip_reward(x[images], x_hat, tower))    # each image with its G drawings
-    r = torch.cat(rewards).view(P, G)
-    return seen, batch, r
-
-
-@torch.no_grad()
-def reference_logp(reference, seen, y, config):
-    """log pi_ref (B, T) of the sampled tokens."""
-    parts = []
-    for images, rows, _ in common.sample_slices(len(seen[0]), config.group, config.micro_batch):
-        shown = common.take(seen, images)       # the vision tower is frozen: the same features
-        parts.append(reference.caption_logp(shown, y[rows], config.temperature))
-    return torch.cat(parts)
-
-
-def loss_of(uae, seen, batch, share, same_weights, config):
-    """A micro-batch's part of the step's loss, log fields, and the detached log-probs (B, T).
-
-    batch: y, weight, recorded, old_logp (B, T), adv (B,), and ref_logp (B, T) if config.kl. share:
-    world / the `count` of `token_weights` of all ranks. same_weights: whether the model is still
-    that of the rollout.
-    """
-    weight = batch['weight']
-    logp = uae.caption_logp(seen, batch['y'], config.temperature)
-    old_logp = batch['old_logp']
-    if same_weights and config.old_logp == 'replay':
-        old_logp = logp.detach()                # the ratio is 1, its gradient is not 0
-    loss, stats = policy_loss(logp, old_logp, batch['adv'], weight, config.clip_range)
-    if config.kl:
-        own_logp = torch.where(weight > 0, logp, 0.0)
-        ref_logp = torch.where(weight > 0, batch['ref_logp'], 0.0)
-        kl = (kl_k3(own_logp, ref_logp) * weight).sum() / weight.sum()
-        loss = loss + config.kl * kl
-        stats['kl'] = kl.detach()
-    difference = torch.where(weight > 0, logp - batch['recorded'], 0.0)     # rounding alone
-    stats['logp_diff'] = difference.detach().abs().max()
-    # a mean times its weight is a sum; times share, the sums of all parts are the step's loss
-    return loss * weight.sum() * share, stats, logp.detach()
-
-
-def update(ddp, optimiser, seen, batch, step, run, config):
-    """config.updates optimiser steps on one rollout -> log fields of the last; completes batch."""
-    P = len(seen[0])
-    batch['weight'], count = token_weights(batch['mask'], config)
-    batch['old_logp'] = batch['recorded'].clone()
-    share = run.world / common.total(count, run)        # DDP averages over ranks: hence world
-    for k in range(config.updates):
-        same_weights = k == 0
-        stats = Stats()
-        for images, rows, last in common.sample_slices(P, config.group, config.micro_batch):
-            part = common.take(batch, rows)
-            shown = common.take(seen, images)
-            with common.no_sync(ddp, last):
-                # ddp(f, ...) calls f(uae, ...), so that DDP sees the forward pass
-                loss, fields, logp = ddp(loss_of, shown, part, share, same_weights, config)
-                loss.backward()
-            if same_weights and config.old_logp == 'replay':
-                batch['old_logp'][rows] = logp          # of every later update as well
-            stats.add_update(loss.detach(), fields, part['weight'].sum())
-        reduced = stats.reduce(run)
-        if same_weights:
-            logp_diff = reduced['logp_diff']            # later it would measure the step taken
-        taken = optimiser.step(step)                    # and clears the gradients
-    reduced['logp_diff'] = logp_diff
-    return dict(reduced, **taken)
-
-
-def planned_loss(uae, tower, size, prompt_len, config):
-    """For --plan: the loss of `size` captions, zeros in place of prompt, tokens and rewards."""
-    y = torch.zeros(size, config.caption_len, dtype=torch.long)
-    embedded = torch.zeros(size, prompt_len, uae.encoder.config.text_config.hidden_size)
-    positions = torch.zeros(3, size, prompt_len, dtype=torch.long)
-    states = uae.states_after(embedded, positions, y)[:, :-1]    # the last predicts no token
-    logp = token_logp(states, uae.head, y, config.temperature, uae.forbidden)
-    return policy_loss(logp, torch.zeros(logp.shape), torch.zeros(size), clip=config.clip_range)[0]
+    z = ranks.normal(uae.decoder.latent_shape(), index, config.seed, 'start', step)
+    z = z.to(uae.device).repeat_interleave(G, 0)    # (B, C, H, W), one start noise per group
+    c = uae.condition(y, mask, vision)
+    x_hat = uae.draw(z, c, config.denoise_steps)
+    r = clip_reward(x, x_hat, tower, uae.encoder.texts(y, mask))    # an image with its G drawings
+    return dict(y=y, mask=mask, recorded=recorded), r.view(P, G), vision
 
 
 def main(argv):
-    config = parse(keys, own_presets, argv, __file__)
+    config = parse(keys, own_presets, argv, __file__, limits)
     if config.condition == 'image':
         raise SystemExit('--condition=image: the decoder would not see the caption, so no caption '
                          'could be better than another')
-    if config.plan:
-        return plan(config, ['encoder'], planned_loss)
-    run = common.start(config)
-    P = common.per_rank('prompts', config.prompts, run.world)
+    run = ranks.start(config)
+    P, G = ranks.per_rank('batch', config.batch, run.world), config.group
     start_step = checkpoint.open_out_dir(config, run)
-    checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
     params = uae.train_only('encoder')
-    if config.text_encoder == 'start':
-        checkpoint.freeze_text_encoder(uae)
+    checkpoint.choose_text_encoder(uae, config.text_encoder)
     reference = None
     if config.kl:
-        reference = checkpoint.stage_start(uae, ['encoder'], config)
-    ddp = common.parallel(uae, run)
+        reference = checkpoint.open_reference(uae, ['encoder'], config).encoder
+    policy = ranks.parallel(uae.encoder, run)           # its forward pass is the log-prob
     tower = reward_tower(config, run.device)
-    optimiser = common.Optimiser(params, config)
+    optimiser = Optimiser(params, config)
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
-    idle = ('decoder', 'vae') if config.offload else ()
+    idle = [uae.decoder] if config.offload else []
+    # in bfloat16 the update's log-prob differs by rounding from the one recorded while sampling
+    replay = config.dtype == 'bfloat16'
 
     for step in log.progress(start_step):
         evaluate.every(step)
-        source = train.batch(config.seed, step, config.prompts, run.rank, run.world)
-        x = source['x'].to(run.device)
-        seen, batch, r = rollout(uae, tower, x, source['index'], step, config)
-        all_rewards = common.gather(r, run)                     # (world * P, G), whole groups
+        images = train.batch(config.seed, step, config.batch, run.rank, run.world)
+        sampled, r, vision = rollout(uae, tower, images, step, config)
+
+        all_r = ranks.gather(r, run)                            # (world * P, G), whole groups
         if config.shuffle_reward:               # what is logged is what was taught
-            all_rewards = common.permuted(all_rewards, config.seed, 'shuffle', step)
-        mine = all_rewards[run.rank * P:(run.rank + 1) * P]
-        batch['adv'] = group_advantage(mine, config.adv_std).flatten()        # (P, G) -> (B,)
-        if config.kl:
-            batch['ref_logp'] = reference_logp(reference, seen, batch['y'], config)
-        with uae.parked(*idle):
-            fields = update(ddp, optimiser, seen, batch, step, run, config)
+            all_r = ranks.permuted(all_r, config.seed, 'shuffle', step)
+        r = all_r[run.rank * P:(run.rank + 1) * P]
+        sampled['adv'] = group_advantage(r, config.adv_std).flatten()       # (P, G) -> (B,)
+        sampled['weight'], count = token_weights(sampled['mask'], config.loss_mean)
+        sampled['old_logp'] = sampled['recorded'].clone()
+        count = ranks.total(count, run) / run.world     # DDP averages over ranks: hence world
+
+        health = Stats()
+        uae.train()                             # turns on the recomputation of activations
+        with parked(idle, run.device):
+            for epoch in range(config.epochs):
+                stats = Stats()
+                for shown, rows, last in ranks.sample_slices(P, G, config.micro_batch):
+                    part = ranks.take(sampled, rows)
+                    seen = ranks.take(vision, shown)
+                    valid = part['mask'] > 0
+                    with ranks.no_sync(policy, last):
+                        logp = policy(seen, part['y'], config.temperature)          # (b, T)
+                        if epoch == 0:
+                            difference = torch.where(valid, logp - part['recorded'], 0.0)
+                            health.add_max(logp_diff=difference.detach().abs().max())
+                        if epoch == 0 and replay:
+                            sampled['old_logp'][rows] = logp.detach()       # so the ratio is 1
+                        old_logp = sampled['old_logp'][rows]
+                        loss, fields = policy_loss(
+                            logp, old_logp, part['adv'], part['mask'], config.clip_range,
+                            config.ratio, part['weight'])
+                        if config.kl:
+                            with torch.no_grad():
+                                ref_logp = reference.logp(seen, part['y'], config.temperature)
+                            k3 = torch.where(valid, kl_k3(logp, ref_logp), 0.0)
+                            kl = (k3 * part['weight']).sum() / part['weight'].sum()
+                            loss = loss + config.kl * kl
+                            fields['kl'] = kl.detach()
+                        # a mean times its weight is a sum; the sums over count are the whole mean
+                        loss = loss * part['weight'].sum() / count
+                        loss.backward()
+                    stats.add_update(loss.detach(), fields, part['weight'].sum())
+                taken = optimiser.step(step)                        # and clears the gradients
+        uae.eval()
+
         if evaluate.due(step + 1) and run.master:           # one group, for tools/report.py
-            watch.open_captions(uae, step + 1, x, batch, mine, config)
-        logp_sum = common.total((batch['recorded'] * batch['mask']).sum(), run)
-        entropy = -logp_sum / common.total(batch['mask'].sum(), run)    # estimate, nats a token
-        log(step, **reward_fields(all_rewards), **fields, entropy=entropy,
-            **caption_fields(uae.spoken(batch['y'], batch['mask']), run),
+            watch.open_captions(uae, step + 1, images['x'], sampled, r, config)
+        entropy = -ranks.total((sampled['recorded'] * sampled['mask']).sum(), run)
+        entropy = entropy / ranks.total(sampled['mask'].sum(), run)     # estimate, nats a token
+        words = uae.encoder.words(sampled['y'], sampled['mask'])
+        log(step, **reward_fields(all_r), **health.reduce(run), **stats.reduce(run), **taken,
+            **caption_fields(words, uae.encoder.text_room, run), entropy=entropy,
             skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     evaluate.every(config.steps)

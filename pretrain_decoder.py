@@ -20,8 +20,8 @@ The decoder learns to draw from the encoder's projected states before any reward
     EMA not stated              off; `ema`, .999 is usual    short runs end on a falling learning
                                                              rate, which averages too
 
-A caption that does not fit cond_len is cut, counted (log field `truncated`) and announced. An image
-without a caption is left out and counted (`skipped`). With --ema the weights that are evaluated,
+A caption that does not fit cond_len is cut, counted (log field `cut`) and announced, as are words
+that the tokenizer does not know (`unknown`). An image without a caption is left out and counted (`skipped`). With --ema the weights that are evaluated,
 saved and read by later stages are the averaged ones; those in training lie in state.pt.
 """
 import argparse
@@ -30,24 +30,19 @@ import os
 import sys
 
 import torch
-from tqdm import tqdm
 
-import checkpoint
-import common
 from config import parse
 from data.images import open_data, open_images
-from evaluate import Evaluator
-from log import Log, Stats
-from policy import token_logp
-from tools.plan import plan
+from lib import checkpoint, ranks
+from lib.log import Log, Stats, count_skipped
+from lib.optimiser import Optimiser
+from lib.scores import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
     steps = 1000,              # updates
-    batch = 64,                # images per update, all ranks together
+    batch = 64,                # images an update, all ranks together
     lr = 1e-3,
-    grad_clip = 1.0,           # largest gradient norm
-    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 100,              # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
     sigma_mean = 1.0,          # s = sigmoid(sigma_mean + sigma_std N(0,1)); SD3 has 0 and 1
@@ -64,18 +59,21 @@ own_presets = dict(
                 train_encoder=False, eval_every=500),
     paper=dict(steps=10000, batch=256, lr=1e-4, sigma_mean=0.0, sigma_std=1.0,
                train_encoder=False, eval_every=500))
+limits = dict(
+    batch=(1, 1e6), sigma_mean=(-100, 100), drop=(0, 0.999), ema=(0, 1 - 1e-9),
+    caption_every=(1, 1e9))
 # -------------------------------------------------------------------------------------------------
 
 
 def open_captioned(config, run, key):
     """Training images with the captions at manifest field `key`.
 
-    Returns the ImageSet, the number left out for want of a caption, and the held-out dict, or None
+    Returns the ImageSet, the number left out for want of a caption, and the held-out dict, empty
     where nothing is evaluated. The embedded world's list of scenes is a manifest.
     """
     image_key, _, folder = config.data_keys
     config = argparse.Namespace(**dict(vars(config), data_keys=(image_key, key, folder)))
-    held_out = None
+    held_out = dict(skipped=0)
     if config.eval_every or config.data == 'shapes':
         images, held_out = open_data(config, run)
     else:
@@ -97,47 +95,46 @@ def open_captioned(config, run, key):
     return images, gone, held_out
 
 
-def flow_loss(uae, z0, y, mask, s, eps, seen=None, drop=None):
+def flow_loss(uae, z0, y, mask, s, eps, vision=None, drop=None):
     """Flow matching, mean over everything: mean | v_theta(z_s, s, c) - (eps - z_0) |^2.
 
     z0, eps (B, C, H, W), s (B,), captions y, mask (B, T); drop (B,) bool: the negative prompt
     instead of the condition.
     """
     noise = s.view(-1, 1, 1, 1)
-    cond = uae.condition(y, mask, seen)
+    c = uae.condition(y, mask, vision)
     if drop is not None:
-        cond = torch.where(drop.view(-1, 1, 1), uae.negative(), cond)
-    v = uae.velocity((1 - noise) * z0 + noise * eps, s, cond)
+        c = torch.where(drop.view(-1, 1, 1), uae.negative(), c)
+    v = uae.decoder.velocity((1 - noise) * z0 + noise * eps, s, c)
     return (v - (eps - z0)).square().mean()
 
 
-def sayable(uae, y, mask):
+def sayable(encoder, y, mask):
     """Tokens (B, T) of given captions that the captioner may say.
 
     Of the others, an unknown word say, the log-prob is -inf.
     """
-    return mask.bool() & ~uae.forbidden[y]
+    return mask.bool() & ~encoder.forbidden[y]
 
 
-def caption_loss(uae, seen, y, mask, count=None):
+def caption_loss(uae, vision, y, mask, count=None):
     """Cross-entropy of given captions: minus the sum of log pi over tokens / count.
 
     count: None is the number of these tokens.
     """
-    valid = sayable(uae, y, mask)
+    valid = sayable(uae.encoder, y, mask)
     if count is None:
         count = valid.sum()
-    logp = torch.where(valid, uae.caption_logp(seen, y), 0.0)
+    logp = torch.where(valid, uae.encoder.logp(vision, y), 0.0)
     return -logp.sum() / count
 
 
-def both_losses(uae, flow, answers, share):
-    """The whole loss of a micro-batch: flow matching, and every few updates the caption loss.
+def both_losses(uae, flow, answers):
+    """Flow matching, and every few updates the caption loss.
 
-    flow: a dict, the arguments of `flow_loss`; answers: those of `caption_loss`, or None. share:
-    world / images of the step.
+    flow: a dict, the arguments of `flow_loss`; answers: those of `caption_loss`, or None.
     """
-    loss = flow_loss(uae, **flow) * len(flow['z0']) * share
+    loss = flow_loss(uae, **flow)
     if answers is None:
         return loss, torch.zeros((), device=loss.device)
     return loss, caption_loss(uae, **answers)
@@ -169,139 +166,90 @@ def averaged(adamw):
 
 
 # --- one update ----------------------------------------------------------------------------------
-def prepare(uae, config, images, rows, step, negative):
-    """Images `rows`, a slice, of a rank's batch -> the arguments of `flow_loss`.
+def noised(uae, images, step, config):
+    """Images and captions of a rank's batch -> the arguments of `flow_loss`, and what texts lost.
 
-    All randomness is addressed by (seed, step, image). Returns also how many captions are too long.
+    All randomness is addressed by (seed, step, image).
     """
-    index = images['index'][rows]
-    x = images['x'][rows].to(uae.device)
-    y, mask, cut = uae.tokens(images['captions'][rows], len(negative['y']))
-    drop = common.uniform((), index, config.seed, 'drop', step) < config.drop
-    y[drop] = negative['y']
-    mask[drop] = negative['mask']
-    sigma = common.normal((), index, config.seed, 'sigma', step)
+    index, x = images['index'], images['x'].to(uae.device)
+    T = uae.encoder.text_room + 1
+    y, mask, lost = uae.encoder.tokens(images['captions'], T)
+    nothing, nothing_mask, _ = uae.encoder.tokens([config.negative_prompt], T)
+    drop = ranks.uniform((), index, config.seed, 'drop', step) < config.drop
+    y[drop] = nothing[0]
+    mask[drop] = nothing_mask[0]
+    sigma = ranks.normal((), index, config.seed, 'sigma', step)
     s = torch.sigmoid(config.sigma_mean + config.sigma_std * sigma)
-    eps = common.normal(uae.latent_shape(), index, config.seed, 'eps', step)
-    flow = dict(z0=uae.to_latent(x), y=y, mask=mask, s=s.to(uae.device), eps=eps.to(uae.device))
+    eps = ranks.normal(uae.decoder.latent_shape(), index, config.seed, 'eps', step)
+    flow = dict(z0=uae.decoder.to_latent(x), y=y, mask=mask, s=s.to(uae.device),
+                eps=eps.to(uae.device))
     if config.condition != 'text':           # without its caption the image would still be seen
-        flow.update(seen=uae.see(x), drop=drop.to(uae.device))
-    return flow, cut
-
-
-def prepare_answers(uae, images, run):
-    """A batch of captions to be taught -> x, y, mask, and count, the step's tokens per rank."""
-    y, mask, _ = uae.tokens(images['captions'])
-    count = common.total(sayable(uae, y, mask).sum(), run) / run.world
-    return dict(x=images['x'], y=y, mask=mask), count
-
-
-def backward(uae, ddp, images, taught, step, negative, config):
-    """The gradients of one update, a micro-batch at a time -> Stats, captions that are too long.
-
-    images: a rank's batch; taught: what `prepare_answers` returns, or None.
-    """
-    P = len(images['x'])
-    stats, cut = Stats(), 0
-    for _, rows, last in common.group_slices(P, 1, config.micro_batch):
-        flow, too_long = prepare(uae, config, images, rows, step, negative)
-        answers = None
-        if taught:
-            batch, count = taught
-            part = common.take(batch, rows)
-            answers = dict(seen=uae.see(part.pop('x')), **part, count=count)
-        with common.no_sync(ddp, last):
-            loss, nll = ddp(both_losses, flow, answers, 1 / P)
-            (loss + nll).backward()
-        stats.add_sum(loss=loss.detach(), caption_loss=nll.detach())
-        cut += too_long
-    return stats, cut
-
-
-def planned_loss(uae, tower, size, prompt_len, config):
-    """For --plan: the losses of `size` images, zeros in place of latents, prompt and tokens."""
-    latents = torch.zeros(size, *uae.latent_shape())
-    y = torch.zeros(size, config.caption_len, dtype=torch.long)
-    flow = flow_loss(uae, latents, y, torch.ones(y.shape), torch.zeros(size), latents)
-    if not config.train_encoder:
-        return flow
-    embedded = torch.zeros(size, prompt_len, uae.encoder.config.text_config.hidden_size)
-    positions = torch.zeros(3, size, prompt_len, dtype=torch.long)
-    states = uae.states_after(embedded, positions, y)[:, :-1]
-    return flow, token_logp(states, uae.head, y, 1.0, uae.forbidden)
-
-
-class Cuts:
-    """Counts captions that do not fit, and says so at the first one and at the end."""
-
-    def __init__(self, room, config, run):
-        self.room, self.config, self.run = room, config, run
-        self.so_far = 0
-
-    def add(self, cut, step):
-        """cut: of one step, all ranks together."""
-        told = self.so_far > 0
-        self.so_far += cut
-        now = cut and not told
-        end = self.so_far and step == self.config.steps - 1
-        if self.run.master and (now or end):
-            tqdm.write(f'warning: {self.so_far} captions so far do not fit the {self.room} tokens '
-                       f'that cond_len={self.config.cond_len} has for them, and were cut')
+        flow['drop'] = drop.to(uae.device)
+    return flow, lost
 
 
 def main(argv):
-    config = parse(keys, own_presets, argv, __file__)
+    config = parse(keys, own_presets, argv, __file__, limits)
     trained = ['projector', 'decoder']
     if config.train_encoder:
         trained.append('encoder')
-    if config.plan:
-        return plan(config, trained, planned_loss)
-    run = common.start(config)
-    common.per_rank('batch', config.batch, run.world)
+    run = ranks.start(config)
+    P = ranks.per_rank('batch', config.batch, run.world)
     start_step = checkpoint.open_out_dir(config, run)
-    checkpoint.watch_sigterm()
     train, gone, held_out = open_captioned(config, run, config.data_keys[1])
     teachers = train
     if config.train_encoder and config.answer_key != config.data_keys[1]:
         teachers, _, _ = open_captioned(config, run, config.answer_key)
     uae = checkpoint.open_uae(config, run.device, new_projector=True)
     params = uae.train_only(*trained)
-    ddp = common.parallel(uae, run)
-    optimiser = common.Optimiser(params, config, betas=(0.9, 0.99), weight_decay=0.01)
+    model = ranks.parallel(uae, run)
+    optimiser = Optimiser(params, config, betas=(0.9, 0.99), weight_decay=0.01)
     adamw = optimiser.adamw
     checkpoint.restore(config, optimiser)
     swap(adamw)                         # a checkpoint's models are the averaged ones
     log = Log(config, run)
-    evaluate = Evaluator(uae, held_out, config, run) if config.eval_every else None
-    room = config.cond_len - len(uae.before_text) - len(uae.after_text)
-    y, mask, _ = uae.tokens([config.negative_prompt], room + 1)
-    negative = dict(y=y[0], mask=mask[0])
-    cuts = Cuts(room, config, run)
+    evaluate = Evaluator(uae, held_out, config, run, log=log)
 
     for step in log.progress(start_step):
-        if evaluate:
-            with averaged(adamw):
-                evaluate.every(step)
+        with averaged(adamw):
+            evaluate.every(step)
         images = train.batch(config.seed, step, config.batch, run.rank, run.world)
-        taught = None
+        flow, lost = noised(uae, images, step, config)
+        answers = None
         if config.train_encoder and step % config.caption_every == 0:
-            examples = teachers.batch(config.seed, step, config.batch, run.rank, run.world)
-            taught = prepare_answers(uae, examples, run)
-        stats, cut = backward(uae, ddp, images, taught, step, negative, config)
+            taught = teachers.batch(config.seed, step, config.batch, run.rank, run.world)
+            y, mask, _ = uae.encoder.tokens(taught['captions'])
+            answers = dict(x=taught['x'], y=y, mask=mask)
+            said = ranks.total(sayable(uae.encoder, y, mask).sum(), run) / run.world
+
+        stats = Stats()
+        uae.train()                             # turns on the recomputation of activations
+        for _, rows, last in ranks.sample_slices(P, 1, config.micro_batch):
+            part = ranks.take(flow, rows)
+            if config.condition != 'text':
+                part['vision'] = uae.encoder.see(images['x'][rows])
+            answer = None
+            if answers:
+                answer = ranks.take(answers, rows)
+                answer.update(vision=uae.encoder.see(answer.pop('x')), count=said)
+            with ranks.no_sync(model, last):
+                # model(f, ...) is f(uae, ...): DistributedDataParallel sees the forward pass
+                loss, nll = model(both_losses, part, answer)
+                loss = loss * len(part['y']) / P        # the sum of the parts is the mean
+                (loss + nll).backward()
+            stats.add_sum(loss=loss.detach(), caption_loss=nll.detach())
         taken = optimiser.step(step)
+        uae.eval()
         if config.ema and not optimiser.bad_steps:
             average(adamw, config.ema)
-        cut = int(common.total(cut, run))
-        cuts.add(cut, step)
-        skipped = gone + int(common.total(len(train.skipped), run))
-        if held_out:
-            skipped += held_out['skipped']
-        log(step, **stats.reduce(run), **taken, truncated=cut, skipped=skipped)
+
+        lost = {name: int(ranks.total(count, run)) for name, count in lost.items()}
+        skipped = gone + count_skipped(train, held_out, run)
+        log(step, **stats.reduce(run), **taken, **lost, skipped=skipped)
         with averaged(adamw):
             checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
-    if evaluate:
-        with averaged(adamw):
-            evaluate.every(config.steps)
+    with averaged(adamw):
+        evaluate.every(config.steps)
 
 
 if __name__ == '__main__':

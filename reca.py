@@ -34,13 +34,12 @@ import sys
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import common
 from config import parse
 from data.images import open_data
-from evaluate import Evaluator
-from log import Log, Stats, caption_fields, count_skipped
-from tools.plan import plan
+from lib import checkpoint, ranks
+from lib.log import Log, Stats, caption_fields, count_skipped
+from lib.optimiser import Optimiser
+from lib.scores import Evaluator
 
 PHOTO_TEMPLATES = (
     'Describe the picture.|Say what is shown here, thing by thing.|'
@@ -58,10 +57,8 @@ TINY_TEMPLATES = (
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
     steps = 128,               # updates
-    batch = 48,                # images per update, all ranks together
+    batch = 48,                # images an update, all ranks together
     lr = 3e-4,
-    grad_clip = 1.0,           # largest gradient norm
-    patience = 5,              # updates in a row with a non-finite gradient that end the run
     warmup = 0,                # updates of linear warm-up
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
     lambda_t2i = 5.0,          # weight of the loss on the encoder's own greedy caption; 0 = none
@@ -79,191 +76,165 @@ own_presets = dict(
                 sigma_mean=0.0, sigma_std=1.0, see_resolution=224, templates=PHOTO_TEMPLATES),
     paper=dict(steps=1000, batch=96, lr=4e-5, warmup=10, lambda_t2i=1.0, t2i_target='image',
                sigma_mean=0.0, sigma_std=1.0, see_resolution=224, templates=PHOTO_TEMPLATES))
+limits = dict(
+    batch=(1, 1e6), t2i_target=('image', 'start'), states=('image', 'image+template'),
+    sigma_mean=(-100, 100), drop=(0, 0.999))
 # -------------------------------------------------------------------------------------------------
 
 
-def before_image(uae, template):
-    """Token ids of a user turn up to the image's first position; template '' = the image alone."""
-    content = [dict(type='image')]
-    if template:
-        content.insert(0, dict(type='text', text=template))
-    turn = dict(role='user', content=content)
-    text = uae.processor.apply_chat_template([turn], tokenize=False)
-    before, _ = text.split('<|image_pad|>')
-    return uae.tokenizer(before, add_special_tokens=False).input_ids
-
-
 @torch.no_grad()
-def image_states(uae, seen, before, states='image'):
+def image_states(encoder, vision, before, states='image'):
     """h_v: last-layer states of the frozen encoder, each image read after its own template.
 
-    seen: features (P, N, d), grid (P, 3). before: P lists of token ids. Returns (P, N, d), the
-    image's positions, or with 'image+template' (P, L, d), zero past an image's end. Rows are padded
-    on the right, where causality makes it harmless.
+    vision: of P images. before: P lists of token ids. Returns (P, N, d), the image's positions, or
+    with 'image+template' (P, L, d), zero past an image's end. Rows are padded on the right, where
+    causality makes it harmless.
     """
-    features, grid = seen
+    features = vision['features']
     P, N = features.shape[:2]
-    image = uae.encoder.config.image_token_id
     ends = torch.tensor([len(ids) + N for ids in before])
-    ids = torch.full((P, ends.max().item()), uae.tokenizer.pad_token_id)
+    ids = torch.full((P, ends.max().item()), encoder.tokenizer.pad_token_id)
     for row, template in zip(ids, before):
         row[:len(template)] = torch.tensor(template)
-        row[len(template):len(template) + N] = image
-    ids = ids.to(uae.device)
-    at_image = ids == image
-    with uae.autocast():
-        positions, _ = uae.encoder.model.get_rope_index(ids, mm_token_type_ids=at_image.int(),
-                                                        image_grid_thw=grid)
-        embedded = uae.embed(ids)
+        row[len(template):len(template) + N] = encoder.image_token
+    ids = ids.to(encoder.device)
+    at_image = ids == encoder.image_token
+    with encoder.autocast():
+        embedded = encoder.embed(ids)
         features = features.to(embedded.dtype)
         embedded = embedded.masked_scatter(at_image[..., None], features)
-        hidden = uae.language_model(inputs_embeds=embedded, position_ids=positions,
-                                    use_cache=False).last_hidden_state
+        hidden = encoder.run(embedded, encoder.positions(ids, vision))
     if states == 'image':
         return hidden[at_image].view(P, N, -1)
     inside = torch.arange(ids.shape[1]) < ends[:, None]
-    return hidden * inside[..., None].to(uae.device)
+    return hidden * inside[..., None].to(encoder.device)
 
 
-def see_small(uae, x, config):
-    """x (P, 3, R, R) -> uae.see of it at config.see_resolution."""
+def see_small(encoder, x, config):
+    """x (P, 3, R, R) -> what the encoder sees of it at config.see_resolution."""
     if config.see_resolution:
         size = (config.see_resolution, config.see_resolution)
         x = F.interpolate(x, size, mode='bicubic', antialias=True).clamp(-1, 1)
-    return uae.see(x)
+    return encoder.see(x)
 
 
 def text_velocity(uae, z, s, caption, drop):
-    """v_theta(z_s, s, c_y) (P, C, H, W). caption: y, mask, seen; drop (P,) bool: the negative
+    """v_theta(z_s, s, c_y) (P, C, H, W). caption: y, mask, vision; drop (P,) bool: the negative
     prompt instead."""
-    cond = uae.condition(*caption)
-    cond = torch.where(drop.view(-1, 1, 1), uae.negative(), cond)
-    return uae.velocity(z, s, cond)
+    c = uae.condition(**caption)
+    c = torch.where(drop.view(-1, 1, 1), uae.negative(), c)
+    return uae.decoder.velocity(z, s, c)
 
 
-def loss_of(uae, start, batch, caption, share, config):
-    """The whole loss of a micro-batch, and both its terms, detached.
+def both_losses(uae, z0, eps, s, drop, states, caption, start, config):
+    """L, mean over images, and both its terms, detached.
 
-    batch: z0, eps (P, C, H, W), s (P,), drop (P,) bool, states (P, L, d). caption: y, mask, seen,
-    or None. start: the model whose velocity is the captions' target, or None. share: world / images
-    of the step. Dropped conditions train the decoder alone.
+    z0, eps (P, C, H, W), s (P,), drop (P,) bool, states (P, L, d). caption: y, mask, vision, or
+    None. start: the model whose velocity is the captions' target, or None. Dropped conditions
+    train the decoder alone.
     """
-    z0, eps, s, drop = batch['z0'], batch['eps'], batch['s'], batch['drop']
     noise = s.view(-1, 1, 1, 1)
     z = (1 - noise) * z0 + noise * eps
     target = eps - z0
-    with uae.autocast():
-        c_v = uae.project(uae.pad(batch['states']))
+    c_v = uae.project(uae.pad(states))
     c_v = torch.where(drop.view(-1, 1, 1), uae.negative()[:, :config.cond_len], c_v)
-    f_v = (uae.velocity(z, s, c_v) - target).square().mean()
+    f_v = (uae.decoder.velocity(z, s, c_v) - target).square().mean()
     f_y = torch.zeros((), device=z.device)
     if caption:
         if start:
             with torch.no_grad():
                 target = text_velocity(start, z, s, caption, drop)
         f_y = (text_velocity(uae, z, s, caption, drop) - target).square().mean()
-    loss = (f_v + config.lambda_t2i * f_y) * len(z0) * share
-    return loss, f_v.detach(), f_y.detach()
+    return f_v + config.lambda_t2i * f_y, f_v.detach(), f_y.detach()
 
 
-def prepare(uae, config, x, index, step, templates):
-    """Images x (P, 3, R, R) at positions `index` of the global batch -> the batch and the caption
-    of `loss_of`; all randomness addressed by (seed, step, image). templates: lists of token ids."""
-    choice = common.uniform((), index, config.seed, 'template', step) * len(templates)
+@torch.no_grad()
+def noised(uae, images, step, templates, config):
+    """Images of a rank's batch -> the arguments z0, eps, s, drop, states of `both_losses`.
+
+    All randomness is addressed by (seed, step, image). templates: lists of token ids.
+    """
+    x, index = images['x'].to(uae.device), images['index']
+    choice = ranks.uniform((), index, config.seed, 'template', step) * len(templates)
     before = [templates[i] for i in choice.long().tolist()]
-    sigma = common.normal((), index, config.seed, 'sigma', step)
-    eps = common.normal(uae.latent_shape(), index, config.seed, 'eps', step)
-    drop = common.uniform((), index, config.seed, 'drop', step) < config.drop
+    sigma = ranks.normal((), index, config.seed, 'sigma', step)
+    eps = ranks.normal(uae.decoder.latent_shape(), index, config.seed, 'eps', step)
+    drop = ranks.uniform((), index, config.seed, 'drop', step) < config.drop
     s = torch.sigmoid(config.sigma_mean + config.sigma_std * sigma)
-    batch = dict(z0=uae.to_latent(x), eps=eps.to(uae.device), s=s.to(uae.device),
-                 drop=drop.to(uae.device),
-                 states=image_states(uae, see_small(uae, x, config), before, config.states))
-    if not config.lambda_t2i:
-        return batch, None
-    seen = uae.see(x)
-    y, mask, _ = uae.sample_captions(seen, 1, 0.0)
-    return batch, (y, mask, seen)
+    vision = see_small(uae.encoder, x, config)
+    return dict(z0=uae.decoder.to_latent(x), eps=eps.to(uae.device), s=s.to(uae.device),
+                drop=drop.to(uae.device),
+                states=image_states(uae.encoder, vision, before, config.states))
 
 
-def planned_loss(uae, tower, size, prompt_len, config):
-    """For --plan: the loss of `size` images, zeros in place of latents, states and tokens."""
-    latents = torch.zeros(size, *uae.latent_shape())
-    states = torch.zeros(size, config.cond_len, uae.projector.up.in_features)
-    batch = dict(z0=latents, eps=latents, states=states, s=torch.zeros(size),
-                 drop=torch.zeros(size, dtype=torch.bool))
-    caption = None
-    if config.lambda_t2i:
-        y = torch.zeros(size, config.caption_len, dtype=torch.long)
-        caption = (y, torch.ones(y.shape), None)
-    return loss_of(uae, None, batch, caption, 1.0, config)[0]
-
-
-def read_templates(uae, config):
-    """The keys `template` and `templates` -> lists of token ids."""
+def read_templates(encoder, config):
+    """The keys `template` and `templates` -> lists of token ids, up to an image's first position."""
     texts = ['']
     if config.template:
         texts = [text.strip() for text in config.templates.split('|') if text.strip()]
     if not texts:
         raise SystemExit("--templates is empty: give some with '|' between them, or "
                          '--template=False')
-    return [before_image(uae, text) for text in texts]
-
-
-def check_keys(config):
-    for key, known in dict(states=('image', 'image+template'),
-                           t2i_target=('image', 'start')).items():
-        if getattr(config, key) not in known:
-            raise SystemExit(f'--{key}: expected one of {" ".join(known)}, '
-                             f'got {getattr(config, key)!r}')
-    if not 0 <= config.see_resolution <= config.resolution:
-        raise SystemExit(f'--see_resolution={config.see_resolution}: between 1 and '
-                         f'resolution={config.resolution}, or 0 for the full one')
+    return [encoder.around_image(text, answer=False)[0] for text in texts]
 
 
 def main(argv):
-    config = parse(keys, own_presets, argv, __file__)
-    check_keys(config)
-    if config.plan:
-        return plan(config, ['projector', 'decoder'], planned_loss)
-    run = common.start(config)
-    P = common.per_rank('batch', config.batch, run.world)
+    config = parse(keys, own_presets, argv, __file__, limits)
+    if config.see_resolution > config.resolution:
+        raise SystemExit(f'--see_resolution={config.see_resolution}: between 1 and '
+                         f'resolution={config.resolution}, or 0 for the full one')
+    run = ranks.start(config)
+    P = ranks.per_rank('batch', config.batch, run.world)
     start_step = checkpoint.open_out_dir(config, run)
-    checkpoint.watch_sigterm()
     train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
-    templates = read_templates(uae, config)
-    example = see_small(uae, held_out['x'][:1].to(run.device), config)
-    room = image_states(uae, example, [max(templates, key=len)], config.states).shape[1]
+    templates = read_templates(uae.encoder, config)
+    example = see_small(uae.encoder, held_out['x'][:1].to(run.device), config)
+    longest = max(templates, key=len)
+    room = image_states(uae.encoder, example, [longest], config.states).shape[1]
     if room > config.cond_len:
         raise SystemExit(f'the states of template and image are {room}, cond_len is '
                          f'{config.cond_len}: lower --see_resolution, or shorten --templates')
     params = uae.train_only('projector', 'decoder')
     start = None
     if config.lambda_t2i and config.t2i_target == 'start':
-        start = checkpoint.stage_start(uae, ['projector', 'decoder'], config)
-    ddp = common.parallel(uae, run)
-    optimiser = common.Optimiser(params, config, betas=(0.9, 0.99))
+        start = checkpoint.open_reference(uae, ['projector', 'decoder'], config)
+    model = ranks.parallel(uae, run)
+    optimiser = Optimiser(params, config, betas=(0.9, 0.99))
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, log=log)
 
     for step in log.progress(start_step):
         evaluate.every(step)
-        source = train.batch(config.seed, step, config.batch, run.rank, run.world)
+        images = train.batch(config.seed, step, config.batch, run.rank, run.world)
+        flow = noised(uae, images, step, templates, config)
+        vision = uae.encoder.see(images['x'].to(run.device))
+        y = mask = torch.zeros(0, config.caption_len)
+        if config.lambda_t2i:
+            y, mask, _ = uae.encoder.sample(vision, temperature=0.0)
+
         stats = Stats()
-        captions = [torch.zeros(0, config.caption_len, dtype=torch.bool)]
-        for _, rows, last in common.group_slices(P, 1, config.micro_batch):
-            x = source['x'][rows].to(run.device)
-            batch, caption = prepare(uae, config, x, source['index'][rows], step, templates)
-            with common.no_sync(ddp, last):
-                loss, f_v, f_y = ddp(loss_of, start, batch, caption, 1 / P, config)
+        uae.train()                             # turns on the recomputation of activations
+        for _, rows, last in ranks.sample_slices(P, 1, config.micro_batch):
+            part = ranks.take(flow, rows)
+            caption = None
+            if config.lambda_t2i:
+                caption = dict(y=y[rows], mask=mask[rows], vision=ranks.take(vision, rows))
+            with ranks.no_sync(model, last):
+                # model(f, ...) is f(uae, ...): DistributedDataParallel sees the forward pass
+                loss, f_v, f_y = model(both_losses, **part, caption=caption, start=start,
+                                       config=config)
+                loss = loss * len(part['z0']) / P       # the sum of the parts is the mean
                 loss.backward()
             stats.add_sum(loss=loss.detach())
-            stats.add_mean(len(x), flow_image=f_v, flow_text=f_y)
-            if caption:
-                captions.append(uae.spoken(*caption[:2]).cpu())
+            stats.add_mean(len(part['z0']), flow_image=f_v, flow_text=f_y)
         taken = optimiser.step(step)
-        log(step, **stats.reduce(run), **taken, **caption_fields(torch.cat(captions), run),
+        uae.eval()
+
+        words = uae.encoder.words(y, mask)
+        log(step, **stats.reduce(run), **taken,
+            **caption_fields(words, uae.encoder.text_room, run),
             skipped=count_skipped(train, held_out, run))
         checkpoint.maybe_save(config, run, step + 1, uae, optimiser)
     evaluate.every(config.steps)

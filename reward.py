@@ -8,12 +8,13 @@ import argparse
 import json
 import math
 import os
+import runpy
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
+from lib.files import load
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
@@ -121,6 +122,12 @@ class Backbone(nn.Module):
                 f = out.pooler_output.flatten(1)
         return F.normalize(f.float(), dim=-1)
 
+    def reward(self, x, x_hat, captions=None):
+        """R_i = cos(f_I(x_i), f_I(x_hat_i)): (B,); see `clip_reward`."""
+        with torch.no_grad():
+            f = self.features(x).repeat_interleave(len(x_hat) // len(x), 0)
+        return (f * self.features(x_hat)).sum(-1)
+
 
 def describe(name, config):
     """A backbone's library, its hub id or folder, and its preprocessing if that is known."""
@@ -142,31 +149,54 @@ def backbone(name, config, device='cpu', source=''):
     return Backbone(library, tower, pre).to(device)
 
 
-class Mixture(nn.Module):
-    """A weighted sum of rewards, sum_k w_k cos(f_k(x), f_k(x_hat)), as one tower.
+class Function(nn.Module):
+    """A reward of one's own, FILE.py:NAME: a function (captions, x, x_hat) -> (B,)."""
 
-    The features are those of all towers side by side, each times the root of its weight.
-    """
-
-    def __init__(self, towers, weights):
+    def __init__(self, source):
         super().__init__()
-        self.towers = nn.ModuleList(towers)
-        self.weights = weights
+        path, _, name = source.rpartition(':')
+        try:
+            self.function = runpy.run_path(path)[name]
+        except (OSError, KeyError) as error:
+            raise SystemExit(f'--reward={source}: expected FILE.py:FUNCTION ({error!r})')
 
-    def features(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> (B, sum of the towers' d)."""
-        parts = [math.sqrt(w) * tower.features(x) for w, tower in zip(self.weights, self.towers)]
-        return torch.cat(parts, -1)
+    def reward(self, x, x_hat, captions):
+        r = self.function(captions, x.repeat_interleave(len(x_hat) // len(x), 0), x_hat)
+        if r.shape != (len(x_hat),):
+            raise SystemExit(f'--reward: expected one number for each of {len(x_hat)} images, got '
+                             f'the shape {tuple(r.shape)}')
+        return r.float()
+
+
+class Reward(nn.Module):
+    """The key `reward`: a weighted sum of rewards, parts {name: (weight, tower)}."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.weights = {name: weight for name, (weight, _) in parts.items()}
+        self.towers = nn.ModuleList(tower for _, tower in parts.values())
+
+    def reward(self, x, x_hat, captions):
+        terms = zip(self.weights.values(), self.towers)
+        return sum(weight * tower.reward(x, x_hat, captions) for weight, tower in terms)
+
+    def part(self, name):
+        """The tower of that name, None if it is not in the sum."""
+        return dict(zip(self.weights, self.towers)).get(name)
 
 
 def reward_parts(config):
     """The key `reward`, NAME or NAME:WEIGHT,NAME:WEIGHT -> {name: weight}.
 
-    Refuses the judge's own tower: it would judge itself.
+    A name is one of BACKBONES, or FILE.py:FUNCTION. Refuses the judge's own tower: it would judge
+    itself.
     """
     parts = {}
     for word in config.reward.split(','):
         name, _, weight = word.strip().partition(':')
+        if name.endswith('.py'):
+            function, _, weight = weight.partition(':')
+            name = f'{name}:{function}'
         try:
             value = float(weight or 1)
         except ValueError:
@@ -175,19 +205,22 @@ def reward_parts(config):
             raise SystemExit(f'--reward={config.reward}: expected NAME or NAME:WEIGHT,NAME:WEIGHT '
                              'with positive weights, for example clip:0.7,dinov2:0.3')
         parts[name] = value
-        if name != 'judge' and describe(name, config)[1] == config.judge:
+        judged = '.py:' not in name and name != 'judge' and config.judge
+        if judged and describe(name, config)[1] == config.judge:
             raise SystemExit(f'--reward={config.reward}: {name} is the judge too ({config.judge}), '
                              'which must be a tower that was not the reward: name another --judge')
     return parts
 
 
-def reward_tower(config, device='cpu'):
-    """The tower of the key `reward`, or the weighted sum of several."""
-    parts = reward_parts(config)
-    towers = [backbone(name, config, device) for name in parts]
-    if len(towers) == 1:
-        return towers[0]
-    return Mixture(towers, list(parts.values()))
+def reward_tower(config, device='cpu', open_one=backbone):
+    """The `Reward` of the key `reward`; open_one(name, config, device) opens a tower."""
+    parts = {}
+    for name, weight in reward_parts(config).items():
+        if '.py:' in name:
+            parts[name] = weight, Function(name)
+        else:
+            parts[name] = weight, open_one(name, config, device)
+    return Reward(parts)
 
 
 def load_open_clip(source):
@@ -221,7 +254,7 @@ def clip_preprocessing(tower):
 def load_transformers(source):
     """An image tower of transformers, all of whose weights are there."""
     from transformers import AutoModel
-    tower, info = common.load(AutoModel, source, dtype=torch.float32, output_loading_info=True)
+    tower, info = load(AutoModel, source, dtype=torch.float32, output_loading_info=True)
     # transformers goes on with random weights; a ViT's pooler is often absent, and never used
     absent = sorted(key for key in info['missing_keys'] if 'pooler' not in key)
     if absent:
@@ -243,18 +276,17 @@ def find_preprocessing(source):
 _default = []                                    # the tiny CLIP, once loaded
 
 
-def clip_reward(x, x_hat, tower=None):
+def clip_reward(x, x_hat, tower=None, captions=None):
     """R_i = cos(f_I(x_i), f_I(x_hat_i)), the one objective of the method.
 
     x, x_hat (B, 3, H, W) in [-1, 1] -> (B,) in [-1, 1]; differentiable in x_hat, x is a constant.
-    x may be the P images of B = P*G reconstructions in contiguous groups. tower: a Backbone; None =
-    the tiny CLIP of the embedded world.
+    x may be the P images of B = P*G reconstructions in contiguous groups. tower: a Reward or a
+    Backbone; None = the tiny CLIP of the embedded world. captions, of the reconstructions: for
+    rewards of one's own.
     """
     if tower is None:
         if not _default:
             tiny = argparse.Namespace(clip='local-dir:data/shapes/base/clip')
             _default.append(backbone('clip', tiny))
         tower = _default[0].to(x_hat.device)
-    with torch.no_grad():
-        f = tower.features(x).repeat_interleave(len(x_hat) // len(x), 0)
-    return (f * tower.features(x_hat)).sum(-1)
+    return tower.reward(x, x_hat, captions)

@@ -23,11 +23,12 @@ import zlib
 import torch
 from tqdm import tqdm
 
-import common
-from checkpoint import open_uae
+from lib import ranks
+from lib.files import write_atomic, write_lines
+from lib.checkpoint import open_uae
 from config import parse
 from data.images import ImageError, open_images, save_image
-from evaluate import draw_captions, reconstruct
+from lib.scores import draw_captions, images_at_once, reconstruct, warn_of_losses
 from tools.export import export
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -35,19 +36,17 @@ keys = dict(
     image = '',                # an image file, a folder, or a manifest
     prompt = '',               # a text to draw
     export = '',               # a new folder for the checkpoint in plain form
-    batch = 8,                 # images at a time on a rank
     draw = True,               # also draw each caption; False = captions only
+    temperature = 0.0,         # of the captions; 0 = greedy
 )
-own_presets = dict(release=dict(batch=1))       # what is drawn together is padded together
+own_presets = dict(release=dict(temperature=0.7))
 # -------------------------------------------------------------------------------------------------
 
 
 def from_prompt(uae, config):
     """Draws config.prompt into out_dir/prompt.png."""
-    y, mask, cut = uae.tokens([config.prompt])
-    if cut:
-        most = config.caption_len - 1
-        print(f'warning: the prompt has more than caption_len - 1 = {most} tokens and was cut')
+    y, mask, lost = uae.encoder.tokens([config.prompt])
+    warn_of_losses('the prompt', lost, config)
     x_hat = draw_captions(uae, y, mask, rows=[config.seed])
     path = f'{config.out_dir}/prompt.png'
     save_image(x_hat[0].clamp(-1, 1), path)
@@ -62,7 +61,7 @@ def already_captioned(path, run):
         lines = f.readlines()
     whole = [line for line in lines if line.endswith('\n')]
     if run.master and whole != lines:
-        common.write_atomic(path, lambda tmp: common.write_lines(tmp, whole))
+        write_atomic(path, lambda tmp: write_lines(tmp, whole))
     try:
         return {json.loads(line)['image'] for line in whole}
     except (ValueError, TypeError, KeyError) as e:
@@ -87,7 +86,7 @@ def from_images(uae, config, run):
     todo = [i for i, file in enumerate(files) if file not in done]
     pictures = picture_files(images.names, config.out_dir)
 
-    at_once = config.batch * run.world
+    at_once = images_at_once(config) * run.world
     quiet = len(todo) < 2 or not run.master
     captions = {}
     for start in tqdm(range(0, len(todo), at_once), desc='sample', disable=quiet):
@@ -96,14 +95,14 @@ def from_images(uae, config, run):
         lines = []
         for i, text in captions.items():
             lines.append((i, json.dumps(dict(image=files[i], caption=text)) + '\n'))
-        lines = common.gather_objects(lines, run)
+        lines = ranks.gather_objects(lines, run)
         if run.master:
             with open(path, 'a') as f:
                 f.writelines(line for _, line in sorted(lines))
 
     if len(files) == 1 and captions:
         print(captions[0])
-    skipped = common.total(len(images.skipped), run)
+    skipped = ranks.total(len(images.skipped), run)
     if run.master:
         more = len(todo) - skipped
         ending = f', {skipped:.0f} images skipped' if skipped else ''
@@ -135,7 +134,7 @@ def caption_batch(uae, config, images, wanted, pictures):
         return {}
     x = torch.stack(list(found.values())).to(uae.device)
     rows = [config.seed << 32 | zlib.crc32(images.names[i].encode()) for i in found]
-    texts, _, x_hat = reconstruct(uae, x, rows, config.eval_temperature, config.draw)
+    texts, _, x_hat = reconstruct(uae, x, rows, config.temperature, config.draw)
     if config.draw:
         side_by_side = torch.cat([x, x_hat], 3).clamp(-1, 1)
         for i, pair in zip(found, side_by_side):
@@ -158,12 +157,10 @@ def main(argv):
     if (config.image, config.prompt, config.export).count('') != 2:
         raise SystemExit('give one of --image=FILE_OR_FOLDER, --prompt=TEXT and '
                          '--export=NEW_FOLDER')
-    if config.batch < 1:
-        raise SystemExit(f'--batch={config.batch}: at least 1')
     if config.export and os.path.exists(config.export):
         if not os.path.isdir(config.export) or os.listdir(config.export):
             raise SystemExit(f'--export={config.export} is there already and not an empty folder')
-    run = common.start(config)
+    run = ranks.start(config)
     if run.world > 1 and not config.image:
         raise SystemExit('several ranks are for --image; --prompt and --export take one')
     # captions need no projector: photos can be captioned before any training

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import common
+from lib.files import load
 from bench.prompts import CLASSES, COLOURS
 
 # mmdetection's normalisation of pixels in [0, 255]
@@ -26,7 +26,7 @@ GREY = (153, 153, 153)                       # around an object whose colour is 
 # --- objects -----------------------------------------------------------------------------------
 def open_detector(config, device):
     from transformers import Mask2FormerForUniversalSegmentation
-    model = common.load(Mask2FormerForUniversalSegmentation, config.detector).eval().to(device)
+    model = load(Mask2FormerForUniversalSegmentation, config.detector).eval().to(device)
     names = model.config.id2label
     fits = len(names) == len(CLASSES)
     if fits:                                 # some of the names between are spelt otherwise

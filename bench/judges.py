@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import common
+from lib.files import load
 from bench.prompts import read_lines
 from data.shapes import scenes as world
 
@@ -95,9 +95,9 @@ def shapes_objects(image, meta):
 def local_vlm(config, device):
     """-> vqa(image, question) -> str, greedy."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    processor = common.load(AutoProcessor, config.vqa)
+    processor = load(AutoProcessor, config.vqa)
     dtype = getattr(torch, config.dtype)
-    model = common.load(AutoModelForImageTextToText, config.vqa, dtype=dtype).eval().to(device)
+    model = load(AutoModelForImageTextToText, config.vqa, dtype=dtype).eval().to(device)
 
     @torch.no_grad()
     def vqa(image, question):

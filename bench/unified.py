@@ -13,17 +13,18 @@ import statistics
 
 from tqdm import tqdm
 
-import common
-from checkpoint import find_checkpoint, open_uae
+from lib import ranks
+from lib.files import write_json
+from lib.checkpoint import find_checkpoint, open_uae
 from data.images import image_files, load_picture, save_image
-from evaluate import draw_captions, reconstruct
+from lib.scores import draw_captions, reconstruct, warn_of_losses
 from reward import backbone, clip_reward
 
 # what the images in an out_dir depend on
 CLAIMED = (
     'encoder', 'decoder', 'lora_rank', 'captions', 'resolution', 'caption_prompt', 'caption_len',
-    'negative_prompt', 'condition', 'text_encoder', 'cond_len', 'guidance', 'eval_steps',
-    'eval_temperature', 'dtype', 'seed')
+    'negative_prompt', 'condition', 'text_encoder', 'cond_len', 'guidance', 'eval_denoise_steps',
+    'temperature', 'dtype', 'seed')
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -105,9 +106,9 @@ def claim_folder(config, run):
         if old != new:
             raise SystemExit(f'{config.out_dir} holds images made with {key}={old!r}, '
                              f'this run has {new!r}: give --out_dir=ELSEWHERE')
-    common.barrier(run)                         # nobody writes before everybody has read
+    ranks.barrier(run)                         # nobody writes before everybody has read
     if run.master:
-        common.write_json(str(path), mine, indent=2)
+        write_json(str(path), mine, indent=2)
 
 
 def rebuild(config, run, references):
@@ -136,14 +137,14 @@ def rebuild(config, run, references):
             x = load_picture(references[name], area).to(uae.device)
             seed = (config.seed + k,)
             if given is None:
-                texts, _, x_hat = reconstruct(uae, x, [i], config.eval_temperature, seed=seed)
+                texts, _, x_hat = reconstruct(uae, x, [i], config.temperature, seed=seed)
                 text = texts[0]
             else:
                 text = given[name]
                 x_hat = draw_given(uae, text, x, i, seed, name)
-            common.write_json(note, text, indent=2)
+            write_json(note, text, indent=2)
             save_image(x_hat[0], image_file)
-        common.barrier(run)                     # all have drawn
+        ranks.barrier(run)                     # all have drawn
         captions = {}
         for name in names:
             captions[name] = json.loads(pathlib.Path(notes, f'{name}.json').read_text())
@@ -153,15 +154,12 @@ def rebuild(config, run, references):
 
 def draw_given(uae, text, x, row, seed, name):
     """Draws somebody else's caption of x (1, 3, H, W), the image called `name` -> (1, 3, R, R)."""
-    y, mask, cut = uae.tokens([text])
-    if cut:
-        most = uae.config.caption_len - 1
-        print(f'warning: the caption of {name} has more than caption_len - 1 = {most} tokens '
-              'and was cut')
-    seen = None
+    y, mask, lost = uae.encoder.tokens([text])
+    warn_of_losses(f'the caption of {name}', lost, uae.config)
+    vision = None
     if uae.config.condition != 'text':                # the decoder is shown the image as well
-        seen = uae.see(x)
-    return draw_captions(uae, y, mask, [row], seen, seed)
+        vision = uae.encoder.see(x)
+    return draw_captions(uae, y, mask, [row], vision, seed)
 
 
 # --- scores --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import common
+from lib.files import write_atomic
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tiff', '.tif', '.gif')
 MANIFESTS = ('.json', '.jsonl', '.jsonlines')
@@ -518,4 +518,4 @@ def save_image(x, path):
     kind = Image.registered_extensions()[suffix]
     options = dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True)).get(kind, {})
     image = Image.fromarray(pixels)
-    common.write_atomic(path, lambda temporary: image.save(temporary, kind, **options))
+    write_atomic(path, lambda temporary: image.save(temporary, kind, **options))

@@ -48,11 +48,11 @@ def hub_weights(uae):
     A loaded model's save_pretrained repeats the names of the file that it came from.
     """
     weights = {}
-    for key, tensor in uae.encoder.state_dict().items():
+    for key, tensor in uae.encoder.vlm.state_dict().items():
         for ours, theirs in HUB_NAMES.items():
             key = key.replace(ours, theirs)
         weights[key] = tensor
-    if uae.head.weight is uae.embed.weight:
+    if uae.encoder.head.weight is uae.encoder.embed.weight:
         del weights['lm_head.weight']
     return weights
 
@@ -75,7 +75,7 @@ def export_text_encoder(uae, folder, config):
     A copy, made before anything is merged: with LoRA the two share the weights below the adapters.
     """
     from huggingface_hub import save_torch_state_dict
-    text_encoder = copy.deepcopy(uae.text_encoder)
+    text_encoder = copy.deepcopy(uae.encoder.text_encoder)
     merge_lora(text_encoder)
     text_encoder.to(getattr(torch, config.dtype))
     os.makedirs(folder)
@@ -89,9 +89,9 @@ def export(uae, config):
     tmp = f'{folder}.tmp'
     shutil.rmtree(tmp, ignore_errors=True)
     os.makedirs(f'{tmp}/decoder')
-    if uae.text_encoder:
+    if uae.encoder.text_encoder:
         export_text_encoder(uae, f'{tmp}/decoder/text_encoder', config)
-    for tower in (uae.encoder, uae.decoder):
+    for tower in (uae.encoder.vlm, uae.decoder.transformer):
         merge_lora(tower)
         tower.to(getattr(torch, config.dtype))
     save_torch_state_dict(hub_weights(uae), tmp, max_shard_size='4GB')
@@ -104,7 +104,7 @@ def export(uae, config):
         shutil.copyfile(path, f'{tmp}/{name}')
     write_config(f'{tmp}/config.json', config.dtype)
 
-    uae.decoder.save_pretrained(f'{tmp}/decoder/transformer', max_shard_size='4GB')
+    uae.decoder.transformer.save_pretrained(f'{tmp}/decoder/transformer', max_shard_size='4GB')
     # in the folder above, vLLM would take it for Qwen's
     save_file(uae.projector.state_dict(), f'{tmp}/decoder/projector.safetensors')
     os.replace(tmp, folder)

@@ -23,14 +23,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, ROOT)
 os.chdir(ROOT)
 import cold_start
-import common
+from lib import ranks
+from lib.files import write_atomic, write_json, write_lines
 import grpo_decoder
 import grpo_encoder
-from checkpoint import open_uae
+from lib.checkpoint import open_uae
 from config import parse
 from data.images import open_data
 from data.shapes import scenes as world
-from evaluate import Evaluator, draw_captions, reconstruct
+from lib.scores import Evaluator, draw_captions, reconstruct
 from reward import clip_reward
 from tools.report import write_report
 
@@ -83,7 +84,7 @@ def score(name, init_from, config, held):
     path = f'{config.out_dir}/{name}.final.json'
     if not os.path.exists(path):
         result = evaluate_checkpoint(init_from, held, is_base=name == 'base')
-        common.write_json(path, result, indent=None)
+        write_json(path, result, indent=None)
     with open(path) as f:
         return json.load(f)
 
@@ -92,7 +93,7 @@ def evaluate_checkpoint(init_from, held, is_base):
     """-> summary, captions, some images and seconds; of the base also `limits`."""
     start = time.time()
     config = parse({}, {}, [f'--init_from={init_from}'], 'eval_unified.py')
-    run = common.start(config)
+    run = ranks.start(config)
     uae = open_uae(config, run.device)
     evaluate = Evaluator(uae, held, config, run)
     summary, records = evaluate()
@@ -120,7 +121,7 @@ def limits(uae, towers, held):
     scenes = held['scenes']
     x = held['x'].to(uae.device)
     rows = list(range(len(x)))
-    x_hat = uae.to_image(uae.to_latent(x)).clamp(-1, 1)
+    x_hat = uae.decoder.to_image(uae.decoder.to_latent(x)).clamp(-1, 1)
     ceiling = {}
     for name, tower in towers.items():
         ceiling[name] = clip_reward(x, x_hat, tower).mean().item()
@@ -128,8 +129,8 @@ def limits(uae, towers, held):
     ceiling['t2i'] = world.t2i(x_hat.cpu(), scenes)
 
     others = scenes[1:] + scenes[:1]
-    y, mask, _ = uae.tokens([world.caption(scene) for scene in others])
-    drawn = draw_captions(uae, y, mask, rows, uae.see(x))
+    y, mask, _ = uae.encoder.tokens([world.caption(scene) for scene in others])
+    drawn = draw_captions(uae, y, mask, rows, uae.encoder.see(x))
     floor = dict(t2i=world.t2i(drawn.cpu(), scenes))
 
     texts, _, _ = reconstruct(uae, x, rows, 0.5, drawn=False)
@@ -267,7 +268,7 @@ def run_all(config, held):
 
 def main(argv):
     config = parse(keys, {}, argv, __file__)
-    run = common.start(config)
+    run = ranks.start(config)
     config.eval_images = config.scenes
     os.makedirs(config.out_dir, exist_ok=True)
     _, held = open_data(config, run)
@@ -282,12 +283,12 @@ def main(argv):
         ceiling=base['ceiling'], floor=base['floor'], controls=controls, history=history,
         seconds={name: round(value, 1) for name, value in seconds.items()},
         seed=config.seed, versions=versions())
-    common.write_json(f'{config.out_dir}/report.json', report)
+    write_json(f'{config.out_dir}/report.json', report)
 
     total = sum(seconds.values())
     summary = f'seed {config.seed}, {total:.0f} seconds, {len(held["x"])} held-out scenes'
     text = f'{table(report)}\n\n{summary}\n'
-    common.write_atomic(f'{config.out_dir}/report.md', lambda tmp: common.write_lines(tmp, [text]))
+    write_atomic(f'{config.out_dir}/report.md', lambda tmp: write_lines(tmp, [text]))
     plot_curves(history, f'{config.out_dir}/curves.png')
     before_after(held, base, results['grpo_decoder'], f'{config.out_dir}/before_after.png')
     write_report([config.out_dir], f'{config.out_dir}/report.html')

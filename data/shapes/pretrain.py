@@ -287,24 +287,24 @@ def few(text, most, rng):
 
 def pretrain_encoder(config, avoid):
     """Full captions first (without most_phrases): all that the captioner can know of a scene."""
-    from checkpoint import open_uae
+    from lib.checkpoint import open_uae
     torch.manual_seed(config.seed + 3)
     rng = np.random.default_rng(config.seed + 3)
     new_models(config)
     uae = open_uae(config)
-    params = list(uae.encoder.parameters())
+    params = list(uae.encoder.vlm.parameters())
     for p in params:
         p.requires_grad_(True)
 
     def loss_fn():
         scenes = fresh_scenes(rng, 64, avoid)
         captions = [few(world.caption(scene), config.most_phrases, rng) for scene in scenes]
-        y, mask, _ = uae.tokens(captions)
-        logp = uae.caption_logp(uae.see(pixels(scenes)), y)
+        y, mask, _ = uae.encoder.tokens(captions)
+        logp = uae.encoder.logp(uae.encoder.see(pixels(scenes)), y)
         return -(logp * mask).sum() / mask.sum(), {}
 
     train('encoder', params, config.encoder_steps, 3e-3, loss_fn)
-    uae.encoder.save_pretrained(f'{config.out_dir}/encoder')
+    uae.encoder.vlm.save_pretrained(f'{config.out_dir}/encoder')
 
 
 def brief(scene, rng):

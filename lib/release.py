@@ -14,7 +14,7 @@ import re
 import torch
 from safetensors import SafetensorError, safe_open
 
-import common
+from lib.files import load
 
 DEFAULT_SCALE = 2.0     # alpha / rank of adapters without a configuration: the release's 64 / 32
 
@@ -118,9 +118,9 @@ def load_release(folder, dtype):
         if not os.path.isdir(f'{folder}/{part}'):
             raise SystemExit(f'--init_from=uae:{folder}: no folder {part} in it (llm, dit and, if '
                              'there, llm_lora, dit_lora, llm_processor are read)')
-    encoder, llm = common.load(Qwen2_5_VLForConditionalGeneration, f'{folder}/llm', dtype=dtype,
+    encoder, llm = load(Qwen2_5_VLForConditionalGeneration, f'{folder}/llm', dtype=dtype,
                                output_loading_info=True)
-    decoder, dit = common.load(SD3Transformer2DModel, f'{folder}/dit', torch_dtype=dtype,
+    decoder, dit = load(SD3Transformer2DModel, f'{folder}/dit', torch_dtype=dtype,
                                output_loading_info=True)
     extra = [k for k in llm['unexpected_keys']
              if not released_key(k)[0].startswith('projector.')]

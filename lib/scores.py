@@ -10,9 +10,28 @@ import json
 import torch
 from tqdm import tqdm
 
-import common
-import watch
+from lib import ranks, watch
 from reward import backbone, clip_reward, reward_tower
+
+
+
+def images_at_once(config):
+    """How many images are captioned and drawn together; what draws them goes by micro_batch.
+
+    With cond_len 0 one by one: what is drawn together is padded together.
+    """
+    if not config.cond_len:
+        return 1
+    return 64
+
+
+def warn_of_losses(what, lost, config):
+    """One line for what a text loses on its way to tokens; lost: see `Encoder.tokens`."""
+    if lost.get('cut'):
+        print(f'warning: of {what} {lost["cut"]} longer than caption_len - 1 = '
+              f'{config.caption_len - 1} tokens, cut there')
+    if lost.get('unknown'):
+        print(f'warning: of {what} {lost["unknown"]} words are not in the tokenizer')
 
 
 @torch.no_grad()
@@ -22,23 +41,22 @@ def reconstruct(uae, x, rows, temperature=0.0, drawn=True, seed=()):
     rows: the n images' indices; they and `seed`, a tuple, decide all randomness. Temperature 0 is
     greedy. x_hat is None if not `drawn`.
     """
-    seen = uae.see(x)
-    uniforms = common.uniform((uae.config.caption_len,), rows, 'eval', 'token', *seed)
-    y, mask, _ = uae.sample_captions(seen, 1, temperature, uniforms.to(uae.device))
-    lengths = ((y != uae.end) * mask).sum(1)                 # the end token does not count
+    vision = uae.encoder.see(x)
+    uniforms = ranks.uniform((uae.config.caption_len,), rows, 'eval', 'token', *seed)
+    y, mask, _ = uae.encoder.sample(vision, 1, temperature, uniforms.to(uae.device))
+    lengths = uae.encoder.words(y, mask).sum(1)
     x_hat = None
     if drawn:
-        x_hat = draw_captions(uae, y, mask, rows, seen, seed)
-    return uae.texts(y, mask), lengths, x_hat
+        x_hat = draw_captions(uae, y, mask, rows, vision, seed)
+    return uae.encoder.texts(y, mask), lengths, x_hat
 
 
 @torch.no_grad()
-def draw_captions(uae, y, mask, rows, seen=None, seed=()):
+def draw_captions(uae, y, mask, rows, vision=None, seed=()):
     """Captions y, mask (n, T) -> images (n, 3, R, R); the same start noise as in `reconstruct`."""
-    z = common.normal(uae.latent_shape(), rows, 'eval', 'start', *seed).to(uae.device)
-    cond = uae.condition(y, mask, seen)
-    z = uae.draw(z, cond, uae.config.eval_steps)
-    return uae.to_image(z).clamp(-1, 1)
+    z = ranks.normal(uae.decoder.latent_shape(), rows, 'eval', 'start', *seed).to(uae.device)
+    c = uae.condition(y, mask, vision)
+    return uae.draw(z, c, uae.config.eval_denoise_steps).clamp(-1, 1)
 
 
 class Evaluator:
@@ -46,17 +64,22 @@ class Evaluator:
 
     held: the images, from data.images.open_data. towers: of 'reward' and 'judge' those that are
     loaded already, for example {'reward': tower}; the others are loaded here. log: a run's Log,
-    which publishes what `every` finds.
+    which publishes what `every` finds. temperature: of the captions, 0 = greedy.
     """
 
-    def __init__(self, uae, held, config, run, towers=None, log=None):
+    def __init__(self, uae, held, config, run, towers=None, log=None, temperature=0.0):
         self.uae, self.held, self.config, self.run = uae, held, config, run
         self.towers = dict(towers or {})
         self.log = log
+        self.temperature = temperature
+
+    def open_towers(self):
+        """Loads what is not there yet, at the first evaluation."""
         if 'reward' not in self.towers:
-            self.towers['reward'] = reward_tower(config, run.device)
-        if 'judge' not in self.towers:
-            self.towers['judge'] = backbone('judge', config, run.device)
+            self.towers['reward'] = reward_tower(self.config, self.run.device)
+        if 'judge' not in self.towers and self.config.judge:
+            judge = self.towers['reward'].part('judge')         # --reward=judge has it already
+            self.towers['judge'] = judge or backbone('judge', self.config, self.run.device)
 
     def records(self, rows, watched=0):
         """One dict for each of these images: caption, scores, what an oracle reads in it.
@@ -64,7 +87,7 @@ class Evaluator:
         Those of the first `watched` images also have `pictures`: source and reconstruction.
         """
         x = self.held['x'][rows].to(self.uae.device)
-        texts, lengths, x_hat = reconstruct(self.uae, x, rows, self.config.eval_temperature)
+        texts, lengths, x_hat = reconstruct(self.uae, x, rows, self.temperature)
         records = []
         for row, text, length in zip(rows, texts, lengths.tolist()):
             name = self.held['names'][row]
@@ -72,7 +95,7 @@ class Evaluator:
 
         measured = dict(mse=(x - x_hat).square().flatten(1).mean(1))
         for name, tower in self.towers.items():
-            measured[name] = clip_reward(x, x_hat, tower)
+            measured[name] = clip_reward(x, x_hat, tower, texts)
         for name, values in measured.items():
             for record, value in zip(records, values.tolist()):
                 record[name] = value
@@ -89,8 +112,8 @@ class Evaluator:
         sampled at temperature 1: the policy itself, as training samples it."""
         from data.shapes import scenes as world
         truth = [world.caption(self.held['scenes'][row]) for row in rows]
-        y, mask, _ = self.uae.tokens(truth)
-        from_truth = draw_captions(self.uae, y, mask, rows, self.uae.see(x))
+        y, mask, _ = self.uae.encoder.tokens(truth)
+        from_truth = draw_captions(self.uae, y, mask, rows, self.uae.encoder.see(x))
         sampled, _, _ = reconstruct(self.uae, x, rows, 1.0, drawn=False)
         read_own = world.read(x_hat.cpu())
         read_true = world.read(from_truth.cpu())
@@ -99,15 +122,17 @@ class Evaluator:
 
     def __call__(self, watched=0):
         """-> (summary {name: number}, records of all images in order); the same on every rank."""
+        self.open_towers()
         mine = list(range(self.run.rank, len(self.held['x']), self.run.world))
         records = []
-        for start in range(0, len(mine), self.config.eval_batch):
-            records += self.records(mine[start:start + self.config.eval_batch], watched)
-        records = common.gather_objects(records, self.run)
+        at_once = images_at_once(self.config)
+        for start in range(0, len(mine), at_once):
+            records += self.records(mine[start:start + at_once], watched)
+        records = ranks.gather_objects(records, self.run)
         records.sort(key=lambda record: record['row'])
 
         summary = {}
-        for name in ('reward', 'judge', 'mse', 'caption_len'):
+        for name in (*self.towers, 'mse', 'caption_len'):
             summary[name] = sum(record[name] for record in records) / len(records)
         if self.held['scenes']:
             summary.update(count_world(records, self.held['scenes']))
@@ -122,7 +147,7 @@ class Evaluator:
         """Evaluates where it is due; prints, appends to eval.jsonl, and keeps pictures."""
         if not self.due(step):
             return
-        watched = min(self.config.watch, len(self.held['x']))
+        watched = min(watch.WATCHED, len(self.held['x']))
         summary, records = self(watched)
         if not self.run.master:
             return
@@ -135,7 +160,7 @@ class Evaluator:
             scenes = self.held['scenes']
             sheet = watch.save_samples(records[:watched], step, self.config, scenes)
         if self.log:
-            self.log.publish(step, {f'eval/{name}': value for name, value in summary.items()},
+            self.log.publish({f'eval/{name}': value for name, value in summary.items()}, step,
                              sheet)
 
 

@@ -1,10 +1,7 @@
-"""What every script needs once and a reader can take on trust: ranks, addressed randomness,
-micro-batches, and the optimiser's step.
-"""
+"""Who does which part of the work: ranks, micro-batches, and randomness that depends on neither."""
 import contextlib
 import hashlib
-import json
-import math
+import inspect
 import os
 import random
 import types
@@ -13,7 +10,6 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 
 # --- ranks ---------------------------------------------------------------------------------------
@@ -27,7 +23,7 @@ def start(config):
     device = pick_device(config.device)
     if world > 1 and not dist.is_initialized():
         store, *_ = next(dist.rendezvous('env://'))
-        # the store survives a restart; the prefix keeps us off the addresses of the last life
+        # after a restart the store still has the addresses of processes that died: hence a prefix
         life = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
         backend = 'nccl' if device.startswith('cuda') else 'gloo'
         # two hours: a first download, or an evaluation that is longer on one rank than on others
@@ -75,7 +71,7 @@ def barrier(run):
         dist.barrier()
 
 
-def exact(values, run):
+def in_float64(values, run):
     """A number or tensor as float64 on the run's device; on the CPU where that has no float64."""
     device = 'cpu' if run.device.startswith('mps') else run.device
     if isinstance(values, torch.Tensor):
@@ -85,7 +81,7 @@ def exact(values, run):
 
 def total(value, run):
     """Sum of a number or tensor over the ranks; a number for a number."""
-    t = exact(value, run).clone()
+    t = in_float64(value, run).clone()
     if run.world > 1:
         dist.all_reduce(t)
     if t.dim():
@@ -111,15 +107,18 @@ def gather_objects(items, run):
     return [item for part in parts for item in part]
 
 
-def parallel(uae, run):
-    """DistributedDataParallel around `uae` under torchrun, else `uae` itself."""
+def parallel(module, run):
+    """DistributedDataParallel around a module under torchrun, else the module itself."""
     if run.world == 1:
-        return uae
+        return module
     ids = None
     if run.device.startswith('cuda'):
         ids = [torch.device(run.device).index]
-    return torch.nn.parallel.DistributedDataParallel(
-        uae, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    # no forward changes a buffer; torch 2.11 knows broadcast_buffers alone, 2.14 deprecates it
+    known = inspect.signature(ddp).parameters
+    name = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
+    return ddp(module, device_ids=ids, gradient_as_bucket_view=True, **{name: False})
 
 
 def no_sync(ddp, last):
@@ -154,37 +153,6 @@ def permuted(t, *address):
     return t.flatten()[order].view_as(t)
 
 
-# --- files ---------------------------------------------------------------------------------------
-def load(cls, path, **kwargs):
-    """cls.from_pretrained with one clear line when the folder or hub id cannot be had."""
-    try:
-        return cls.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        where = os.path.join(path, kwargs.get('subfolder', ''))
-        lines = str(error).strip().splitlines() or ['']
-        raise SystemExit(f'cannot load {cls.__name__} from {where!r}: {lines[0][:160]}')
-
-
-def write_atomic(path, write):
-    """write(temporary path), then rename: the file is whole or not there, also with two ranks."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    temporary = f'{path}.{os.getpid()}.tmp'
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_lines(path, lines):
-    """Writes strings, each with its own end of line."""
-    with open(path, 'w') as f:
-        f.writelines(lines)
-
-
-def write_json(path, value, indent=1, **options):
-    """A JSON file, whole or not there; options are those of json.dumps."""
-    text = json.dumps(value, indent=indent, **options)
-    write_atomic(path, lambda temporary: write_lines(temporary, [text]))
-
-
 # --- micro-batches -------------------------------------------------------------------------------
 def group_slices(P, G, size):
     """Slices of P images and of their B = P*G samples, whole groups, at most `size` samples.
@@ -210,61 +178,29 @@ def sample_slices(P, G, size):
             yield slice(i, i + 1), slice(row, stop), stop == P * G
 
 
-def join(parts):
-    """Dicts of named tensors of micro-batches -> one dict, each tensor joined along its rows."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def step_slices(P, G, n, size):
+    """Slices of B = P*G samples and of their n denoising steps, at most `size` rows of both.
+
+    Yields (rows, steps, last). Whole groups where they fit, one sample's steps in pieces where they
+    do not. size 0 means all at once.
+    """
+    for _, rows, end in sample_slices(P, G, size and max(1, size // n)):
+        for start in range(0, n, size or n):
+            stop = min(start + (size or n), n)
+            yield rows, slice(start, stop), end and stop == n
+
+
+def by_rows(call, size, *tensors):
+    """call(*tensors) on at most `size` rows at a time, joined; size 0 means all at once.
+
+    Where a gradient is wanted the rows are a micro-batch already, and stay together.
+    """
+    if not size or torch.is_grad_enabled():
+        return call(*tensors)
+    pieces = zip(*(tensor.split(size) for tensor in tensors))
+    return torch.cat([call(*piece) for piece in pieces])
 
 
 def take(tensors, rows):
-    """The given rows, a slice, of every tensor of a dict or a tuple."""
-    if isinstance(tensors, dict):
-        return {name: tensor[rows] for name, tensor in tensors.items()}
-    return tuple(tensor[rows] for tensor in tensors)
-
-
-# --- optimisation --------------------------------------------------------------------------------
-def lr_at(step, config):
-    """Learning rate of an update: linear warm-up over config.warmup updates, then a cosine.
-
-    The cosine reaches 0 at update lr_decay * steps; without lr_decay the rate is constant.
-    """
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if not config.lr_decay:
-        return config.lr
-    length = max(1, config.lr_decay * config.steps - config.warmup)
-    done = min(1, (step - config.warmup) / length)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-class Optimiser:
-    """AdamW at the scheduled learning rate on clipped gradients.
-
-    A step with a non-finite gradient changes nothing; `patience` of these in a row end the run.
-    Gradients are synchronised, so all ranks agree on it.
-    """
-
-    def __init__(self, params, config, betas=(0.9, 0.999), weight_decay=0.0):
-        self.params = params
-        self.config = config
-        self.adamw = torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=weight_decay,
-                                       fused=True)
-        self.bad_steps = 0          # with a non-finite gradient, in a row so far
-
-    def step(self, step):
-        """One update -> log fields grad_norm (before clipping, -1 if bad), lr, bad_steps."""
-        lr = lr_at(step, self.config)
-        for group in self.adamw.param_groups:
-            group['lr'] = lr
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.config.grad_clip).item()
-        if math.isfinite(norm):
-            self.bad_steps = 0
-            self.adamw.step()
-        else:
-            norm = -1.0
-            self.bad_steps += 1
-        self.adamw.zero_grad(set_to_none=True)
-        if self.bad_steps >= self.config.patience:
-            raise SystemExit(f'{self.bad_steps} steps in a row with a non-finite gradient, the '
-                             f'last one {step}; checkpoints of before are in {self.config.out_dir}')
-        return dict(grad_norm=norm, lr=lr, bad_steps=self.bad_steps)
+    """The given rows, a slice, of every tensor of a dict."""
+    return {name: tensor[rows] for name, tensor in tensors.items()}

@@ -1,5 +1,6 @@
 """What a run says of itself: a line per update on the screen and in out_dir/log.jsonl, the progress
 bar, and if asked wandb or TensorBoard."""
+import collections
 import json
 import os
 import sys
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import common
+from lib import ranks
+from lib.files import write_json
 
 
 class Stats:
@@ -35,23 +37,23 @@ class Stats:
             self.maxima.setdefault(name, []).append(value)
 
     def add_update(self, loss, fields, weight):
-        """A micro-batch of a policy update: the loss and the fields of its `loss_of`."""
+        """A micro-batch of a policy update: the loss, and the fields of its `policy_loss`."""
         self.add_sum(loss=loss)
-        self.add_max(ratio_max=fields['ratio_max'], logp_diff=fields['logp_diff'])
+        self.add_max(ratio_max=fields['ratio_max'])
         self.add_mean(weight, clip_frac=fields['clip_frac'], kl=fields.get('kl', 0.0))
 
     def reduce(self, run):
         """{name: number}, the same on every rank."""
         fields = {}
         for name, values in self.sums.items():
-            fields[name] = common.total(sum(float(v) for v in values), run) / run.world
+            fields[name] = ranks.total(sum(float(v) for v in values), run) / run.world
         for name, pairs in self.means.items():
             weighted = sum(float(value) * float(weight) for value, weight in pairs)
             weights = sum(float(weight) for _, weight in pairs)
-            fields[name] = common.total(weighted, run) / common.total(weights, run)
+            fields[name] = ranks.total(weighted, run) / ranks.total(weights, run)
         for name, values in self.maxima.items():
-            mine = common.exact([float(v) for v in values], run).max()
-            fields[name] = common.gather(mine[None], run).max().item()
+            mine = ranks.in_float64([float(v) for v in values], run).max()
+            fields[name] = ranks.gather(mine[None], run).max().item()
         return fields
 
 
@@ -65,21 +67,28 @@ def reward_fields(r):
                 zero_var=equal.float().mean().item())
 
 
-def caption_fields(spoken, run):
-    """Log fields of captions, spoken (n, T) bool without end tokens: mean length, share cut off."""
-    captions = max(1, common.total(len(spoken), run))
-    return dict(caption_len=common.total(spoken.sum(), run) / captions,
-                truncated=common.total(spoken[:, -1].sum(), run) / captions)
+def caption_fields(words, room, run):
+    """Log fields of captions, words (n, T) bool without end tokens.
+
+    Their mean length; truncated, the share that fills caption_len; cut, the number of those that a
+    condition has no `room` for.
+    """
+    lengths = words.sum(1)
+    captions = max(1, ranks.total(len(words), run))
+    return dict(caption_len=ranks.total(lengths.sum(), run) / captions,
+                truncated=ranks.total(words[:, -1].sum(), run) / captions,
+                cut=int(ranks.total((lengths > room).sum(), run)))
 
 
 def count_skipped(train, held, run):
     """Unreadable images met so far, on all ranks and in the held-out set."""
-    return int(common.total(len(train.skipped), run)) + held['skipped']
+    return int(ranks.total(len(train.skipped), run)) + held['skipped']
 
 
-# what a stage has no use for keeps its value here: every line of every stage has the same fields
-NEUTRAL = dict(reward=0.0, reward_std=0.0, zero_var=0.0, ratio_max=1.0, logp_diff=0.0, kl=0.0,
-               clip_frac=0.0)
+# fields that count what a caption lost, and what to say when the first one comes
+LOSSES = dict(
+    cut='captions are longer than a condition has room for, and were cut: raise --cond_len',
+    unknown='words are not in the tokenizer, and became its unknown token')
 
 
 class Log:
@@ -90,14 +99,9 @@ class Log:
         self.master = run.master
         self.path = f'{config.out_dir}/log.jsonl'
         self.bar = None
-        self.wandb = None
-        self.tensorboard = None
+        self.lost = collections.Counter()
         self.last = time.time()
-        if self.master and config.wandb:
-            import wandb
-            self.wandb = wandb.init(project=config.wandb, config=vars(config))
-        if self.master and config.tensorboard:
-            self.tensorboard = open_tensorboard(f'{config.out_dir}/tensorboard')
+        self.publish = open_tracker(config) if self.master else publish_nowhere
 
     def progress(self, start_step):
         """Numbers of the updates that are left, behind a progress bar on rank 0."""
@@ -105,7 +109,7 @@ class Log:
         about_path = f'{config.out_dir}/config.json'
         if self.master and not os.path.exists(about_path):
             about = dict(script=config.script, changed=config.changed, config=vars(config))
-            common.write_json(about_path, about)
+            write_json(about_path, about)
         self.bar = tqdm(range(start_step, config.steps), initial=start_step, total=config.steps,
                         desc=config.script, disable=not self.master, mininterval=1)
         return self.bar
@@ -113,12 +117,8 @@ class Log:
     def __call__(self, step, **fields):
         """Prints and appends the fields, with `sec` since the last line and `peak_gb`."""
         now = time.time()
-        name = 'loss'
-        if 'reward' in fields:
-            name = 'reward'
-        if self.bar is not None:
-            self.bar.set_postfix({name: f'{fields[name]:.3f}'}, refresh=False)
-        fields = dict(NEUTRAL, **fields)
+        name = 'reward' if 'reward' in fields else 'loss'
+        self.bar.set_postfix({name: f'{fields[name]:.3f}'}, refresh=False)
         fields.update(sec=now - self.last, peak_gb=peak_memory())
         self.last = now
         if not self.master:
@@ -126,32 +126,65 @@ class Log:
         tqdm.write(f'step {step:4d} | ' + ' '.join(map(shown, fields, fields.values())))
         with open(self.path, 'a') as f:
             f.write(json.dumps(dict(step=step, **fields)) + '\n')
-        self.publish(step, fields)
+        self.publish(fields, step)
+        self.warn(fields, step)
 
-    def publish(self, step, fields, sheet=''):
-        """Sends fields, and a picture if there is one, to wandb and TensorBoard; on rank 0."""
-        if self.wandb:
-            import wandb
-            if sheet:
-                fields = dict(fields, samples=wandb.Image(sheet))
-            self.wandb.log(fields, step=step)
-        if self.tensorboard:
-            for name, value in fields.items():
-                self.tensorboard.add_scalar(name, value, step)
-            if sheet:
-                with Image.open(sheet) as picture:
-                    pixels = np.asarray(picture)                    # (height, width, 3)
-                self.tensorboard.add_image('samples', pixels, step, dataformats='HWC')
-            self.tensorboard.flush()
+    def warn(self, fields, step):
+        """Says of what captions lose that it happens, at the first one and at the end."""
+        for name, words in LOSSES.items():
+            count = fields.get(name, 0)
+            first = count and not self.lost[name]
+            self.lost[name] += count
+            if first or (self.lost[name] and step == self.config.steps - 1):
+                tqdm.write(f'warning: {self.lost[name]} {words}')
+
+
+# --- trackers ------------------------------------------------------------------------------------
+def publish_nowhere(fields, step, sheet=''):
+    """Where no tracker was asked for."""
+
+
+def open_tracker(config):
+    """The key `tracker` -> publish(fields, step, sheet): numbers, and a picture if there is one."""
+    kind, _, project = config.tracker.partition(':')
+    if not kind:
+        return publish_nowhere
+    if kind not in ('wandb', 'tensorboard'):
+        raise SystemExit(f'--tracker={config.tracker}: expected wandb:PROJECT or tensorboard')
+    try:
+        if kind == 'wandb':
+            return open_wandb(config, project)
+        return open_tensorboard(f'{config.out_dir}/tensorboard')
+    except ImportError as error:
+        raise SystemExit(f'--tracker={config.tracker}: {error}; pip install {kind}')
+
+
+def open_wandb(config, project):
+    import wandb
+    run = wandb.init(project=project, config=vars(config))
+
+    def publish(fields, step, sheet=''):
+        if sheet:
+            fields = dict(fields, samples=wandb.Image(sheet))
+        run.log(fields, step=step)
+
+    return publish
 
 
 def open_tensorboard(folder):
-    """A writer of TensorBoard's files; one line says where the package is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise SystemExit(f'--tensorboard=True: {error}; pip install tensorboard')
-    return SummaryWriter(folder)
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(folder)
+
+    def publish(fields, step, sheet=''):
+        for name, value in fields.items():
+            writer.add_scalar(name, value, step)
+        if sheet:
+            with Image.open(sheet) as picture:
+                pixels = np.asarray(picture)                        # (height, width, 3)
+            writer.add_image('samples', pixels, step, dataformats='HWC')
+        writer.flush()
+
+    return publish
 
 
 def shown(name, value):

@@ -3,10 +3,10 @@
 A checkpoint is a folder step_NNNNNN of safetensors and JSON: encoder/, decoder/ and
 projector.safetensors hold full weights, or with LoRA the adapters (the encoder's in peft's layout,
 the decoder's as StableDiffusion3Pipeline.save_lora_weights writes it). meta.json has the step and
-the keys, state.pt the optimizer. It is written beside and renamed: a kill leaves none by half.
+the keys, state.pt the optimizer. It is written beside and renamed, so that a kill never leaves half
+a checkpoint.
 """
 import argparse
-import glob
 import json
 import os
 import shutil
@@ -18,33 +18,43 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import common
-from model import Projector, UAE
-from parts import frozen_copy
-from tools.release import load_release
+from decoder import Decoder
+from encoder import Encoder
+from lib import ranks
+from lib.files import load, write_atomic, write_json, write_lines
+from model import Projector, UAE, frozen_copy
 
 # every linear layer of the language model, never the vision tower, lm_head or projector; in the
 # decoder the attention projections that Flow-GRPO adapts
 ENCODER_LORA = r'.*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj'
 DECODER_LORA = r'.*\.attn\.(add_[qkv]_proj|to_add_out|to_[qkv]|to_out\.0)'
+# keys without which a checkpoint's weights mean nothing, and those whose change it can live with
+FIXED = ('encoder', 'decoder', 'lora_rank', 'cond_len')
+TOLD = ('condition', 'resolution', 'caption_prompt', 'negative_prompt')
 ADAPTERS = dict(encoder='encoder/adapter_model.safetensors',
                 decoder='decoder/pytorch_lora_weights.safetensors')
 TEXT_ENCODER = 'text_encoder/model.safetensors'
 
 
 # --- finding one ---------------------------------------------------------------------------------
-def step_of(folder):
-    """The number of a folder step_NNNNNN; -1 for others, half-written .tmp folders among them."""
-    number = os.path.basename(folder).removeprefix('step_')
-    if number.isdigit():
-        return int(number)
-    return -1
+def checkpoints(out_dir):
+    """[(step, path)] of the whole checkpoints in a folder, oldest first; half-written ones are .tmp.
+    """
+    found = []
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    for name in names:
+        number = name.removeprefix('step_')
+        if name.startswith('step_') and number.isdigit():
+            found.append((int(number), os.path.join(out_dir, name)))
+    return sorted(found)
 
 
 def newest(out_dir):
     """The newest whole checkpoint in out_dir, or None."""
-    folders = [f for f in glob.glob(f'{out_dir}/step_*') if step_of(f) >= 0]
-    return max(folders, key=step_of, default=None)
+    found = checkpoints(out_dir)
+    if found:
+        return found[-1][1]
+    return None
 
 
 def find_checkpoint(config, need_projector=True):
@@ -68,10 +78,14 @@ def find_checkpoint(config, need_projector=True):
         if not os.path.exists(f'{folder}/{name}'):
             raise SystemExit(f'{folder}: no checkpoint here ({name} expected)')
     saved = read_meta(folder)['config']
-    for key in ('encoder', 'decoder', 'lora_rank', 'cond_len'):
+    for key in FIXED:
         if saved[key] != getattr(config, key):
             raise SystemExit(f'{folder} was trained with {key}={saved[key]!r}, this run has '
                              f'{getattr(config, key)!r}; its preset was {saved["preset"]!r}')
+    for key in TOLD:
+        if saved.get(key, getattr(config, key)) != getattr(config, key):
+            print(f'warning: {folder} was trained with {key}={saved[key]!r}, this run has '
+                  f'{getattr(config, key)!r}', flush=True)
     check_whole(folder, config.lora_rank)
     return folder
 
@@ -108,12 +122,20 @@ def check_whole(folder, lora_rank):
     for part in parts:
         if not os.path.exists(f'{folder}/{part}'):
             raise SystemExit(f'{folder} is half a checkpoint: {part} is missing')
-    for path in sorted(glob.glob(f'{folder}/**/*.safetensors', recursive=True)):
+    for path in weight_files(folder):
         try:
             with safe_open(path, 'pt'):         # compares the header with the file's length
                 pass
         except (OSError, SafetensorError) as error:
             raise SystemExit(f'{path} is half-written or damaged: {error}')
+
+
+def weight_files(folder):
+    """The .safetensors files at any depth below a folder, sorted."""
+    paths = []
+    for place, _, names in os.walk(folder):
+        paths += [os.path.join(place, name) for name in names if name.endswith('.safetensors')]
+    return sorted(paths)
 
 
 def find_release(start):
@@ -135,40 +157,37 @@ def open_uae(config, device='cpu', new_projector=False):
     from transformers import AutoProcessor
     start = find_checkpoint(config, need_projector=not new_projector)
     release = find_release(start)
-    encoder, decoder, projector = load_towers(config, start, release)
+    vlm, transformer, projector = load_towers(config, start, release)
     if config.lora_rank:
-        add_lora(encoder, config.lora_rank, ENCODER_LORA)
-        add_lora(decoder, config.lora_rank, DECODER_LORA)
-        load_adapter(encoder, f'{start}/{ADAPTERS["encoder"]}')
-        load_adapter(decoder, f'{start}/{ADAPTERS["decoder"]}')
+        add_lora(vlm, config.lora_rank, ENCODER_LORA)
+        add_lora(transformer, config.lora_rank, DECODER_LORA)
+        load_adapter(vlm, f'{start}/{ADAPTERS["encoder"]}')
+        load_adapter(transformer, f'{start}/{ADAPTERS["decoder"]}')
     dtype = getattr(torch, config.dtype)
-    vae = common.load(AutoencoderKL, config.decoder, subfolder='vae', torch_dtype=dtype)
-    scheduler = common.load(FlowMatchEulerDiscreteScheduler, config.decoder, subfolder='scheduler')
+    vae = load(AutoencoderKL, config.decoder, subfolder='vae', torch_dtype=dtype)
+    scheduler = load(FlowMatchEulerDiscreteScheduler, config.decoder, subfolder='scheduler')
     source = processor_source(config, release)
-    processor = common.load(AutoProcessor, source)
-    pooled = pooled_of_nothing(config, decoder.config.pooled_projection_dim)
-    uae = UAE(config, encoder, projector, decoder, vae, scheduler, processor, pooled, device)
+    encoder = Encoder(config, vlm, load(AutoProcessor, source))
+    pooled = pooled_of_nothing(config, transformer.config.pooled_projection_dim)
+    uae = UAE(config, encoder, projector, Decoder(config, transformer, vae, scheduler, pooled))
     uae.release = release                       # its checkpoints' adapters stand on that release
     uae.source = source
     check_sizes(uae)
-    if config.text_encoder != 'live':
-        load_text_encoder(uae, f'{start}/{TEXT_ENCODER}')
+    load_text_encoder(uae, f'{start}/{TEXT_ENCODER}')
     return uae.to(device)
 
 
 def check_sizes(uae):
     """Refuses a resolution or a cond_len that the models cannot take."""
-    around = len(uae.before_text) + len(uae.after_text)
-    if 0 < uae.config.cond_len <= around:
-        raise SystemExit(f'--cond_len={uae.config.cond_len}: the template around a caption has '
+    config, encoder = uae.config, uae.encoder
+    around = len(encoder.before_text) + len(encoder.after_text)
+    if 0 < config.cond_len <= around:
+        raise SystemExit(f'--cond_len={config.cond_len}: the template around a caption has '
                          f'{around} tokens, expected more, or 0 for no padding')
-    R, vision = uae.config.resolution, uae.encoder.config.vision_config
-    step = 2 ** (len(uae.vae.config.block_out_channels) - 1) * uae.decoder.config.patch_size
-    least = 2 * vision.patch_size * vision.spatial_merge_size
-    most = step * uae.decoder.config.pos_embed_max_size
-    if R % step or not least <= R <= most:
-        raise SystemExit(f'--resolution={R}: expected a multiple of {step} from {least} to {most}, '
-                         'for the VAE, the patches of the encoder and those of the transformer')
+    wrong = encoder.check_resolution(config.resolution)
+    wrong = wrong or uae.decoder.check_resolution(config.resolution)
+    if wrong:
+        raise SystemExit(f'--resolution={config.resolution}: {wrong}')
 
 
 def loaded_dtype(config):
@@ -178,39 +197,50 @@ def loaded_dtype(config):
     return torch.float32
 
 
-def load_encoder(config, start):
-    """The full weights of a checkpoint, else those it stands on."""
+def load_vlm(config, start):
+    """The encoder's model: the full weights of a checkpoint, else those it stands on."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     folder = config.encoder
-    if os.path.exists(f'{start}/encoder/config.json'):
+    if is_full(start):
         folder = f'{start}/encoder'
-    return common.load(Qwen2_5_VLForConditionalGeneration, folder, dtype=loaded_dtype(config))
+    return load(Qwen2_5_VLForConditionalGeneration, folder, dtype=loaded_dtype(config))
 
 
-def load_decoder(config, start):
+def load_transformer(config, start):
     """The same of the decoder."""
     from diffusers import SD3Transformer2DModel
     folder = config.decoder
-    if os.path.exists(f'{start}/decoder/transformer/config.json'):
+    if is_full(start):
         folder = f'{start}/decoder'
-    return common.load(SD3Transformer2DModel, folder, subfolder='transformer',
-                       torch_dtype=loaded_dtype(config))
+    return load(SD3Transformer2DModel, folder, subfolder='transformer',
+                torch_dtype=loaded_dtype(config))
 
 
 def load_towers(config, start, release):
-    """Encoder, decoder and projector as a run starts with them."""
+    """The models of encoder and decoder, and the projector, as a run starts with them."""
     weights = None
-    if release and not os.path.exists(f'{start}/encoder/config.json'):
-        encoder, decoder, weights = load_release(release, loaded_dtype(config))
+    if release and not is_full(start):
+        from lib.release import load_release
+        vlm, transformer, weights = load_release(release, loaded_dtype(config))
     else:
-        encoder, decoder = load_encoder(config, start), load_decoder(config, start)
-    projector = Projector(encoder.config.text_config.hidden_size,
-                          decoder.config.joint_attention_dim)
+        vlm, transformer = load_vlm(config, start), load_transformer(config, start)
+    projector = Projector(vlm.config.text_config.hidden_size,
+                          transformer.config.joint_attention_dim)
     if start and not start.startswith('uae:'):
         weights = load_file(f'{start}/projector.safetensors')
     if weights:
-        projector.load_state_dict(weights)
-    return encoder, decoder, projector
+        try:
+            projector.load_state_dict(weights)
+        except RuntimeError as error:
+            last = str(error).splitlines()[-1].strip()
+            raise SystemExit(f'{start}: its projector does not fit between {config.encoder} and '
+                             f'{config.decoder}: {last}')
+    return vlm, transformer, projector
+
+
+def is_full(start):
+    """Whether a checkpoint of full fine-tuning is there, and not adapters or the shipped base."""
+    return all(os.path.exists(f'{start}/{name}') for name in ('meta.json', 'encoder/config.json'))
 
 
 def processor_source(config, release):
@@ -234,62 +264,58 @@ def pooled_of_nothing(config, width):
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer
         parts = []
         for i in ('', '_2'):
-            tokenizer = common.load(CLIPTokenizer, config.decoder, subfolder=f'tokenizer{i}')
+            tokenizer = load(CLIPTokenizer, config.decoder, subfolder=f'tokenizer{i}')
             ids = tokenizer('', padding='max_length', return_tensors='pt').input_ids
-            model = common.load(CLIPTextModelWithProjection, config.decoder,
+            model = load(CLIPTextModelWithProjection, config.decoder,
                                 subfolder=f'text_encoder{i}')
             with torch.no_grad():
                 parts.append(model(ids).text_embeds)
         pooled = torch.cat(parts, -1).float()
-        common.write_atomic(cache, lambda path: save_file(dict(pooled=pooled), path))
+        write_atomic(cache, lambda path: save_file(dict(pooled=pooled), path))
     return load_file(cache)['pooled']
 
 
-def stage_start(uae, parts, config):
+def open_reference(uae, parts, config):
     """A UAE whose `parts` are frozen as the stage began with them: the reference policy.
 
-    A resumed run loads only what was trained of these parts, from where the stage began.
+    parts: of 'encoder', 'projector', 'decoder'. A resumed run loads them from where it began.
     """
-    for part in parts:
-        uae = uae.reference(part)
+    twin = uae.reference(*parts)
     if not config.resume or not newest(config.out_dir):
-        return uae
+        return twin
     begun = argparse.Namespace(**dict(vars(config), resume=False))
     start = find_checkpoint(begun)
+    release = find_release(start)
+    towers = dict(encoder=twin.encoder.vlm, decoder=twin.decoder.transformer,
+                  projector=twin.projector)
+    fresh = None
     for part in parts:
-        tower = getattr(uae, part)
+        tower = towers[part]
         if config.lora_rank and part != 'projector':
             for key, p in tower.named_parameters():
                 if 'lora_B' in key:
                     p.zero_()                   # a fresh adapter, for a start without one
             load_adapter(tower, f'{start}/{ADAPTERS[part]}')
-        elif part == 'projector' and os.path.exists(f'{start}/projector.safetensors'):
-            tower.load_state_dict(load_file(f'{start}/projector.safetensors'))
-        else:
-            tower.load_state_dict(load_part(part, begun, start).state_dict())
-    return uae
-
-
-def load_part(part, config, start):
-    """Encoder, decoder or projector as a run starts with it, and where possible nothing else."""
-    release = find_release(start)
-    if part == 'encoder' and not release:
-        return load_encoder(config, start)
-    if part == 'decoder' and not release:
-        return load_decoder(config, start)
-    towers = load_towers(config, start, release)
-    return dict(zip(('encoder', 'decoder', 'projector'), towers))[part]
+            continue
+        if fresh is None:
+            names = ('encoder', 'decoder', 'projector')
+            fresh = dict(zip(names, load_towers(begun, start, release)))
+        tower.load_state_dict(fresh[part].state_dict())
+    return twin
 
 
 # --- text_encoder=start: the language model as stage 2 found it re-encodes the captions ----------
-def freeze_text_encoder(uae):
-    """Gives a UAE, of which stage 2 will train the encoder, a text encoder that stands still.
+def choose_text_encoder(uae, kind):
+    """Gives a UAE, of which stage 2 will train the encoder, what re-encodes captions.
 
-    With LoRA it shares the base with the captioner, and has adapters of its own. A text encoder
-    that came with the checkpoint stays.
+    kind 'start': a language model that stands still, the checkpoint's own if it has one; with LoRA
+    it shares the base with the captioner, and has adapters of its own. 'live': the captioner.
     """
-    if uae.text_encoder is None:
-        uae.text_encoder = frozen_copy(uae.language_model)
+    encoder = uae.encoder
+    if kind == 'live':
+        encoder.text_encoder = None
+    elif encoder.text_encoder is None:
+        encoder.text_encoder = frozen_copy(encoder.language_model)
 
 
 def load_text_encoder(uae, path):
@@ -297,18 +323,22 @@ def load_text_encoder(uae, path):
     if not os.path.exists(path):
         return
     weights = load_file(path)
-    for name, p in uae.language_model.named_parameters():
+    language_model = uae.encoder.language_model
+    for name, p in language_model.named_parameters():
         p.requires_grad_(name in weights)       # what it has of its own; the rest is shared
-    uae.text_encoder = frozen_copy(uae.language_model)
-    uae.language_model.requires_grad_(False)
-    uae.text_encoder.load_state_dict(weights, strict=False)
+    uae.encoder.text_encoder = frozen_copy(language_model)
+    language_model.requires_grad_(False)
+    uae.encoder.text_encoder.load_state_dict(weights, strict=False)
 
 
-def save_text_encoder(uae, folder):
+def save_text_encoder(encoder, folder):
     """Writes what the text encoder does not share with the captioner."""
     os.makedirs(f'{folder}/text_encoder', exist_ok=True)
-    shared = {id(p) for p in uae.language_model.parameters()}
-    own = {name: p.data for name, p in uae.text_encoder.named_parameters() if id(p) not in shared}
+    shared = {id(p) for p in encoder.language_model.parameters()}
+    own = {}
+    for name, p in encoder.text_encoder.named_parameters():
+        if id(p) not in shared:
+            own[name] = p.data
     save_file(own, f'{folder}/{TEXT_ENCODER}')
 
 
@@ -342,19 +372,19 @@ def load_adapter(tower, path):
                          f'{result.unexpected_keys[0]}')
 
 
-def save_lora(encoder, decoder, folder):
+def save_lora(vlm, transformer, folder):
     """Writes both towers' adapters, the decoder's with its alpha as load_lora_weights reads it."""
     from diffusers import StableDiffusion3Pipeline
     from peft import get_peft_model_state_dict
     os.makedirs(f'{folder}/encoder', exist_ok=True)
     adapter = {}
-    for key, tensor in get_peft_model_state_dict(encoder).items():
+    for key, tensor in get_peft_model_state_dict(vlm).items():
         adapter[f'base_model.model.{key}'] = tensor
     save_file(adapter, f'{folder}/{ADAPTERS["encoder"]}')
-    encoder.peft_config['default'].save_pretrained(f'{folder}/encoder')
+    vlm.peft_config['default'].save_pretrained(f'{folder}/encoder')
     StableDiffusion3Pipeline.save_lora_weights(
-        f'{folder}/decoder', get_peft_model_state_dict(decoder),
-        transformer_lora_adapter_metadata=decoder.peft_config['default'].to_dict())
+        f'{folder}/decoder', get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=transformer.peft_config['default'].to_dict())
 
 
 # --- a run's own checkpoints ---------------------------------------------------------------------
@@ -362,26 +392,35 @@ def open_out_dir(config, run):
     """Creates out_dir, or refuses a used one without --resume. -> the step to start from.
 
     A resumed run says which keys differ from those it was begun with. Rank 0 says where it goes
-    on; a rank that does not see that checkpoint is refused.
+    on; a rank that does not see that checkpoint is refused. From here on SIGTERM is only noted:
+    `maybe_save` acts on it.
     """
     used = os.path.isdir(config.out_dir) and len(os.listdir(config.out_dir)) > 0
-    if common.total(used and not config.resume, run):
+    if ranks.total(used and not config.resume, run):
         raise SystemExit(f'{config.out_dir} is not empty: --resume continues it, '
                          '--out_dir=ELSEWHERE starts anew')
     folder = None
     if config.resume:
         folder = newest(config.out_dir)
-    folders = common.gather_objects([folder], run)
+    folders = ranks.gather_objects([folder], run)
     if folder != folders[0]:
         raise SystemExit(f'--resume: rank 0 goes on from {folders[0]}, rank {run.rank} sees '
                          f'{folder}: out_dir has to be a folder that all nodes share')
     meta = dict(step=0, config={})
     if folder:
         meta = read_meta(folder)
+    elif used and os.path.exists(f'{config.out_dir}/log.jsonl'):
+        raise SystemExit(f'--resume: {config.out_dir} has logs but no checkpoint: remove it to '
+                         'start anew')
+    if meta['step'] > config.steps:
+        raise SystemExit(f'{folder} has {meta["step"]} updates already, more than '
+                         f'--steps={config.steps}: nothing to do')
     if run.master:
         os.makedirs(config.out_dir, exist_ok=True)
         tell_changes(meta['config'], config)
         rewind(config.out_dir, meta['step'])
+    stop_asked.clear()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop_asked.set())
     return meta['step']
 
 
@@ -409,25 +448,31 @@ def rewind(out_dir, step):
         with open(path) as f:
             whole = [line for line in f if line.endswith('\n')]        # a kill may cut the last
         kept = [line for line in whole if json.loads(line)['step'] < end]
-        common.write_atomic(path, lambda temporary: common.write_lines(temporary, kept))
+        write_atomic(path, lambda temporary: write_lines(temporary, kept))
 
 
-def save(config, run, step, uae, optimiser, keep=2):
-    """Writes the checkpoint out_dir/step_NNNNNN, and keeps the newest `keep`; rank 0 writes."""
+def save(config, run, step, uae, optimiser, extra=None, keep=2):
+    """Writes the checkpoint out_dir/step_NNNNNN, and keeps the newest `keep`; rank 0 writes.
+
+    extra: a dict of tensors, numbers and lists of these that `restore` gives back.
+    """
     folder = f'{config.out_dir}/step_{step:06d}'
     if run.master and not os.path.isdir(folder):
         half = folder + '.tmp'
         shutil.rmtree(half, ignore_errors=True)
-        save_models(uae, half)
-        torch.save(dict(optimizer=optimiser.adamw.state_dict(), step=step), f'{half}/state.pt')
-        meta = dict(step=step, release=uae.release, text_encoder=uae.text_encoder is not None,
-                    config=vars(config))
-        common.write_json(f'{half}/meta.json', meta)
+        state = dict(optimizer=optimiser.adamw.state_dict(), step=step, extra=extra or {})
+        meta = dict(step=step, release=uae.release,
+                    text_encoder=uae.encoder.text_encoder is not None, config=vars(config))
+        try:
+            save_models(uae, half)
+            torch.save(state, f'{half}/state.pt')
+            write_json(f'{half}/meta.json', meta)
+        except (OSError, RuntimeError, SafetensorError) as error:   # a full disk has three names
+            raise SystemExit(f'{half} cannot be written, checkpoints of before are whole: {error}')
         os.replace(half, folder)
-        done = [f for f in glob.glob(f'{config.out_dir}/step_*') if step_of(f) >= 0]
-        for old in sorted(done, key=step_of)[:-keep]:
+        for _, old in checkpoints(config.out_dir)[:-keep]:
             shutil.rmtree(old)
-    common.barrier(run)
+    ranks.barrier(run)
     return folder
 
 
@@ -435,58 +480,49 @@ def save_models(uae, folder):
     """Writes projector, encoder and decoder: full weights, or with LoRA the adapters alone."""
     os.makedirs(folder, exist_ok=True)
     save_file(uae.projector.state_dict(), f'{folder}/projector.safetensors')
+    vlm, transformer = uae.encoder.vlm, uae.decoder.transformer
     if uae.config.lora_rank:
-        save_lora(uae.encoder, uae.decoder, folder)
+        save_lora(vlm, transformer, folder)
     else:
-        uae.encoder.save_pretrained(f'{folder}/encoder')
-        uae.decoder.save_pretrained(f'{folder}/decoder/transformer')
-    if uae.text_encoder:
-        save_text_encoder(uae, folder)
+        vlm.save_pretrained(f'{folder}/encoder')
+        transformer.save_pretrained(f'{folder}/decoder/transformer')
+    if uae.encoder.text_encoder:
+        save_text_encoder(uae.encoder, folder)
 
 
 def restore(config, optimiser):
-    """With --resume: loads the optimizer's state of the newest checkpoint in out_dir."""
+    """With --resume: loads the optimizer's state of out_dir's newest checkpoint -> what was extra.
+    """
     folder = None
     if config.resume:
         folder = newest(config.out_dir)
     if not folder:
-        return
+        return {}
     try:
         state = torch.load(f'{folder}/state.pt', map_location='cpu', weights_only=True)
     except Exception as error:                  # a damaged file raises nearly anything
         raise SystemExit(f'{folder}/state.pt is missing or damaged, --resume needs it: '
                          f'{type(error).__name__}')
     optimiser.adamw.load_state_dict(state['optimizer'])
+    return state.get('extra', {})
 
 
 # --- SIGTERM: a cluster takes the machine back ---------------------------------------------------
 stop_asked = threading.Event()
 
 
-def watch_sigterm():
-    """From here on SIGTERM is only noted; `maybe_save` acts on it between two updates."""
-    stop_asked.clear()
-    signal.signal(signal.SIGTERM, lambda number, frame: stop_asked.set())
-
-
-def release_sigterm():
-    """From here on SIGTERM ends the process again."""
-    stop_asked.clear()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def maybe_save(config, run, done, uae, optimiser):
+def maybe_save(config, run, done, uae, optimiser, extra=None):
     """Checkpoint after `done` updates: every config.save_every, at the end, and after a SIGTERM.
 
-    A SIGTERM that any rank got ends the run on every rank with exit code 0.
+    A SIGTERM that any rank got ends the run on every rank with exit code 0. extra: see `save`.
     """
-    stop = common.total(stop_asked.is_set(), run) > 0
+    stop = ranks.total(stop_asked.is_set(), run) > 0
     end = done == config.steps
     due = config.save_every and done % config.save_every == 0
     if end or stop or due:
-        folder = save(config, run, done, uae, optimiser)
+        folder = save(config, run, done, uae, optimiser, extra)
     if end or stop:
-        release_sigterm()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)       # SIGTERM ends the process again
     if stop and not end:
         if run.master:
             tqdm.write(f'SIGTERM: stopped after update {done}, saved {folder}; --resume continues')

@@ -2,7 +2,7 @@
 
 In out_dir, with steps counted in updates done:
 
-    samples/step_000020.png        a sheet of the first `watch` held-out images
+    samples/step_000020.png        a sheet of the first WATCHED held-out images
     samples/source_000.png         one of them, and its reconstruction at that evaluation
     samples/step_000020_000.png
     samples.jsonl                  a line per evaluation and watched image: caption and scores
@@ -18,6 +18,7 @@ import textwrap
 import torch
 from PIL import Image, ImageDraw
 
+WATCHED = 8                    # held-out images whose pictures each evaluation keeps
 LARGEST = 256                  # pixels of a picture's side, as it is kept
 SHOWN = 160                    # the same on the sheet
 TEXT = 5 * 14                  # height of the caption and the scores under it, in lines of 14
@@ -70,7 +71,7 @@ def append_lines(path, rows):
 
 
 # --- the watched images --------------------------------------------------------------------------
-FIELDS = ('row', 'name', 'caption', 'caption_len', 'reward', 'judge', 'mse')
+FIELDS = ('row', 'name', 'caption', 'caption_len', 'reward', 'judge', 'mse')     # judge if there is
 
 
 def save_samples(records, step, config, scenes):
@@ -83,7 +84,7 @@ def save_samples(records, step, config, scenes):
     rows = []
     for record in records:
         source, reconstruction = record['pictures']
-        row = dict(step=step, **{field: record[field] for field in FIELDS})
+        row = dict(step=step, **{field: record[field] for field in FIELDS if field in record})
         row['source'] = save_picture(source, config.out_dir, f'source_{row["row"]:03d}')
         row['image'] = save_picture(reconstruction, config.out_dir,
                                     f'step_{step:06d}_{row["row"]:03d}')
@@ -104,42 +105,46 @@ def token_texts(uae, ids):
     """The text that each token adds to a caption; joined they are the caption."""
     texts, before = [], ''
     for count in range(1, len(ids) + 1):
-        text = uae.tokenizer.decode(ids[:count], skip_special_tokens=True)
+        text = uae.encoder.tokenizer.decode(ids[:count], skip_special_tokens=True)
         texts.append(text[len(before):])
         before = text
     return texts
 
 
-def open_captions(uae, step, x, batch, r, config):
+def open_captions(uae, step, x, sampled, r, config):
     """Writes the first image's group of captions: rewards, advantages, log-probs by token.
 
-    x (P, 3, R, R); batch and r (P, G) as `grpo_encoder.rollout` returns them, with adv (B,). step:
-    the updates done, this rollout's included.
+    x (P, 3, R, R); sampled and r (P, G) as `grpo_encoder.rollout` returns them, with adv (B,).
+    step: the updates done, this rollout's included.
     """
     G = config.group
-    spoken = uae.spoken(batch['y'][:G], batch['mask'][:G])
+    words = uae.encoder.words(sampled['y'][:G], sampled['mask'][:G])
     members = []
     for i in range(G):
-        texts = token_texts(uae, batch['y'][i][spoken[i]].tolist())
-        logp = batch['recorded'][i][spoken[i]]
+        texts = token_texts(uae, sampled['y'][i][words[i]].tolist())
+        logp = sampled['recorded'][i][words[i]]
         members.append(dict(caption=''.join(texts), tokens=texts, logp=logp.tolist(),
-                            reward=r[0, i].item(), adv=batch['adv'][i].item()))
+                            reward=r[0, i].item(), adv=sampled['adv'][i].item()))
     save_group(step, 'captions', x[0], members, config)
 
 
-def open_drawings(uae, step, x, batch, r, config):
-    """The same for stage 3: the drawings of the first image's caption, log-probs by noisy step."""
+def open_drawings(uae, step, x, sampled, y, r, config):
+    """The same for stage 3: the drawings of the first image's caption, log-probs by trained step.
+
+    A rollout that has no log-probs is opened without them.
+    """
     G = config.group
-    y = batch['y'][:1]
-    caption = uae.texts(y, torch.ones_like(y))[0]
+    caption = uae.encoder.texts(y[:1], torch.ones_like(y[:1]))[0]
     with torch.no_grad():
-        drawings = to_bytes(uae.to_image(batch['z_0'][:G]))
+        drawings = to_bytes(uae.decoder.to_image(sampled['z_0'][:G]))
     os.makedirs(f'{config.out_dir}/samples', exist_ok=True)
     members = []
     for i in range(G):
         path = save_picture(drawings[i], config.out_dir, f'group_{step:06d}_{i:02d}')
-        members.append(dict(image=path, logp=batch['recorded'][i].tolist(),
-                            reward=r[0, i].item(), adv=batch['adv'][i].item()))
+        member = dict(image=path, reward=r[0, i].item(), adv=sampled['adv'][i].item())
+        if 'recorded' in sampled:
+            member['logp'] = sampled['recorded'][i].tolist()
+        members.append(member)
     save_group(step, 'drawings', x[0], members, config, caption=caption)
 
 
