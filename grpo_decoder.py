@@ -235,7 +235,7 @@ def main(argv):
         sampled['adv'] = group_advantage(r).flatten()                       # (P, G) -> (B,)
         sampled['old_logp'] = sampled['recorded'].clone()
         _, trained = window(step, config, sigmas)               # the rollout's, by `step` alone
-        count = P * G * len(trained)                            # the same on every rank
+        scale = 1 / (P * G * len(trained))              # as many on every rank
 
         health = Stats()
         uae.train()                             # turns on the recomputation of activations
@@ -266,8 +266,8 @@ def main(argv):
                             kl = kl_gauss(mean, ref_mean, std)
                             loss = loss + config.kl * kl
                             fields['kl'] = kl.detach()
-                        # a mean times its number is a sum; the sums over count are the whole mean
-                        loss = loss * logp.numel() / count
+                        # a mean times its number is a sum; the scaled sums add up to the mean
+                        loss = loss * logp.numel() * scale
                         loss.backward()
                     stats.add_update(loss.detach(), fields, logp.numel())
                 taken = optimiser.step(step)                        # and clears the gradients

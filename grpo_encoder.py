@@ -206,7 +206,7 @@ def main(argv):
         sampled['adv'] = group_advantage(r, config.adv_std).flatten()       # (P, G) -> (B,)
         sampled['weight'], count = token_weights(sampled['mask'], config.loss_mean)
         sampled['old_logp'] = sampled['recorded'].clone()
-        count = ranks.total(count, run) / run.world     # DDP averages over ranks: hence world
+        scale = run.world / ranks.total(count, run)     # DDP averages over ranks: hence world
 
         health = Stats()
         uae.train()                             # turns on the recomputation of activations
@@ -235,8 +235,8 @@ def main(argv):
                             kl = (k3 * part['weight']).sum() / part['weight'].sum()
                             loss = loss + config.kl * kl
                             fields['kl'] = kl.detach()
-                        # a mean times its weight is a sum; the sums over count are the whole mean
-                        loss = loss * part['weight'].sum() / count
+                        # a mean times its weight is a sum; the scaled sums add up to the mean
+                        loss = loss * part['weight'].sum() * scale
                         loss.backward()
                     stats.add_update(loss.detach(), fields, part['weight'].sum())
                 taken = optimiser.step(step)                        # and clears the gradients
