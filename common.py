@@ -3,6 +3,7 @@ micro-batches, and the optimiser's step.
 """
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -118,8 +119,11 @@ def parallel(uae, run):
     ids = None
     if run.device.startswith('cuda'):
         ids = [torch.device(run.device).index]
-    return torch.nn.parallel.DistributedDataParallel(
-        uae, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    # no forward changes a buffer; torch 2.11 knows broadcast_buffers alone, 2.14 deprecates it
+    known = inspect.signature(ddp).parameters
+    name = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
+    return ddp(uae, device_ids=ids, gradient_as_bucket_view=True, **{name: False})
 
 
 def no_sync(ddp, last):

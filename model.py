@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from parts import Parts
-from policy import CaptionCache, choose, next_state, pick_logp, sde_step, token_logp
+from policy import CaptionCache, cached_states, choose, next_state, pick_logp, sde_step, token_logp
 
 
 class Projector(nn.Module):
@@ -146,13 +146,12 @@ class UAE(Parts):
         from transformers import DynamicCache
         embedded, positions = self.prompt(seen)
         cache = DynamicCache(config=self.encoder.config.text_config)
-        output = self.language_model(inputs_embeds=embedded, position_ids=positions,
-                                     past_key_values=cache, use_cache=True)
+        read = cached_states(self.language_model, embedded, positions, cache)
         if room:
             cache = CaptionCache(cache, G, room)
         else:
             cache.batch_repeat_interleave(G)
-        states = output.last_hidden_state[:, -1:].repeat_interleave(G, 0)
+        states = read[:, -1:].repeat_interleave(G, 0)
         return cache, states, positions.max().item() + 1
 
     @torch.no_grad()
@@ -203,9 +202,8 @@ class UAE(Parts):
             return self.states_after(embedded, positions, y)
         cache, states, start = self.prefill(seen, G)
         positions = start + torch.arange(T, device=self.device).expand(3, B, T)
-        output = self.language_model(inputs_embeds=self.embed(y), position_ids=positions,
-                                     past_key_values=cache, use_cache=True)
-        return torch.cat([states, output.last_hidden_state], 1)
+        read = cached_states(self.language_model, self.embed(y), positions, cache)
+        return torch.cat([states, read], 1)
 
     def states_after(self, embedded, positions, y):
         """`caption_states` from an embedded prompt (B, L, d) per caption, in one pass."""

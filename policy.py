@@ -4,6 +4,7 @@ A rollout and the update that learns from it call the same functions, so that th
 agree. The caption policy pi_phi(y_t | x, y_<t) chooses tokens; the drawing policy
 p_theta(z_next | z, c) is a Gaussian around one step of the sampler. Shapes: see model.py.
 """
+import inspect
 import math
 
 import torch
@@ -37,6 +38,19 @@ class CaptionCache:
         self.values[i][:, :, n:n + 1] = v
         self.filled[i] = n + 1
         return self.keys[i][:, :, :n + 1], self.values[i][:, :, :n + 1]
+
+
+def cached_states(language_model, embedded, positions, cache):
+    """States (B, L, d) of tokens that follow those in the library's cache, which grows.
+
+    embedded (B, L, d), positions (3, B, L).
+    """
+    # transformers 5.17 knows past_key_values alone, 5.40 will know cache alone
+    known = inspect.signature(language_model.forward).parameters
+    name = 'cache' if 'cache' in known else 'past_key_values'
+    output = language_model(inputs_embeds=embedded, position_ids=positions, use_cache=True,
+                            **{name: cache})
+    return output.last_hidden_state
 
 
 def next_state(language_model, x, position, cache):

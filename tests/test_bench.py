@@ -14,7 +14,7 @@ from bench.networks import network_calls
 from bench.steps import Stage, measure
 from conftest import at
 from parts import Parts
-from policy import next_state
+from policy import cached_states, next_state
 from running import STAGES, refusal, tiny
 from tests.peers import flow_grpo, full_logits
 from tools import plan
@@ -126,9 +126,7 @@ def test_one_more_token_is_the_language_model_s_own_forward(uae, seen, dtype):
             x = own.embed(y[:, t:t + 1])
             a = next_state(language_model, x, start + t, fast)
             positions = torch.full((3, 8, 1), start + t)
-            out = language_model(inputs_embeds=x, position_ids=positions, past_key_values=plain,
-                                 use_cache=True)
-            b = out.last_hidden_state
+            b = cached_states(language_model, x, positions, plain)
             assert a.dtype == b.dtype
             assert (a - b).abs().max() < tolerance * b.abs().max()
     for i, layer in enumerate(plain.layers):
