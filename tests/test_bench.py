@@ -193,14 +193,14 @@ def test_every_stage_on_random_weights(tmp_path, capsys):
     text = capsys.readouterr().out
     for name, unit in zip(STAGES, ('images', 'captions', 'images')):
         row = out[name]
-        assert row['total'] == pytest.approx(row['rollout'] + row['update'], rel=0.3)
-        assert row[f'{unit}_per_sec'] > 0
-        assert row['limit'] > 0.5
+        assert all(value > 0 for value in row.values() if isinstance(value, float))
+        assert row['total'] == pytest.approx(row['rollout'] + row['update'])
+        assert row['limit'] == pytest.approx(row['total'] / row['networks'])
         assert row['update_flops'] > 1e6
-        assert 0 < row['update_share_of_peak'] < 1.5
-        assert row['peak_gb'] > 0
+        share = row['update_flops'] / row['update'] / row['matmul_peak']
+        assert row['update_share_of_peak'] == pytest.approx(share)
         networks = sum(value for label, value in row.items() if ' x ' in label)
-        assert row['networks'] == pytest.approx(networks, rel=0.5)
+        assert row['networks'] == pytest.approx(networks)
         assert f'{name}: 2 x' in text
 
 
