@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import grpo_decoder
-from policy import CaptionCache, next_state
+from policy import CaptionCache, cached_states, next_state
 
 
 class Call(NamedTuple):
@@ -69,9 +69,7 @@ class Networks:
     def cached(self, n, length, start, cache):
         """States (n, length, d) of new tokens behind those in the cache."""
         positions = start + torch.arange(length, device=self.uae.device).expand(3, n, length)
-        out = self.language_model(inputs_embeds=self.embedded(n, length), position_ids=positions,
-                                  past_key_values=cache, use_cache=True)
-        return out.last_hidden_state
+        return cached_states(self.language_model, self.embedded(n, length), positions, cache)
 
     def prefill(self, n, G, room=0):
         """The prompt once for G captions: the cache of n rows and their last state (n, 1, d)."""

@@ -21,7 +21,6 @@ import subprocess
 import sys
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -32,6 +31,7 @@ from bench.networks import network_calls
 from bench.steps import SCRIPTS, STEPS, WARM_UP, Stage
 from bench.steps import forget_gradients, in_turn, key_of, measure, medians, seconds
 from log import peak_memory
+from tools.plan import flop_counter
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
@@ -74,7 +74,7 @@ def utilisation(stage, update_seconds):
     """
     step = STEPS[stage.name](stage)
     next(step)                                   # the rollout
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         for _ in step:
             pass
     flops = counter.get_total_flops()

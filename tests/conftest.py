@@ -19,7 +19,16 @@ sys.path.insert(0, ROOT)
 os.chdir(ROOT)
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
 
+# what a library is about to rename or drop is an error here, while there is time to follow
+WARNINGS = ('error::FutureWarning', 'error::DeprecationWarning')
+os.environ['PYTHONWARNINGS'] = ','.join(WARNINGS)           # of the processes that tests start
+
 P, G = 4, 4
+
+
+def pytest_configure(config):
+    for line in WARNINGS:
+        config.addinivalue_line('filterwarnings', line)
 
 
 def shared_config(*arguments):

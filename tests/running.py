@@ -104,7 +104,7 @@ def same(a, b):
     return a == b
 
 
-def python(*argv, timeout=300):
+def python(*argv, timeout=900):
     """A python process in ROOT on one thread; returns it with its output."""
     env = dict(
         os.environ,

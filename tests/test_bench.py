@@ -14,7 +14,7 @@ from bench.networks import network_calls
 from bench.steps import Stage, measure
 from conftest import at
 from parts import Parts
-from policy import next_state
+from policy import cached_states, next_state
 from running import STAGES, refusal, tiny
 from tests.peers import flow_grpo, full_logits
 from tools import plan
@@ -126,9 +126,7 @@ def test_one_more_token_is_the_language_model_s_own_forward(uae, seen, dtype):
             x = own.embed(y[:, t:t + 1])
             a = next_state(language_model, x, start + t, fast)
             positions = torch.full((3, 8, 1), start + t)
-            out = language_model(inputs_embeds=x, position_ids=positions, past_key_values=plain,
-                                 use_cache=True)
-            b = out.last_hidden_state
+            b = cached_states(language_model, x, positions, plain)
             assert a.dtype == b.dtype
             assert (a - b).abs().max() < tolerance * b.abs().max()
     for i, layer in enumerate(plain.layers):
@@ -195,14 +193,14 @@ def test_every_stage_on_random_weights(tmp_path, capsys):
     text = capsys.readouterr().out
     for name, unit in zip(STAGES, ('images', 'captions', 'images')):
         row = out[name]
-        assert row['total'] == pytest.approx(row['rollout'] + row['update'], rel=0.3)
-        assert row[f'{unit}_per_sec'] > 0
-        assert row['limit'] > 0.5
+        assert all(value > 0 for value in row.values() if isinstance(value, float))
+        assert row['total'] == pytest.approx(row['rollout'] + row['update'])
+        assert row['limit'] == pytest.approx(row['total'] / row['networks'])
         assert row['update_flops'] > 1e6
-        assert 0 < row['update_share_of_peak'] < 1.5
-        assert row['peak_gb'] > 0
+        share = row['update_flops'] / row['update'] / row['matmul_peak']
+        assert row['update_share_of_peak'] == pytest.approx(share)
         networks = sum(value for label, value in row.items() if ' x ' in label)
-        assert row['networks'] == pytest.approx(networks, rel=0.5)
+        assert row['networks'] == pytest.approx(networks)
         assert f'{name}: 2 x' in text
 
 
