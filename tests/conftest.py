@@ -39,14 +39,19 @@ def shared_config(*arguments):
 
 def new_uae(c, device='cpu'):
     """A model from the checkpoint that the configuration names."""
-    from checkpoint import open_uae
+    from lib.checkpoint import open_uae
     return open_uae(c, device)
 
 
 def at(uae, **keys):
     """The same model under another configuration."""
     other = copy.copy(uae)
+    other._modules = dict(uae._modules)
     other.config = types.SimpleNamespace(**{**vars(uae.config), **keys})
+    for name in ('encoder', 'decoder'):
+        part = copy.copy(uae._modules[name])
+        part.config = other.config
+        other._modules[name] = part
     return other
 
 
@@ -66,12 +71,12 @@ def uniforms(rows, length, seed=1):
 
 @pytest.fixture(scope='session')
 def uae():
-    import common
-    common.quiet()
+    from lib import ranks
+    ranks.quiet()
     uae = new_uae(shared_config())
-    language_model = uae.encoder.model.language_model
+    language_model = uae.encoder.vlm.model.language_model
     perturb(language_model, 0.01)
-    perturb(uae.decoder, 0.02)
+    perturb(uae.decoder.transformer, 0.02)
     language_model.norm.weight.data.mul_(0.4)               # flatter captions, of many lengths
     before = {name: value.clone() for name, value in uae.state_dict().items()}
     yield uae
@@ -93,16 +98,16 @@ def x():
 
 
 @pytest.fixture(scope='session')
-def seen(uae, x):
-    with torch.no_grad():
-        return uae.see(x)
+def vision(uae, x):
+    """What the vision tower makes of x."""
+    return uae.encoder.see(x)
 
 
 @pytest.fixture(scope='session')
 def sampled(uae, seen):
     """G captions of each image at temperature 1: y, mask, logp."""
     u = uniforms(P * G, uae.config.caption_len)
-    y, mask, logp = uae.sample_captions(seen, G, 1.0, u)
+    y, mask, logp = uae.encoder.sample(seen, G, 1.0, u)
     lengths = mask.sum(1)
     assert lengths.unique().numel() > 2, 'these tests need captions of several lengths'
     assert lengths.min() < uae.config.caption_len, 'and some that end'

@@ -39,7 +39,7 @@ keys = dict(
 )
 # -------------------------------------------------------------------------------------------------
 STEPS = 4
-REFERENCE = ['--kl=0.1', '--updates=2']
+REFERENCE = ['--kl=0.1', '--epochs=2']
 OWN = dict(
     pretrain_decoder=['--ema=0.9'],
     cold_start=[],

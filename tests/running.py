@@ -24,9 +24,9 @@ def arguments(name, out_dir, *extra, steps=2, images=2):
     so that the first update moves something.
     """
     own = dict(
-        cold_start=[f'--prompts={images}'],
-        grpo_encoder=[f'--prompts={images}', '--group=2', '--temperature=3'],
-        grpo_decoder=[f'--prompts={images}', '--group=2', '--warmup=0'],
+        cold_start=[f'--batch={images}'],
+        grpo_encoder=[f'--batch={images}', '--group=2', '--temperature=3'],
+        grpo_decoder=[f'--batch={images}', '--group=2', '--warmup=0'],
         pretrain_decoder=[f'--batch={images}'],
     )
     every = ['--eval_images=4', '--eval_every=0', '--device=cpu', f'--out_dir={out_dir}']

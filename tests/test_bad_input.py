@@ -220,12 +220,12 @@ VALUES = [
     ('grpo_encoder', '--reward=clap'),
     ('grpo_decoder', '--device=abacus'),
     ('cold_start', '--grad_steps=0'),
-    ('grpo_decoder', '--sde_window=0'),
-    ('grpo_decoder', '--sample_steps=1'),
+    ('grpo_decoder', '--noisy_steps=0'),
+    ('grpo_decoder', '--denoise_steps=1'),
     ('cold_start', '--stepz=3'),
     ('grpo_encoder', '--group=1'),
     ('grpo_decoder', '--group=1'),
-    ('grpo_encoder', '--prompts=0'),
+    ('grpo_encoder', '--batch=0'),
     ('grpo_encoder', '--resolution=33'),        # the VAE halves it twice
     ('cold_start', '--resolution=8'),           # one patch of the encoder is as wide
     ('grpo_decoder', '--resolution=72'),        # more positions than the transformer has
@@ -241,7 +241,7 @@ def test_values_that_mean_nothing(tmp_path, name, flag):
 
 
 def test_cps_needs_a_step_that_may_be_noisy(tmp_path):
-    flags = ['--sde=cps', '--sample_steps=2', '--noise_level=1']
+    flags = ['--sde=cps', '--denoise_steps=2', '--noise_level=1']
     assert 'more steps' in refusal(tiny, 'grpo_decoder', tmp_path / 'out', *flags)
     assert not list((tmp_path / 'out').glob('*.json*')), 'the corrected command may use the folder'
 

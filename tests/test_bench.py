@@ -13,14 +13,14 @@ from bench import speed, steps
 from bench.networks import network_calls
 from bench.steps import Stage, measure
 from conftest import at
-from parts import Parts
-from policy import cached_states, next_state
+from model import Parts
+from encoder import cached_states, next_state
 from running import STAGES, refusal, tiny
 from tests.peers import flow_grpo, full_logits
 from tools import plan
 
-SMALL = ['--prompts=2', '--group=2', '--temperature=3', '--caption_len=6', '--sample_steps=4',
-         '--sde_window=2', '--train_steps=2', '--eval_images=4', '--device=cpu']
+SMALL = ['--batch=2', '--group=2', '--temperature=3', '--caption_len=6', '--denoise_steps=4',
+         '--noisy_steps=2', '--trained_steps=2', '--eval_images=4', '--device=cpu']
 
 
 def gradient_norm(stage):
@@ -39,7 +39,7 @@ def test_a_step_of_the_bench_is_the_script_s(name, extra, tmp_path):
     """The same gradient, up to the end token, which the bench forbids."""
     argv = SMALL + extra
     stage = Stage(name, argv)
-    stage.uae.forbidden[stage.uae.end] = False
+    stage.uae.encoder.forbidden[stage.uae.encoder.end] = False
     known = {*config.shared, *steps.SCRIPTS[name].keys}
     argv = [argument for argument in argv if steps.key_of(argument) in known]
     log = tiny(name, tmp_path / 'run', *argv, steps=1)
@@ -51,19 +51,19 @@ def networks_by_part(stage):
     """[(part, network)]: a place in each network that every one of its rows goes through once."""
     uae = stage.uae
     parts = [
-        ('decoder', uae.decoder.pos_embed),
-        ('vae', uae.vae.decoder),
+        ('decoder', uae.decoder.transformer.pos_embed),
+        ('vae', uae.decoder.vae.decoder),
         ('reward', stage.tower.tower),
-        ('lm', uae.encoder.model.language_model.layers[0].mlp),
-        ('head', uae.head),
+        ('lm', uae.encoder.vlm.model.language_model.layers[0].mlp),
+        ('head', uae.encoder.head),
         ('projector', uae.projector),
-        ('vision', uae.encoder.model.visual),
+        ('vision', uae.encoder.vlm.model.visual),
     ]
     if stage.reference:
         known = [network for _, network in parts]
-        encoder = stage.reference.encoder
+        encoder = stage.reference.encoder.vlm
         of_reference = [
-            ('decoder', stage.reference.decoder.pos_embed),
+            ('decoder', stage.reference.decoder.transformer.pos_embed),
             ('head', stage.reference.head),
             ('lm', encoder.model.language_model.layers[0].mlp),
         ]
@@ -115,7 +115,7 @@ def test_bare_networks_are_what_a_step_calls(name, extra):
 def test_one_more_token_is_the_language_model_s_own_forward(uae, seen, dtype):
     """next_state against the library, token by token, the caches included."""
     own = at(uae)
-    own._modules = dict(uae._modules, encoder=copy.deepcopy(uae.encoder).to(dtype))
+    own._modules = dict(uae._modules, encoder=copy.deepcopy(uae.encoder.vlm).to(dtype))
     language_model = own.encoder.model.language_model
     y = torch.tensor([[7, 9, 11]]).repeat(8, 1)
     tolerance = 1e-4 if dtype == torch.float32 else 0.03
@@ -148,8 +148,8 @@ def test_compiled_blocks_are_the_plain_ones(tmp_path, monkeypatch):
         compile(self, backend='eager', **options)
 
     monkeypatch.setattr(torch.nn.Module, 'compile', traced)
-    on = tiny('grpo_decoder', tmp_path / 'on', '--compile=True', '--sample_steps=3')
-    off = tiny('grpo_decoder', tmp_path / 'off', '--compile=False', '--sample_steps=3')
+    on = tiny('grpo_decoder', tmp_path / 'on', '--compile=True', '--denoise_steps=3')
+    off = tiny('grpo_decoder', tmp_path / 'off', '--compile=False', '--denoise_steps=3')
     assert blocks == ['JointTransformerBlock'] * 4
     for a, b in zip(on, off):
         assert a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4)
@@ -178,7 +178,7 @@ def test_flow_grpo_s_gradient_is_ours():
 
 
 def test_full_logits_gradient_is_ours_and_needs_more_memory(capsys):
-    out = full_logits.compare(['--prompts=2', '--group=4', '--caption_len=24'])
+    out = full_logits.compare(['--batch=2', '--group=4', '--caption_len=24'])
     assert out['gradients differ by'] < 1e-5
     assert out['ratio'] < 0.8
 

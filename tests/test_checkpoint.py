@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
-import common
+from lib import checkpoint
+from lib import ranks
 from comparing import without_step
 from conftest import shared_config
 from running import arguments, lines, refusal, same, script, tiny, weights
@@ -26,7 +26,7 @@ HERE = SimpleNamespace(master=True, world=1, rank=0, device='cpu')
 
 def opened(config, *parts):
     """The model as a stage that trains these parts opens it."""
-    common.quiet()
+    ranks.quiet()
     uae = checkpoint.open_uae(config)
     return uae, uae.train_only(*parts)
 
@@ -54,16 +54,16 @@ def captions_logp(uae, x):
     """Log-probs of fixed tokens."""
     y = torch.arange(7, 19).expand(len(x), -1)
     with torch.no_grad():
-        return uae.caption_logp(uae.see(x), y)
+        return uae.encoder.logp(uae.encoder.see(x), y)
 
 
 def drawing(uae, x):
     """A velocity under a fixed condition that went through the projector."""
     generator = torch.Generator().manual_seed(5)
-    z = torch.randn(2, *uae.latent_shape(), generator=generator)
+    z = torch.randn(2, *uae.decoder.latent_shape(), generator=generator)
     h = torch.randn(2, 6, uae.projector.up.in_features, generator=generator)
     with torch.no_grad(), uae.autocast():
-        return uae.velocity(z, torch.tensor(0.5), uae.project(h))
+        return uae.decoder.velocity(z, torch.tensor(0.5), uae.project(h))
 
 
 POLICIES = dict(encoder=captions_logp, decoder=drawing, projector=drawing)
@@ -106,7 +106,7 @@ def test_a_resumed_run_has_the_reference_of_a_fresh_one(
 
     fresh = configured(tmp_path / 'run', *flags)
     uae, params = opened(fresh, *parts)
-    first = checkpoint.stage_start(uae, parts, fresh)
+    first = checkpoint.open_reference(uae, parts, fresh)
     wanted = [POLICIES[part](first, x) for part in parts]
     shake(params, 2)
     save(fresh, uae, params, 2)
@@ -115,7 +115,7 @@ def test_a_resumed_run_has_the_reference_of_a_fresh_one(
     counted.clear()
     again = configured(tmp_path / 'run', *flags, resume=True)
     uae, _ = opened(again, *parts)
-    reference = checkpoint.stage_start(uae, parts, again)
+    reference = checkpoint.open_reference(uae, parts, again)
     assert same(wanted, [POLICIES[part](reference, x) for part in parts])
     for part, logp in zip(parts, wanted):
         assert not same(logp, POLICIES[part](uae, x)), 'the policy itself goes on'
@@ -162,7 +162,7 @@ def condition(uae):
 def with_text_encoder(config):
     """The model of stage 2 with a text encoder that stands still, and what is trained."""
     uae, params = opened(config, 'encoder')
-    checkpoint.freeze_text_encoder(uae)
+    checkpoint.choose_text_encoder(uae)
     return uae, params
 
 
@@ -170,7 +170,7 @@ def with_text_encoder(config):
 def test_the_condition_stands_still_while_the_policy_moves(tmp_path, x, way):
     uae, params = with_text_encoder(configured(tmp_path, *way))
     c, logp = condition(uae), captions_logp(uae, x)
-    assert not any(p.requires_grad for p in uae.text_encoder.parameters())
+    assert not any(p.requires_grad for p in uae.encoder.text_encoder.parameters())
     live, trained = opened(configured(tmp_path, *way), 'encoder')
     assert torch.equal(condition(live), c), 'at first they are one'
     assert len(trained) == len(params)
@@ -202,8 +202,8 @@ def test_with_lora_there_is_one_base(tmp_path, way):
 
 
 def check_one_base(uae):
-    captioner = dict(uae.language_model.named_parameters())
-    twin = dict(uae.text_encoder.named_parameters())
+    captioner = dict(uae.encoder.language_model.named_parameters())
+    twin = dict(uae.encoder.text_encoder.named_parameters())
     assert captioner.keys() == twin.keys()
     for name, p in captioner.items():
         one = p.data_ptr() == twin[name].data_ptr()

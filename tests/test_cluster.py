@@ -17,17 +17,17 @@ import json, os, runpy, sys
 sys.path.insert(0, {ROOT!r})
 import torch
 torch.set_num_threads(1)
-import common
+from lib import optimiser
 name, argv, die, always = json.load(open(sys.argv[1]))
 rank, life = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])
-take_step = common.Optimiser.step
+take_step = optimiser.Optimiser.step
 
 def mortal(optimiser, step):
     if rank == 1 and step == die and (always or life == 0):
         os._exit(7)
     return take_step(optimiser, step)
 
-common.Optimiser.step = mortal
+optimiser.Optimiser.step = mortal
 sys.argv = [name + '.py', *argv]
 try:
     runpy.run_path({ROOT!r} + '/' + name + '.py', run_name='__main__')

@@ -54,45 +54,45 @@ def projection_of_nothing(uae):
 
 def without_end(uae, y, mask):
     """1 where a word stands, (B, T)."""
-    return (y != uae.end) * mask
+    return (y != uae.encoder.end) * mask
 
 
 # --- captions as strings -------------------------------------------------------------------------
 def test_strings_there_and_back(uae):
     rng = np.random.default_rng(0)
     texts = [scenes.caption(scenes.random_scene(rng)) for _ in range(40)] + ['', 'red']
-    y, mask, cut = uae.tokens(texts)
-    assert uae.texts(y, mask) == texts
+    y, mask, cut = uae.encoder.tokens(texts)
+    assert uae.encoder.texts(y, mask) == texts
     assert cut == 0
     T = uae.config.caption_len
     assert y.shape == mask.shape == (len(texts), T)
-    assert not uae.forbidden[y].any()
+    assert not uae.encoder.forbidden[y].any()
     for row, row_mask, text in zip(y.tolist(), mask.int().tolist(), texts):
         n = len(text.split()) + 1                # as the sampler returns them
         assert row_mask == [1] * n + [0] * (T - n)
-        assert row[n - 1:] == [uae.end] * (T - n + 1)
+        assert row[n - 1:] == [uae.encoder.end] * (T - n + 1)
 
 
 def test_strings_too_long_are_cut_and_counted(uae):
     T = uae.config.caption_len
     lengths = (T - 1, T, T + 30)
     texts = [' '.join(['red'] * n) for n in lengths]
-    y, mask, count = uae.tokens(texts)
+    y, mask, count = uae.encoder.tokens(texts)
     assert count == 2
     assert mask.all()
     assert y.shape == (3, T)
-    assert [text.split().count('red') for text in uae.texts(y, mask)] == [T - 1, T, T]
-    assert y[0, -1] == uae.end
-    assert (y[1:] != uae.end).all()
+    assert [text.split().count('red') for text in uae.encoder.texts(y, mask)] == [T - 1, T, T]
+    assert y[0, -1] == uae.encoder.end
+    assert (y[1:] != uae.encoder.end).all()
 
 
 def test_texts_stop_at_the_mask(uae, sampled):
     y, mask, _ = sampled
-    lengths = [len(text.split()) for text in uae.texts(y, mask)]
+    lengths = [len(text.split()) for text in uae.encoder.texts(y, mask)]
     assert lengths == without_end(uae, y, mask).sum(1).int().tolist()
     half = mask.clone()
     half[:, 3:] = 0
-    assert all(len(text.split()) <= 3 for text in uae.texts(y, half))
+    assert all(len(text.split()) <= 3 for text in uae.encoder.texts(y, half))
 
 
 # --- every wiring --------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_length_is_constant(uae, seen, sampled, kind, cond_len):
     length = cond_len
     if kind == 'text+image':
         length = 2 * cond_len
-    want = (length, uae.decoder.config.joint_attention_dim)
+    want = (length, uae.decoder.transformer.config.joint_attention_dim)
     long = torch.full((P, 60), y[0, 0].item())
     captions = [(y, mask), (y[::G, :2], mask[::G, :2]), (long, torch.ones(P, 60))]
     for some_y, some_mask in captions:
@@ -207,11 +207,11 @@ def test_text_does_not_see_the_image(uae, seen, sampled):
 def test_text_is_the_library_s_encoding_of_the_chat_message(uae):
     """Projected last states of the template around the caption; behind it the padding's states."""
     text = 'large red circle top-left'
-    y, mask, _ = uae.tokens([text])
+    y, mask, _ = uae.encoder.tokens([text])
     turn = dict(role='generate', content=[dict(type='text', text=text)])
-    message = uae.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-    ids = torch.tensor([uae.tokenizer(message, add_special_tokens=False).input_ids])
-    states = uae.encoder(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    message = uae.encoder.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor([uae.encoder.tokenizer(message, add_special_tokens=False).input_ids])
+    states = uae.encoder.vlm(input_ids=ids, output_hidden_states=True).hidden_states[-1]
     n = ids.shape[1]
     assert n < uae.config.cond_len
     c = uae.condition(y, mask)
@@ -228,10 +228,10 @@ def test_text_holds_the_caption_and_nothing_after_its_end(uae, sampled):
     junk = torch.where(mask > 0, y, 20)
     assert not torch.equal(junk, y)
     assert torch.equal(uae.condition(junk, mask), c)
-    assert torch.equal(uae.condition(y, mask * (y != uae.end)), c)
+    assert torch.equal(uae.condition(y, mask * (y != uae.encoder.end)), c)
     assert c.abs().amax((0, 2)).min() > 0
     short = int(mask.sum(1).argmin())
-    end = int(mask.sum(1).min()) - 1 + len(uae.before_text) + len(uae.after_text)
+    end = int(mask.sum(1).min()) - 1 + len(uae.encoder.before_text) + len(uae.encoder.after_text)
     assert end < uae.config.cond_len - 2
     assert (c[short, end] - c[short, end - 1]).abs().max() > 1e-3
 
@@ -244,13 +244,13 @@ def test_padding_is_masked(uae, sampled):
     def hook(module, args, kwargs):
         masks.append(kwargs.get('attention_mask'))
 
-    handle = uae.encoder.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = uae.encoder.vlm.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         uae.condition(y, mask)
     finally:
         handle.remove()
     length = without_end(uae, y, mask).sum(1).long()
-    length = length + len(uae.before_text) + len(uae.after_text)
+    length = length + len(uae.encoder.before_text) + len(uae.encoder.after_text)
     length = length.clamp(max=uae.config.cond_len)
     assert torch.equal(masks[0].bool(), torch.arange(uae.config.cond_len) < length[:, None])
 
@@ -258,7 +258,7 @@ def test_padding_is_masked(uae, sampled):
 def test_text_too_long_keeps_its_beginning_and_the_template_s_end(uae):
     g = torch.Generator().manual_seed(0)
     y, ones = torch.randint(15, 40, (2, 60), generator=g), torch.ones(2, 60)
-    room = uae.config.cond_len - len(uae.before_text) - len(uae.after_text)
+    room = uae.config.cond_len - len(uae.encoder.before_text) - len(uae.encoder.after_text)
     c = uae.condition(y, ones)
     assert torch.equal(uae.condition(y[:, :room], ones[:, :room]), c)
     shorter = uae.condition(y[:, :room - 1], ones[:, :room - 1])
@@ -306,10 +306,10 @@ def test_image_does_not_see_the_caption(uae, seen, sampled):
 def test_image_states_stand_at_the_image_s_positions(uae, x, seen, sampled):
     """Against the library's forward pass on pixels: the last states where the image tokens are."""
     u8 = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    pix = uae.processor.image_processor(images=list(u8), return_tensors='pt')
-    token, N = uae.encoder.config.image_token_id, seen[0].shape[1]
-    ids = torch.tensor([uae.before_image + [token] * N + uae.after_image] * P)
-    out = uae.encoder(
+    pix = uae.encoder.processor.image_processor(images=list(u8), return_tensors='pt')
+    token, N = uae.encoder.vlm.config.image_token_id, seen[0].shape[1]
+    ids = torch.tensor([uae.encoder.before_image + [token] * N + uae.encoder.after_image] * P)
+    out = uae.encoder.vlm(
         input_ids=ids,
         mm_token_type_ids=(ids == token).int(),
         output_hidden_states=True,
@@ -334,7 +334,7 @@ def test_text_and_image_are_both(uae, seen, sampled):
 def calls(uae):
     """Counts the decoder's forward passes: of each, is autograd on?"""
     count = []
-    handle = uae.decoder.register_forward_hook(lambda *_: count.append(torch.is_grad_enabled()))
+    handle = uae.decoder.transformer.register_forward_hook(lambda *_: count.append(torch.is_grad_enabled()))
     yield count
     handle.remove()
 
@@ -342,38 +342,38 @@ def calls(uae):
 @pytest.fixture
 def inputs(uae, sampled):
     y, mask, _ = sampled
-    z = torch.randn(P, *uae.latent_shape(), generator=torch.Generator().manual_seed(0))
+    z = torch.randn(P, *uae.decoder.latent_shape(), generator=torch.Generator().manual_seed(0))
     return z, uae.condition(y[::G], mask[::G]), uae.negative()
 
 
 def draw_steps(uae, z, c, S):
     """A drawing with one noisy step."""
-    noise = torch.zeros(P, 1, *uae.latent_shape())
-    return uae.draw_sde(z, c, S, noise, 'flow', 0.7, (0, 1))
+    noise = torch.zeros(P, 1, *uae.decoder.latent_shape())
+    return uae.decoder.draw_sde(z, c, S, noise, 'flow', 0.7, (0, 1))
 
 
 def test_velocity_is_the_decoder_s_output(uae, inputs, calls):
     z, c, neg = inputs
     s = torch.tensor([0.9, 0.5, 0.3, 0.1])
-    want = uae.decoder(
+    want = uae.decoder.transformer(
         hidden_states=z,
         timestep=s * 1000,
         encoder_hidden_states=c,
-        pooled_projections=uae.pooled.expand(P, -1),
+        pooled_projections=uae.decoder.pooled.expand(P, -1),
         return_dict=False,
     )[0]
     calls.clear()
-    v = uae.velocity(z, s, c)
+    v = uae.decoder.velocity(z, s, c)
     assert len(calls) == 1
     assert v.dtype == torch.float32
     assert v.shape == z.shape
     torch.testing.assert_close(v, want)
-    each = [uae.velocity(z[i:i + 1], s[i], c[i:i + 1]) for i in range(P)]      # s: () or (B,)
+    each = [uae.decoder.velocity(z[i:i + 1], s[i], c[i:i + 1]) for i in range(P)]      # s: () or (B,)
     torch.testing.assert_close(torch.cat(each), v, atol=1e-5, rtol=1e-4)
     others = [
-        uae.velocity(z, s, c.roll(1, 0)),
-        uae.velocity(z, s * 0.8, c),
-        uae.velocity(z * 1.1, s, c),
+        uae.decoder.velocity(z, s, c.roll(1, 0)),
+        uae.decoder.velocity(z, s * 0.8, c),
+        uae.decoder.velocity(z * 1.1, s, c),
     ]
     for other in others:
         assert (other - v).abs().amax((1, 2, 3)).min() > 1e-4
@@ -383,26 +383,26 @@ def test_velocity_is_the_decoder_s_output(uae, inputs, calls):
 def test_guidance(uae, inputs, calls, guidance):
     z, c, neg = inputs
     s = torch.tensor(0.6)
-    v, v0 = uae.velocity(z, s, c), uae.velocity(z, s, neg.expand(P, -1, -1))
+    v, v0 = uae.decoder.velocity(z, s, c), uae.decoder.velocity(z, s, neg.expand(P, -1, -1))
     assert (v - v0).abs().max() > 1e-3
     want, close = v0 + guidance * (v - v0), dict(atol=1e-5, rtol=1e-4)
     # for an update two passes, in a rollout both branches at once
     for live, passes in ((True, [False, True]), (False, [False])):
         calls.clear()
         with torch.set_grad_enabled(live):
-            torch.testing.assert_close(uae.velocity(z, s, c, neg, guidance), want, **close)
+            torch.testing.assert_close(uae.decoder.velocity(z, s, c, neg, guidance), want, **close)
         assert sorted(calls) == passes
     calls.clear()
-    torch.testing.assert_close(uae.velocity(z, s, c, v0, guidance), want, **close)
+    torch.testing.assert_close(uae.decoder.velocity(z, s, c, v0, guidance), want, **close)
     assert len(calls) == 1                       # a known v0 is not computed again
 
 
 def test_guidance_one_is_off_and_costs_one_call(uae, inputs, calls):
     z, c, neg = inputs
     s = torch.tensor(0.6)
-    v = uae.velocity(z, s, c, neg, 1.0)
+    v = uae.decoder.velocity(z, s, c, neg, 1.0)
     assert len(calls) == 1
-    assert torch.equal(v, uae.velocity(z, s, c))
+    assert torch.equal(v, uae.decoder.velocity(z, s, c))
     calls.clear()
     u = at(uae, guidance=1.0)
     u.negative = None                            # nor is the negative prompt encoded
@@ -421,9 +421,9 @@ def test_the_unconditional_branch_has_no_gradient(uae, inputs, calls):
     with torch.enable_grad():
         c, neg = c.requires_grad_(), neg.requires_grad_()
         weight = torch.randn_like(z)
-        plain = torch.autograd.grad((uae.velocity(z, s, c) * weight).sum(), c)[0]
+        plain = torch.autograd.grad((uae.decoder.velocity(z, s, c) * weight).sum(), c)[0]
         calls.clear()
-        guided = (uae.velocity(z, s, c, neg, guidance) * weight).sum()
+        guided = (uae.decoder.velocity(z, s, c, neg, guidance) * weight).sum()
         got, none = torch.autograd.grad(guided, (c, neg), allow_unused=True)
     assert none is None
     assert plain.abs().max() > 1e-3
@@ -434,20 +434,20 @@ def test_the_unconditional_branch_has_no_gradient(uae, inputs, calls):
 def test_latents_and_images(uae, x):
     """The VAE there and back, with scale and shift; slices change nothing; a gradient passes."""
     close = dict(atol=1e-5, rtol=1e-4)
-    z = uae.to_latent(x)
-    assert z.shape == (P, *uae.latent_shape())
+    z = uae.decoder.to_latent(x)
+    assert z.shape == (P, *uae.decoder.latent_shape())
     assert z.dtype == torch.float32
-    scale, shift = uae.vae.config.scaling_factor, uae.vae.config.shift_factor or 0
-    latent = uae.vae.encode(x).latent_dist.mean
+    scale, shift = uae.decoder.vae.config.scaling_factor, uae.decoder.vae.config.shift_factor or 0
+    latent = uae.decoder.vae.encode(x).latent_dist.mean
     torch.testing.assert_close(z, (latent - shift) * scale, **close)
-    back = uae.to_image(z)
+    back = uae.decoder.to_image(z)
     assert back.shape == x.shape
     assert back.dtype == torch.float32
-    torch.testing.assert_close(back, uae.vae.decode(z / scale + shift).sample, **close)
+    torch.testing.assert_close(back, uae.decoder.vae.decode(z / scale + shift).sample, **close)
     cut = at(uae, micro_batch=3)
     torch.testing.assert_close(cut.to_latent(x), z, **close)
     torch.testing.assert_close(cut.to_image(z), back, **close)
     with torch.enable_grad():
         z = z.requires_grad_()
-        uae.to_image(z).square().sum().backward()
+        uae.decoder.to_image(z).square().sum().backward()
     assert z.grad.abs().amax((1, 2, 3)).min() > 0

@@ -46,13 +46,13 @@ def test_pictures_are_not_blank(out):
 
 def test_the_base_is_honest_about_what_rl_may_show(out):
     """Fixed before any RL run; LOG.md has all 256 held-out scenes, here are the first 128."""
-    import common
+    from lib import ranks
     import config
     from data.images import open_data
-    from checkpoint import open_uae
-    from evaluate import Evaluator
+    from lib.checkpoint import open_uae
+    from lib.scores import Evaluator
     c = config.parse({}, {}, ['--eval_images=128', '--device=cpu'], 'x.py')
-    run = common.start(c)
+    run = ranks.start(c)
     summary, _ = Evaluator(open_uae(c), open_data(c, run)[1], c, run)()
     assert 0.15 <= summary['caption_recall'] <= 0.35
     assert summary['greedy_caption_recall'] <= 0.70 and summary['greedy_caption_truth'] >= 0.85

@@ -24,7 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = f'{ROOT}/docs/exercises'
 CODE = ('', 'data', 'data/shapes', 'bench', 'tools')
 TINY = (
-    '--steps=2', '--prompts=2', '--sample_steps=4', '--eval_every=0', '--eval_images=2',
+    '--steps=2', '--batch=2', '--denoise_steps=4', '--eval_every=0', '--eval_images=2',
     '--data=../../pictures', '--device=cpu')
 
 

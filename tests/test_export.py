@@ -11,25 +11,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import common
+from lib import ranks
 import config
-from checkpoint import freeze_text_encoder, open_uae, save_models
+from lib.checkpoint import freeze_text_encoder, open_uae, save_models
 from conftest import ROOT
 from running import refusal, script, tiny
-from tools.release import released_key
+from lib.release import released_key
 
 BASE = f'{ROOT}/data/shapes/base'
 
 
 def load(*flags):
     """A UAE as a script with these flags would have it."""
-    common.quiet()
+    ranks.quiet()
     return open_uae(config.parse({}, {}, list(flags), 'x.py'))
 
 
 def shake(uae, what='', scale=0.05):
     """Noise on every weight of the three towers whose name contains `what`: none is trivial."""
-    for tower in (uae.encoder, uae.decoder, uae.projector):
+    for tower in (uae.encoder.vlm, uae.decoder.transformer, uae.projector):
         for i, (name, p) in enumerate(tower.named_parameters()):
             if what in name:
                 g = torch.Generator().manual_seed(i)
@@ -41,12 +41,12 @@ def shake(uae, what='', scale=0.05):
 def velocity(decoder, uae):
     """One forward pass of an SD3 transformer on fixed inputs."""
     g = torch.Generator().manual_seed(3)
-    z = torch.randn(2, *uae.latent_shape(), generator=g)
+    z = torch.randn(2, *uae.decoder.latent_shape(), generator=g)
     cond = torch.randn(2, 5, decoder.config.joint_attention_dim, generator=g)
     with torch.no_grad():
         return decoder(
             hidden_states=z, timestep=torch.tensor([300.0, 900.0]), encoder_hidden_states=cond,
-            pooled_projections=uae.pooled.expand(2, -1), return_dict=False)[0]
+            pooled_projections=uae.decoder.pooled.expand(2, -1), return_dict=False)[0]
 
 
 def logits(encoder, processor, x):
@@ -94,10 +94,10 @@ def test_decoder_lora_in_a_plain_pipeline(adapters):
     pipe.transformer.float()
     before = velocity(pipe.transformer, uae)
     pipe.load_lora_weights(f'{out}/step_000001/decoder')
-    close(velocity(pipe.transformer, uae), velocity(uae.decoder, uae))
-    assert (before - velocity(uae.decoder, uae)).abs().max() > 0.05, 'the adapter does something'
+    close(velocity(pipe.transformer, uae), velocity(uae.decoder.transformer, uae))
+    assert (before - velocity(uae.decoder.transformer, uae)).abs().max() > 0.05, 'the adapter does something'
     pipe.fuse_lora()
-    close(velocity(pipe.transformer, uae), velocity(uae.decoder, uae))
+    close(velocity(pipe.transformer, uae), velocity(uae.decoder.transformer, uae))
 
 
 def test_encoder_lora_in_plain_peft(adapters, x):
@@ -106,10 +106,10 @@ def test_encoder_lora_in_plain_peft(adapters, x):
     out, uae = adapters
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         f'{BASE}/encoder', dtype=torch.float32)
-    before = logits(plain, uae.processor, x[0])
+    before = logits(plain, uae.encoder.processor, x[0])
     model = PeftModel.from_pretrained(plain, f'{out}/step_000001/encoder')
-    close(logits(model, uae.processor, x[0]), logits(uae.encoder, uae.processor, x[0]))
-    assert (before - logits(uae.encoder, uae.processor, x[0])).abs().max() > 0.05
+    close(logits(model, uae.encoder.processor, x[0]), logits(uae.encoder.vlm, uae.encoder.processor, x[0]))
+    assert (before - logits(uae.encoder.vlm, uae.encoder.processor, x[0])).abs().max() > 0.05
 
 
 # --- the authors' release ------------------------------------------------------------------------
@@ -159,16 +159,16 @@ def release(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp('uae'))
     uae = shake(load())
     truth = shake(load(), scale=0.03)
-    llm = {hub(k): v for k, v in uae.encoder.state_dict().items() if k != 'lm_head.weight'}
+    llm = {hub(k): v for k, v in uae.encoder.vlm.state_dict().items() if k != 'lm_head.weight'}
     split({**llm, **released_projector(uae)}, f'{folder}/llm', 'model', 3)
     for name in ('config.json', 'generation_config.json'):
         shutil.copy(f'{BASE}/encoder/{name}', f'{folder}/llm')
-    uae.decoder.save_pretrained(f'{folder}/dit')
+    uae.decoder.transformer.save_pretrained(f'{folder}/dit')
 
     g = torch.Generator().manual_seed(7)
-    modules = truth.encoder.model.named_modules(prefix='model')
+    modules = truth.encoder.vlm.model.named_modules(prefix='model')
     linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
-    stage2 = truth.encoder.state_dict()
+    stage2 = truth.encoder.vlm.state_dict()
     tensors = {wrapped(k, linear): v.clone() for k, v in stage2.items() if k != 'lm_head.weight'}
     for name in linear:
         out, into = stage2[f'{name}.weight'].shape
@@ -179,15 +179,15 @@ def release(tmp_path_factory):
         stage2[f'{name}.weight'].add_(2 * B @ A)
     split({**tensors, **released_projector(truth)}, f'{folder}/llm_lora', 'model', 3)
 
-    truth.decoder.load_state_dict(uae.decoder.state_dict())
+    truth.decoder.transformer.load_state_dict(uae.decoder.transformer.state_dict())
     from peft import LoraConfig, get_peft_model
     adapter = LoraConfig(r=4, lora_alpha=12, target_modules=['to_q', 'to_k', 'add_v_proj'])
-    peft = get_peft_model(truth.decoder, adapter)
+    peft = get_peft_model(truth.decoder.transformer, adapter)
     for p in peft.parameters():
         if p.requires_grad:
             p.data = torch.randn(p.shape, generator=g) / 8
     peft.save_pretrained(f'{folder}/dit_lora')
-    truth.decoder = peft.merge_and_unload()
+    truth.decoder.transformer = peft.merge_and_unload()
     return folder, truth
 
 
@@ -195,8 +195,8 @@ def test_release_is_read(release, x):
     """llm_lora wins over llm, its LoRA pairs are added at 64 / 32, dit_lora at its own scale."""
     folder, truth = release
     uae = load(f'--init_from=uae:{folder}')
-    close(logits(uae.encoder, uae.processor, x[0]), logits(truth.encoder, uae.processor, x[0]))
-    close(velocity(uae.decoder, uae), velocity(truth.decoder, truth))
+    close(logits(uae.encoder.vlm, uae.encoder.processor, x[0]), logits(truth.encoder.vlm, uae.encoder.processor, x[0]))
+    close(velocity(uae.decoder.transformer, uae), velocity(truth.decoder.transformer, truth))
     h = torch.randn(3, uae.projector.up.in_features, generator=torch.Generator().manual_seed(1))
     close(uae.projector(h), truth.projector(h))
 
@@ -206,8 +206,8 @@ def test_release_without_its_adapters(release, tmp_path, x):
     for part in ('llm', 'dit'):
         os.symlink(f'{folder}/{part}', tmp_path / part)
     uae, first = load(f'--init_from=uae:{tmp_path}'), shake(load())
-    close(logits(uae.encoder, uae.processor, x[0]), logits(first.encoder, uae.processor, x[0]))
-    close(velocity(uae.decoder, uae), velocity(first.decoder, first))
+    close(logits(uae.encoder.vlm, uae.encoder.processor, x[0]), logits(first.encoder, uae.encoder.processor, x[0]))
+    close(velocity(uae.decoder.transformer, uae), velocity(first.decoder, first))
 
 
 def test_adapters_trained_on_a_release_stand_on_it(release, tmp_path, x):
@@ -219,12 +219,12 @@ def test_adapters_trained_on_a_release_stand_on_it(release, tmp_path, x):
     tiny('grpo_decoder', tmp_path / 'b', f'--init_from={tmp_path}/a', *still, steps=1)
     tiny('grpo_decoder', tmp_path / 'full', f'--init_from=uae:{tmp_path}/r', '--lr=0.0', steps=1)
     uae = load(f'--init_from={tmp_path}/b', '--lora_rank=2')
-    close(logits(uae.encoder, uae.processor, x[0]), logits(truth.encoder, uae.processor, x[0]))
-    close(velocity(uae.decoder, uae), velocity(truth.decoder, truth))
+    close(logits(uae.encoder.vlm, uae.encoder.processor, x[0]), logits(truth.encoder.vlm, uae.encoder.processor, x[0]))
+    close(velocity(uae.decoder.transformer, uae), velocity(truth.decoder.transformer, truth))
     shutil.rmtree(tmp_path / 'r')
     assert f'{tmp_path}/r' in refusal(load, f'--init_from={tmp_path}/b', '--lora_rank=2')
     full = load(f'--init_from={tmp_path}/full')
-    close(velocity(full.decoder, full), velocity(truth.decoder, truth))
+    close(velocity(full.decoder, full), velocity(truth.decoder.transformer, truth))
 
 
 @pytest.mark.parametrize('key, name, factor', [
@@ -332,11 +332,11 @@ def export_and_compare(folder, uae, x, *flags):
         folder, output_loading_info=True)
     assert not info['missing_keys'] and not info['unexpected_keys']
     processor = AutoProcessor.from_pretrained(folder)
-    close(logits(plain, processor, x[0]), logits(uae.encoder, uae.processor, x[0]))
+    close(logits(plain, processor, x[0]), logits(uae.encoder.vlm, uae.encoder.processor, x[0]))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer('red circle').input_ids == uae.tokenizer('red circle').input_ids
+    assert tokenizer('red circle').input_ids == uae.encoder.tokenizer('red circle').input_ids
     decoder = SD3Transformer2DModel.from_pretrained(f'{folder}/decoder', subfolder='transformer')
-    close(velocity(decoder, uae), velocity(uae.decoder, uae))
+    close(velocity(decoder, uae), velocity(uae.decoder.transformer, uae))
     saved = load_file(f'{folder}/decoder/projector.safetensors')
     projector = uae.projector.state_dict()
     assert saved.keys() == projector.keys()
@@ -365,7 +365,7 @@ def plain_condition(folder, uae, y, mask):
     weights = load_file(f'{folder}/decoder/text_encoder/model.safetensors')
     language_model.load_state_dict(weights)
     saved = load_file(f'{folder}/decoder/projector.safetensors')
-    ids, attend = uae.text_ids(y, mask)
+    ids, attend = uae.encoder.text_ids(y, mask)
     with torch.no_grad():
         out = language_model(input_ids=ids, attention_mask=attend, use_cache=False)
         inner = torch.nn.functional.linear(
@@ -383,8 +383,8 @@ def test_export_of_a_text_encoder(tmp_path, x, rank):
     name = 'lora_' if rank else ''
     shake(uae, name, 0.03)
     params = uae.train_only('encoder')
-    freeze_text_encoder(uae)
-    y, mask, _ = uae.tokens(['large red circle top-left .', 'blue .'])
+    choose_text_encoder(uae)
+    y, mask, _ = uae.encoder.tokens(['large red circle top-left .', 'blue .'])
     with torch.no_grad():
         at_first = uae.condition(y, mask)
         for i, p in enumerate(params):

@@ -12,21 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cold_start
-import common
+from lib import ranks
 import config
 import grpo_decoder
 import grpo_encoder
 import model
-from checkpoint import DECODER_LORA, ENCODER_LORA
+from lib.checkpoint import DECODER_LORA, ENCODER_LORA
 from conftest import at
-from policy import token_logp
+from encoder import token_logp
 from test_logp import full_forward, uniforms
 from tools.plan import skeleton
 
 
 def without_weights(preset):
     """The UAE of a preset without weights, with LoRA."""
-    common.quiet()
+    ranks.quiet()
     c = config.parse({}, {}, [f'--preset={preset}'], 'x.py')
     return skeleton(c, 'meta')
 
@@ -52,16 +52,16 @@ def adapted(tower):
 def test_parameter_counts_are_the_published_ones(full):
     preset, uae = full
     assert all(p.is_meta for p in uae.parameters())
-    assert round(count(uae.encoder) / 1e9, 2) == 3.75
-    assert round(count(uae.encoder.model.visual) / 1e6) == 669
-    assert uae.head.weight is uae.embed.weight
-    assert tuple(uae.head.weight.shape) == (151936, 2048)
-    assert round(count(uae.decoder) / 1e9, 2) == dict(medium=2.24, paper=8.06)[preset]
-    table = uae.decoder.pos_embed.pos_embed
-    with_table = count(uae.decoder) + table.numel()
+    assert round(count(uae.encoder.vlm) / 1e9, 2) == 3.75
+    assert round(count(uae.encoder.vlm.model.visual) / 1e6) == 669
+    assert uae.encoder.head.weight is uae.encoder.embed.weight
+    assert tuple(uae.encoder.head.weight.shape) == (151936, 2048)
+    assert round(count(uae.decoder.transformer) / 1e9, 2) == dict(medium=2.24, paper=8.06)[preset]
+    table = uae.decoder.transformer.pos_embed.pos_embed
+    with_table = count(uae.decoder.transformer) + table.numel()
     assert round(with_table / 1e9, 2) == dict(medium=2.47, paper=8.15)[preset]
-    assert round(count(uae.vae) / 1e6, 1) == 83.8
-    assert uae.latent_shape() == (16, 64, 64)
+    assert round(count(uae.decoder.vae) / 1e6, 1) == 83.8
+    assert uae.decoder.latent_shape() == (16, 64, 64)
     # paper: 2048 -> 8192 -> 4096
     assert tuple(uae.projector.up.weight.shape) == (8192, 2048)
     assert tuple(uae.projector.down.weight.shape) == (4096, 8192)
@@ -72,8 +72,8 @@ def test_every_target_of_lora_is_there_and_nothing_else_is_adapted(full):
     each block's joint attention (the last block has no to_add_out), and not the second attention
     (attn2) of SD3.5-medium, which those names do not reach."""
     preset, uae = full
-    encoder = adapted(uae.encoder)
-    decoder = adapted(uae.decoder)
+    encoder = adapted(uae.encoder.vlm)
+    decoder = adapted(uae.decoder.transformer)
     layers = dict(medium=24, paper=38)[preset]
 
     linear = [f'self_attn.{k}_proj' for k in 'qkvo']
@@ -86,13 +86,13 @@ def test_every_target_of_lora_is_there_and_nothing_else_is_adapted(full):
     expected = {f'transformer_blocks.{i}.attn.{k}' for i in range(layers) for k in joint}
     assert decoder == expected - {f'transformer_blocks.{layers - 1}.attn.to_add_out'}
 
-    second = any('attn2.to_q' in name for name, _ in uae.decoder.named_modules())
+    second = any('attn2.to_q' in name for name, _ in uae.decoder.transformer.named_modules())
     assert second == (preset == 'medium')
     assert not adapted(uae.projector)
-    assert not adapted(uae.vae)
+    assert not adapted(uae.decoder.vae)
     for part in ('visual', 'lm_head', 'embed_tokens', 'attn2'):
         assert not any(part in name for name in encoder | decoder)
-    module = uae.encoder.model.language_model.layers[0].mlp.up_proj
+    module = uae.encoder.vlm.model.language_model.layers[0].mlp.up_proj
     assert module.r['default'] == 32
     assert module.scaling['default'] == 2        # alpha 64
     assert all(re.fullmatch(ENCODER_LORA, name) for name in encoder)
@@ -110,9 +110,9 @@ def test_what_trains_at_full_size(full, part, trained):
     assert all(p.dtype == torch.float32 for p in params)
     assert trained in (None, sum(p.numel() for p in params))
 
-    last = f'decoder.transformer_blocks.{uae.decoder.config.num_layers - 1}.attn.add_q_proj'
+    last = f'decoder.transformer_blocks.{uae.decoder.transformer.config.num_layers - 1}.attn.add_q_proj'
     assert not any(name.startswith(last) for name in names)
-    layers = 252 if part == 'encoder' else len(adapted(uae.decoder)) - 1
+    layers = 252 if part == 'encoder' else len(adapted(uae.decoder.transformer)) - 1
     assert len(names) == 2 * layers
 
 
@@ -134,7 +134,7 @@ def test_presets_are_the_paper_s(preset):
         'transcribe it inside double quotes "".  \n'
         'Now, carefully analyze the input image and output the full description. ')
     assert enc.resolution == 512
-    assert (enc.sample_steps, enc.eval_steps) == (10, 40)
+    assert (enc.denoise_steps, enc.eval_denoise_steps) == (10, 40)
     assert (enc.lora_rank, enc.cond_len, enc.dtype) == (32, 512, 'bfloat16')
     assert (enc.lr, enc.kl, enc.group, enc.temperature) == (1e-6, 1e-6, 4, 1.0)      # v5
     assert dec.lr == 3e-4
@@ -152,13 +152,13 @@ def photos(request, uae):
     blurred = torch.rand(3, 3, 8, 8, generator=g) * 2 - 1
     x = F.interpolate(blurred, request.param, mode='bilinear')
     with torch.no_grad():
-        return x, uae.see(x)
+        return x, uae.encoder.see(x)
 
 
 def sample(uae, seen, u):
     """Captions at temperature 1 for the uniforms u: y, mask, logp."""
     G = len(u) // len(seen[0])
-    return uae.sample_captions(seen, G, 1.0, u)
+    return uae.encoder.sample(seen, G, 1.0, u)
 
 
 @pytest.mark.parametrize('G', [1, 3])
@@ -168,10 +168,10 @@ def test_shared_prompt_is_the_naive_forward(uae, photos, G, checkpointing):
     every row alone: 1e-5."""
     x, seen = photos
     y, mask, recorded = sample(uae, seen, uniforms(3 * G, uae.config.caption_len))
-    want = full_forward(uae, x, y).masked_fill(uae.forbidden, -torch.inf).log_softmax(-1)
+    want = full_forward(uae, x, y).masked_fill(uae.encoder.forbidden, -torch.inf).log_softmax(-1)
     with torch.no_grad():
         states = at(uae, checkpointing=checkpointing).caption_states(seen, y)[:, :-1]
-        logits = uae.head(states).masked_fill(uae.forbidden, -torch.inf).log_softmax(-1)
+        logits = uae.encoder.head(states).masked_fill(uae.encoder.forbidden, -torch.inf).log_softmax(-1)
     valid = mask.bool()
     torch.testing.assert_close(logits[valid], want[valid], atol=1e-5, rtol=0)
     picked = want.gather(-1, y[..., None])[..., 0]
@@ -182,11 +182,11 @@ def test_positions_are_the_library_s_in_three_dimensions(uae, photos):
     """The prompt's positions are get_rope_index's; a caption goes on after the largest of them,
     which is less than the number of tokens."""
     x, seen = photos
-    emb, pos = uae.prompt(seen)
+    emb, pos = uae.encoder.prompt(seen)
     patches = seen[1][0].tolist()
     t, h, w = patches[0], patches[1] // 2, patches[2] // 2
-    before = len(uae.before_image)
-    after = len(uae.after_image)
+    before = len(uae.encoder.before_image)
+    after = len(uae.encoder.after_image)
     n = t * h * w
     length = before + n + after
 
@@ -210,14 +210,14 @@ def test_positions_are_the_library_s_in_three_dimensions(uae, photos):
 def test_leaving_out_mm_token_type_ids_would_be_seen(uae, photos, monkeypatch):
     x, seen = photos
     y, mask, recorded = sample(uae, seen, uniforms(6, uae.config.caption_len))
-    rope_index = uae.encoder.model.get_rope_index
+    rope_index = uae.encoder.vlm.model.get_rope_index
 
     def without_kinds(ids, mm_token_type_ids, **other):
         return rope_index(ids, mm_token_type_ids=torch.zeros_like(mm_token_type_ids), **other)
 
-    monkeypatch.setattr(uae.encoder.model, 'get_rope_index', without_kinds)
+    monkeypatch.setattr(uae.encoder.vlm.model, 'get_rope_index', without_kinds)
     with torch.no_grad():
-        logp = uae.caption_logp(seen, y)
+        logp = uae.encoder.logp(seen, y)
     assert ((logp - recorded) * mask).abs().amax(1).min() > 1e-3
 
 
@@ -226,7 +226,7 @@ def test_rope_deltas_of_an_earlier_image_do_not_leak(uae, photos):
     leave one behind."""
     x, seen = photos
     u = uniforms(6, uae.config.caption_len)
-    inner = uae.encoder.model
+    inner = uae.encoder.vlm.model
     y, mask, logp = sample(uae, seen, u)
     before = inner.rope_deltas
     try:
@@ -236,7 +236,7 @@ def test_rope_deltas_of_an_earlier_image_do_not_leak(uae, photos):
             assert torch.equal(again[0], y)
             assert torch.equal(again[2], logp)
             with torch.no_grad():
-                scored = uae.caption_logp(seen, y)
+                scored = uae.encoder.logp(seen, y)
             assert ((scored - logp) * mask).abs().max() < 1e-5
             assert inner.rope_deltas is other
     finally:
@@ -250,11 +250,11 @@ def test_images_of_two_sizes_one_after_the_other(uae):
     large = torch.rand(1, 3, 96, 96, generator=g) * 2 - 1
     u = uniforms(2, uae.config.caption_len)
     with torch.no_grad():
-        first = sample(uae, uae.see(small), u)
-        y, _, _ = sample(uae, uae.see(large), u)
+        first = sample(uae, uae.encoder.see(small), u)
+        y, _, _ = sample(uae, uae.encoder.see(large), u)
         full_forward(uae, large, y)
-        again = sample(uae, uae.see(small), u)
-    uae.encoder.model.rope_deltas = None
+        again = sample(uae, uae.encoder.see(small), u)
+    uae.encoder.vlm.model.rope_deltas = None
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
@@ -269,7 +269,7 @@ def test_a_truncated_caption_counts_as_it_stands(uae, seen):
     assert mask[cut].all()
     assert (logp[cut] < 0).all()
     with torch.no_grad():
-        assert ((short.caption_logp(seen, y) - logp) * mask).abs().max() < 1e-5
+        assert ((short.encoder.logp(seen, y) - logp) * mask).abs().max() < 1e-5
         longer = F.pad(y[cut], (0, 2), value=short.end)
         longer_mask = F.pad(mask[cut], (0, 2))
         c = short.condition(y[cut], mask[cut])
@@ -326,6 +326,6 @@ def test_the_captioner_s_log_prob_goes_through_those_pieces(uae, seen, sampled, 
 
     monkeypatch.setattr(model, 'token_logp', in_pieces)
     with torch.no_grad():
-        scored = uae.caption_logp(seen, y)
+        scored = uae.encoder.logp(seen, y)
     assert ((scored - logp) * mask).abs().max() < 1e-5
     assert shapes == [tuple(y.shape)]

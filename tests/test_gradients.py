@@ -7,7 +7,7 @@ import torch
 from conftest import new_uae, shared_config
 
 import cold_start
-import common
+from lib import optimiser, ranks
 import config
 import reward
 from data.images import open_data
@@ -67,10 +67,10 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.towers, self.modes = [], []
-        self.real_parallel, self.real_step = common.parallel, common.Optimiser.step
+        self.real_parallel, self.real_step = ranks.parallel, optimiser.Optimiser.step
         self.real_backbone = reward.Backbone.__init__
         monkeypatch.setattr(common, 'parallel', self.at_start)
-        monkeypatch.setattr(common.Optimiser, 'step', self.updating())
+        monkeypatch.setattr(optimiser.Optimiser, 'step', self.updating())
         monkeypatch.setattr(reward.Backbone, '__init__', self.tower_init())
 
     def at_start(self, uae, run):
@@ -202,23 +202,23 @@ def flat_gradient(module):
 @pytest.fixture(scope='module')
 def stage_1():
     """grad_steps -> loss, {part: flat gradient} of the semantic loss on two images, S = 3."""
-    argv = arguments('cold_start', 'nowhere', '--sample_steps=3')
+    argv = arguments('cold_start', 'nowhere', '--denoise_steps=3')
     c = config.parse(cold_start.keys, cold_start.own_presets, argv, 'cold_start.py')
-    run = common.start(c)
+    run = ranks.start(c)
     uae = new_uae(c)
     uae.train_only('encoder', 'projector', 'decoder')
     parts = dict(
-        decoder=uae.decoder,
+        decoder=uae.decoder.transformer,
         projector=uae.projector,
-        encoder=uae.encoder.model.language_model,
+        encoder=uae.encoder.vlm.model.language_model,
     )
     tower = reward.backbone('clip', c)
     train, _ = open_data(c, run)
     x = train.batch(0, 0, 2)['x']
-    z = common.normal(uae.latent_shape(), range(2), 'test')
+    z = ranks.normal(uae.decoder.latent_shape(), range(2), 'test')
     with torch.no_grad():
-        seen = uae.see(x)
-        y, mask, _ = uae.sample_captions(seen, 1, 0.0)
+        seen = uae.encoder.see(x)
+        y, mask, _ = uae.encoder.sample(seen, 1, 0.0)
 
     def gradients(grad_steps):
         c.grad_steps = grad_steps
@@ -246,8 +246,8 @@ def test_the_semantic_loss_reaches_decoder_projector_and_language_model(stage_1)
 # --- the parts ------------------------------------------------------------------------------------
 def test_untied_head_and_vision_tower_are_never_trained():
     uae = new_uae(shared_config('--device=cpu'))
-    untied = uae.encoder.lm_head.weight.detach().clone()
-    uae.encoder.lm_head.weight = torch.nn.Parameter(untied, requires_grad=False)
+    untied = uae.encoder.vlm.lm_head.weight.detach().clone()
+    uae.encoder.vlm.lm_head.weight = torch.nn.Parameter(untied, requires_grad=False)
     params = uae.train_only('encoder')
     names = {key for key, p in uae.named_parameters() if p.requires_grad}
     assert len(params) == len(names)
@@ -260,8 +260,8 @@ def test_an_error_in_the_loss_leaves_eval_mode():
     uae = new_uae(shared_config('--device=cpu', '--checkpointing=True'))
 
     def broken(uae):
-        assert uae.decoder.training
-        assert uae.encoder.model.language_model.training
+        assert uae.decoder.transformer.training
+        assert uae.encoder.vlm.model.language_model.training
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -285,10 +285,10 @@ def test_the_reference_is_frozen_and_stays():
         assert all(p.requires_grad for p in params)
         for key, value in frozen.state_dict().items():
             assert torch.equal(value, before[key]), key
-        assert ref.vae is uae.vae
+        assert ref.vae is uae.decoder.vae
         assert ref.projector is uae.projector
-    assert ref.encoder is uae.encoder
-    own = uae.encoder.model.visual.patch_embed.proj.weight
+    assert ref.encoder is uae.encoder.vlm
+    own = uae.encoder.vlm.model.visual.patch_embed.proj.weight
     shared = uae.reference('encoder').encoder.model.visual.patch_embed.proj.weight
     assert own.data_ptr() == shared.data_ptr()
 
@@ -305,7 +305,7 @@ def test_non_finite_gradients_skip_the_step_and_end_the_run(tmp_path):
         out_dir=str(tmp_path),
     )
     p = torch.nn.Parameter(torch.zeros(2))
-    optimiser = common.Optimiser([p], c)
+    optimiser = optimiser.Optimiser([p], c)
     optimiser.adamw = torch.optim.SGD([p], lr=123.0)         # whose steps are easy to follow
     nan, infinity = float('nan'), float('inf')
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, JpegImagePlugin
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common
+from lib import ranks
 import config
 from data import images
 from data.images import DataError, ImageError, open_images
@@ -609,7 +609,7 @@ def test_unreadable_tar(tmp_path):
 def sample(folder, out, *extra):
     """Captions of a folder by sample.py: {name: caption} of what stands in `out`."""
     script('sample', f'--image={folder}', f'--out_dir={out}', '--device=cpu',
-           '--eval_temperature=1', '--eval_steps=1', *extra)
+           '--eval_temperature=1', '--eval_denoise_steps=1', *extra)
     captions = {}
     for row in lines(out / 'captions.jsonl'):
         captions[os.path.relpath(row['image'], folder)] = row['caption']

@@ -139,7 +139,7 @@ def captions(sampled):
 @pytest.fixture
 def noised(uae, x):
     """What flow matching mixes: z0, eps (P, C, H, W) and s (P,)."""
-    z0 = uae.to_latent(x)
+    z0 = uae.decoder.to_latent(x)
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
     return z0, eps, torch.tensor([0.2, 0.4, 0.6, 0.8])
 
@@ -191,7 +191,7 @@ def test_cold_start_learns_a_batch(uae, x, seen, captions):
     u, (y, mask, _) = copy.deepcopy(uae), captions
     params = u.train_only('encoder', 'projector', 'decoder')
     tower = backbone('clip', u.config)
-    c = at(u, sample_steps=4, grad_steps=2).config
+    c = at(u, denoise_steps=4, grad_steps=2).config
     z = torch.randn(P, *u.latent_shape(), generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()

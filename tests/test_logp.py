@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import G, P, at, new_uae, shared_config, uniforms
 
-import common
+from lib import ranks
 from grpo_encoder import kl_k3
 from model import UAE, sde_step, token_logp
 
@@ -20,7 +20,7 @@ from model import UAE, sde_step, token_logp
 @torch.no_grad()
 def score(uae, seen, y, temperature=1.0):
     """log pi(y | x), (B, T), without a gradient."""
-    return uae.caption_logp(seen, y, temperature)
+    return uae.encoder.logp(seen, y, temperature)
 
 
 PATH = ('z', 'z_next', 'v0')                     # v0 where there is guidance
@@ -28,7 +28,7 @@ PATH = ('z', 'z_next', 'v0')                     # v0 where there is guidance
 
 def draw_steps(uae, z, cond, noise, kind, window, neg=None):
     """A drawing whose steps in `window` are noisy: z_0, path, logp."""
-    z_0, stored = uae.draw_sde(z, cond, S, noise, kind, 0.7, window, neg)
+    z_0, stored = uae.decoder.draw_sde(z, cond, S, noise, kind, 0.7, window, neg)
     path = [stored[name] for name in PATH if name in stored]
     return z_0, path, stored['recorded']
 
@@ -36,7 +36,7 @@ def draw_steps(uae, z, cond, noise, kind, window, neg=None):
 def score_steps(uae, path, steps, cond, kind, first, neg=None):
     """The stored steps scored again: logp, mean, std."""
     stored = dict(zip(PATH, path))
-    return uae.step_logp(stored, steps, cond, S, kind, 0.7, first, neg)
+    return uae.decoder.step_logp(stored, steps, cond, S, kind, 0.7, first, neg)
 
 
 def rows_of(seen, rows):
@@ -57,7 +57,7 @@ def largest(difference, mask):
 @pytest.mark.parametrize('temperature', [1.0, 0.7, 1.5])
 def test_recorded_equals_rescored(uae, seen, temperature):
     u = uniforms(P * G, uae.config.caption_len)
-    y, mask, logp = uae.sample_captions(seen, G, temperature, u)
+    y, mask, logp = uae.encoder.sample(seen, G, temperature, u)
     assert mask.sum(1).unique().numel() > 1
     again = score(uae, seen, y, temperature)
     other = score(uae, seen, y, temperature + 0.3)
@@ -75,8 +75,8 @@ def test_recorded_equals_rescored(uae, seen, temperature):
 def test_micro_batches_change_nothing(uae, seen, sampled, size):
     y, mask, logp = sampled
     rows, parts = [], []
-    for images, b, last in common.sample_slices(P, G, size):
-        part = score(uae, common.take(seen, images), y[b])
+    for images, b, last in ranks.sample_slices(P, G, size):
+        part = score(uae, ranks.take(seen, images), y[b])
         parts.append(part)
         rows += range(b.start, b.stop)
         assert last == (b.stop == P * G)
@@ -95,7 +95,7 @@ def test_groups_are_contiguous_blocks(uae, seen, sampled):
     for i in range(P):
         b = slice(i * G, (i + 1) * G)
         one = rows_of(seen, slice(i, i + 1))
-        assert torch.equal(uae.sample_captions(one, G, 1.0, u[b])[0], y[b])
+        assert torch.equal(uae.encoder.sample(one, G, 1.0, u[b])[0], y[b])
         again = score(uae, one, y[b])
         assert largest(again - logp[b], mask[b]) < 1e-5
     wrong = score(uae, rolled(seen), y)
@@ -106,11 +106,11 @@ def test_groups_are_contiguous_blocks(uae, seen, sampled):
 def full_forward(uae, x, y, **kwargs):
     """Logits of every caption position from the library's own forward pass, no cache."""
     u8 = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    pix = uae.processor.image_processor(images=list(u8), return_tensors='pt')
+    pix = uae.encoder.processor.image_processor(images=list(u8), return_tensors='pt')
     n, grid = len(y) // len(x), pix['image_grid_thw']
-    token = uae.encoder.config.image_token_id
-    N = int(grid[0].prod()) // uae.encoder.config.vision_config.spatial_merge_size ** 2
-    prompt = torch.tensor(uae.before_image + [token] * N + uae.after_image)
+    token = uae.encoder.vlm.config.image_token_id
+    N = int(grid[0].prod()) // uae.encoder.vlm.config.vision_config.spatial_merge_size ** 2
+    prompt = torch.tensor(uae.encoder.before_image + [token] * N + uae.encoder.after_image)
     ids = torch.cat([prompt.expand(len(y), -1), y], 1)
     if not kwargs:
         kwargs = dict(mm_token_type_ids=(ids == token).int())
@@ -119,13 +119,13 @@ def full_forward(uae, x, y, **kwargs):
     pixels = pixels.repeat_interleave(n, 0).flatten(0, 1)
     grids = grid.repeat_interleave(n, 0)
     with torch.no_grad():
-        out = uae.encoder(input_ids=ids, pixel_values=pixels, image_grid_thw=grids, **kwargs)
+        out = uae.encoder.vlm(input_ids=ids, pixel_values=pixels, image_grid_thw=grids, **kwargs)
     return out.logits[:, len(prompt) - 1:-1]
 
 
 def library_logp(uae, logits, y, temperature):
     """log pi(y) from logits, forbidden tokens out."""
-    logits = (logits / temperature).masked_fill(uae.forbidden, -math.inf)
+    logits = (logits / temperature).masked_fill(uae.encoder.forbidden, -math.inf)
     return logits.log_softmax(-1).gather(-1, y[..., None])[..., 0]
 
 
@@ -153,20 +153,20 @@ def test_template_is_the_processor_s(uae, x, seen):
     from PIL import Image
     content = [dict(type='text', text=uae.config.caption_prompt), dict(type='image')]
     user = dict(role='user', content=content)
-    text = uae.processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    text = uae.encoder.processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     pixels = ((x[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     image = Image.fromarray(pixels)
-    ids = uae.processor(text=[text], images=[image], return_tensors='pt').input_ids[0].tolist()
+    ids = uae.encoder.processor(text=[text], images=[image], return_tensors='pt').input_ids[0].tolist()
     N = seen[0].shape[1]
-    token = uae.encoder.config.image_token_id
-    assert ids == uae.before_image + [token] * N + uae.after_image
-    assert uae.prompt(seen)[0].shape[1] == len(ids)
+    token = uae.encoder.vlm.config.image_token_id
+    assert ids == uae.encoder.before_image + [token] * N + uae.encoder.after_image
+    assert uae.encoder.prompt(seen)[0].shape[1] == len(ids)
 
 
 def encoder_gradients(uae, checkpointing, seen, y, mask):
     """logp, the gradients of its sum over valid tokens, and the model they were taken from."""
     def loss(model):
-        return model.caption_logp(seen, y, 0.9)
+        return model.encoder.logp(seen, y, 0.9)
 
     other = copy.deepcopy(uae)
     other.config.checkpointing = checkpointing
@@ -206,8 +206,8 @@ class Head(nn.Module):
 
 def with_head(uae, bias, constant=False):
     """The shared model with another head; its other weights are the shared ones."""
-    head = Head(uae.head, bias, constant)
-    other, encoder = copy.copy(uae), copy.copy(uae.encoder)
+    head = Head(uae.encoder.head, bias, constant)
+    other, encoder = copy.copy(uae), copy.copy(uae.encoder.vlm)
     encoder._modules = dict(encoder._modules, lm_head=head)
     other._modules = dict(uae._modules, encoder=encoder)
     return other
@@ -249,27 +249,27 @@ def test_token_logp_is_float32_over_bfloat16_logits():
 # --- captions: forbidden tokens ------------------------------------------------------------------
 def test_what_is_forbidden(uae):
     """Every special token but the end token, and every id past the tokenizer."""
-    V, tokenizer = uae.head.weight.shape[0], uae.tokenizer
+    V, tokenizer = uae.encoder.head.weight.shape[0], uae.encoder.tokenizer
     known = len(tokenizer)
-    assert uae.forbidden.shape == (V,)
-    assert not uae.forbidden[uae.end]
-    assert uae.forbidden[uae.encoder.config.image_token_id]
-    assert uae.forbidden[known:].all() and V > known
-    special = set(tokenizer.all_special_ids) - {uae.end}
-    forbidden = set(uae.forbidden.nonzero().flatten().tolist())
+    assert uae.encoder.forbidden.shape == (V,)
+    assert not uae.encoder.forbidden[uae.encoder.end]
+    assert uae.encoder.forbidden[uae.encoder.vlm.config.image_token_id]
+    assert uae.encoder.forbidden[known:].all() and V > known
+    special = set(tokenizer.all_special_ids) - {uae.encoder.end}
+    forbidden = set(uae.encoder.forbidden.nonzero().flatten().tolist())
     assert forbidden == special | set(range(known, V))
 
 
 @pytest.mark.parametrize('temperature', [0.0, 0.7, 1.0])
 def test_forbidden_tokens_are_never_sampled(uae, seen, temperature):
     """Not even where their logits are the largest; they take nothing from the others' share."""
-    pushed = with_head(uae, uae.forbidden * 50.0)
+    pushed = with_head(uae, uae.encoder.forbidden * 50.0)
     u = uniforms(P * G, uae.config.caption_len)
     u[0], u[1], u[2] = 0.0, 1 - 2 ** -24, 1e-30
-    y, mask, logp = pushed.sample_captions(seen, G, temperature, u)
-    assert not uae.forbidden[y].any()
+    y, mask, logp = pushed.encoder.sample(seen, G, temperature, u)
+    assert not uae.encoder.forbidden[y].any()
     assert logp.isfinite().all()
-    plain_y, _, plain_logp = uae.sample_captions(seen, G, temperature, u)
+    plain_y, _, plain_logp = uae.encoder.sample(seen, G, temperature, u)
     assert torch.equal(y, plain_y)
     assert torch.equal(logp, plain_logp)
     assert torch.equal(score(pushed, seen, y), score(uae, seen, y))
@@ -278,24 +278,24 @@ def test_forbidden_tokens_are_never_sampled(uae, seen, temperature):
 @torch.no_grad()
 def logp_of_every_token(uae, seen, y, temperature):
     """log pi of each of the V tokens at the first position: (V, B)."""
-    first = uae.caption_states(seen, y)[:, :1]
+    first = uae.encoder.caption_states(seen, y)[:, :1]
     rows = []
-    for token in range(uae.head.weight.shape[0]):
+    for token in range(uae.encoder.head.weight.shape[0]):
         tokens = torch.full((len(y), 1), token)
-        rows.append(token_logp(first, uae.head, tokens, temperature, uae.forbidden)[:, 0])
+        rows.append(token_logp(first, uae.encoder.head, tokens, temperature, uae.encoder.forbidden)[:, 0])
     return torch.stack(rows)
 
 
 def test_forbidden_tokens_score_minus_infinity(uae, seen, sampled):
     y = sampled[0].clone()
-    y[:, 3] = uae.encoder.config.image_token_id
-    y[:, 5] = len(uae.tokenizer)
+    y[:, 3] = uae.encoder.vlm.config.image_token_id
+    y[:, 5] = len(uae.encoder.tokenizer)
     logp = score(uae, seen, y)
     every = logp_of_every_token(uae, seen, y, 0.7)
     assert (logp[:, [3, 5]] == -math.inf).all()
     assert logp[:, [0, 1, 2, 4]].isfinite().all()
     torch.testing.assert_close(every.exp().sum(0), torch.ones(P * G))   # the rest sums to one
-    assert (every[uae.forbidden] == -math.inf).all()
+    assert (every[uae.encoder.forbidden] == -math.inf).all()
 
 
 # --- captions: the sampler -----------------------------------------------------------------------
@@ -305,13 +305,13 @@ def test_frequencies_are_the_softmax(uae, seen, temperature):
 
     Each token is drawn exactly its share, to one part of the grid.
     """
-    V, N = uae.head.weight.shape[0], 4000
+    V, N = uae.encoder.head.weight.shape[0], 4000
     bias = torch.randn(V, generator=torch.Generator().manual_seed(0)) * 2
     fixed = at(with_head(uae, bias, constant=True), caption_len=1)
     u = (torch.arange(N)[:, None] + 0.5) / N
     first = rows_of(seen, slice(0, 1))
-    y, mask, logp = fixed.sample_captions(first, N, temperature, u[torch.randperm(N)])
-    p = (bias / temperature).masked_fill(uae.forbidden, -math.inf).softmax(-1)
+    y, mask, logp = fixed.encoder.sample(first, N, temperature, u[torch.randperm(N)])
+    p = (bias / temperature).masked_fill(uae.encoder.forbidden, -math.inf).softmax(-1)
     frequency = torch.bincount(y[:, 0], minlength=V) / N
     assert (frequency - p).abs().max() < 1.5 / N
     torch.testing.assert_close(logp[:, 0].exp(), p[y[:, 0]], atol=1e-5, rtol=1e-4)
@@ -319,12 +319,12 @@ def test_frequencies_are_the_softmax(uae, seen, temperature):
 
 
 def test_greedy_is_the_argmax(uae, x, seen):
-    y, mask, logp = uae.sample_captions(seen, 2, 0)
-    again = uae.sample_captions(seen, 2, 0, uniforms(2 * P, uae.config.caption_len))
+    y, mask, logp = uae.encoder.sample(seen, 2, 0)
+    again = uae.encoder.sample(seen, 2, 0, uniforms(2 * P, uae.config.caption_len))
     for a, b in zip((y, mask, logp), again):
         assert torch.equal(a, b)
     assert torch.equal(y[::2], y[1::2])
-    best = full_forward(uae, x, y).masked_fill(uae.forbidden, -math.inf).argmax(-1)
+    best = full_forward(uae, x, y).masked_fill(uae.encoder.forbidden, -math.inf).argmax(-1)
     assert torch.equal(best[mask > 0], y[mask > 0])
     assert largest(score(uae, seen, y) - logp, mask) < 1e-5
 
@@ -334,23 +334,23 @@ def test_the_uniforms_are_the_randomness(uae, seen, sampled):
     T, y = uae.config.caption_len, sampled[0]
     first, second = uniforms(P * G, T), uniforms(P * G, T, seed=2)
     torch.manual_seed(7)
-    assert torch.equal(uae.sample_captions(seen, G, 1.0, first)[0], y)
-    assert not torch.equal(uae.sample_captions(seen, G, 1.0, second)[0], y)
+    assert torch.equal(uae.encoder.sample(seen, G, 1.0, first)[0], y)
+    assert not torch.equal(uae.encoder.sample(seen, G, 1.0, second)[0], y)
     for block in y.split(G):
         assert len(set(map(tuple, block.tolist()))) == G
 
     later = second.clone()                       # one uniform per token: only later ones change
     later[:, :3] = first[:, :3]
-    changed = uae.sample_captions(seen, G, 1.0, later)[0] != y
+    changed = uae.encoder.sample(seen, G, 1.0, later)[0] != y
     assert not changed[:, :3].any()
     assert changed[:, 3:].any()
 
     shared = uniforms(P, T).repeat_interleave(G, 0)
-    y = uae.sample_captions(seen, G, 1.0, shared)[0].unflatten(0, (P, G))
+    y = uae.encoder.sample(seen, G, 1.0, shared)[0].unflatten(0, (P, G))
     assert (y == y[:, :1]).all()
 
     image = rows_of(seen, slice(0, 1))           # the first token differs as well
-    hot = uae.sample_captions(image, 32, 5.0, uniforms(32, T))[0]
+    hot = uae.encoder.sample(image, 32, 5.0, uniforms(32, T))[0]
     assert hot[:, 0].unique().numel() > 3
 
 
@@ -363,17 +363,17 @@ def test_mask_has_one_entry_per_sampled_token(uae, sampled):
     ends = 0
     for row, row_mask in zip(y.tolist(), mask.int().tolist()):
         n = T
-        if uae.end in row:
-            n = row.index(uae.end) + 1
+        if uae.encoder.end in row:
+            n = row.index(uae.encoder.end) + 1
         ends += n < T
         assert row_mask == [1] * n + [0] * (T - n)
-        assert row[n:] == [uae.end] * (T - n)
+        assert row[n:] == [uae.encoder.end] * (T - n)
     assert 0 < ends < P * G + 1
 
 
 def test_caption_length_is_respected(uae, seen, sampled):
     short = at(uae, caption_len=5)
-    y, mask, logp = short.sample_captions(seen, G, 1.0, uniforms(P * G, uae.config.caption_len))
+    y, mask, logp = short.encoder.sample(seen, G, 1.0, uniforms(P * G, uae.config.caption_len))
     assert y.shape == (P * G, 5)
     assert torch.equal(y, sampled[0][:, :5])
     assert torch.equal(mask, sampled[1][:, :5])
@@ -393,8 +393,8 @@ def cond(uae, sampled):
 def noises(uae, W, seed=0):
     """Start noise (B, C, H, W), and that of W steps."""
     g = torch.Generator().manual_seed(seed)
-    start = torch.randn(B, *uae.latent_shape(), generator=g)
-    return start, torch.randn(B, W, *uae.latent_shape(), generator=g)
+    start = torch.randn(B, *uae.decoder.latent_shape(), generator=g)
+    return start, torch.randn(B, W, *uae.decoder.latent_shape(), generator=g)
 
 
 def tolerance(std):
@@ -454,19 +454,19 @@ def test_steps_recorded_equal_steps_replayed(uae, cond, guidance, kind, window):
 def test_outside_the_window_it_is_the_ode(uae, cond, kind):
     z, noise = noises(uae, 3)
     z0, (before, after), _ = draw_steps(uae, z, cond, noise, kind, (2, 5))
-    sig = uae.sigmas(S)
+    sig = uae.decoder.sigmas(S)
 
     @torch.no_grad()
     def ode(z, first, last):
         for i in range(first, last):
-            z = z + (sig[i + 1] - sig[i]) * uae.velocity(z, sig[i], cond)
+            z = z + (sig[i + 1] - sig[i]) * uae.decoder.velocity(z, sig[i], cond)
         return z
 
     close = dict(atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(before[:, 0], ode(z, 0, 2), **close)
     torch.testing.assert_close(z0, ode(after[:, -1], 5, S), **close)
     assert torch.equal(before[:, 1:], after[:, :-1])
-    v = uae.velocity(before[:, 1], sig[3], cond)
+    v = uae.decoder.velocity(before[:, 1], sig[3], cond)
     step = sde_step(before[:, 1], v, sig[3], sig[4], kind, 0.7, noise=noise[:, 1])[0]
     torch.testing.assert_close(after[:, 1], step, **close)
     other = draw_steps(uae, z, cond, torch.ones_like(noise), kind, (2, 5))[0]

@@ -385,9 +385,9 @@ def test_decoder_loss_adds_up_over_micro_batches(cuts):
     mean = torch.randn(8, 3, 4, 2, 2, generator=g, requires_grad=True)
     std = torch.ones(8, 3, 1, 1, 1)
     c = types.SimpleNamespace(
-        sample_steps=8,
-        sde_window=3,
-        train_steps=3,
+        denoise_steps=8,
+        noisy_steps=3,
+        trained_steps=3,
         seed=0,
         guidance=1.0,
         sde='flow',

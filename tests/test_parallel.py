@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import common
+from lib import checkpoint
+from lib import ranks
 from comparing import check_same_training, on_two_ranks, plain_descent
 from running import ROOT, STAGES, arguments, lines, refusal, tiny, weights
 
@@ -36,7 +36,7 @@ for name, argv, refused in json.load(open(sys.argv[1])):
 # one switch of every kind that has to know about ranks
 EXTRA = dict(
     cold_start=['--lr=0.03'],
-    grpo_encoder=['--lr=0.03', '--kl=0.1', '--updates=2'],
+    grpo_encoder=['--lr=0.03', '--kl=0.1', '--epochs=2'],
     grpo_decoder=['--lr=1.0', '--kl=0.1', '--shuffle_reward=True', '--clip_range=0.2,0.2'],
 )
 
@@ -132,8 +132,8 @@ def test_refusals_under_torchrun(two):
             assert said in message
             assert '\n' not in message
     assert done.returncode != 0
-    assert 'prompts=3 does not divide over 2 ranks' in done.stdout
-    assert 'Traceback' not in done.stdout.split('prompts=3')[0]
+    assert 'batch=3 does not divide over 2 ranks' in done.stdout
+    assert 'Traceback' not in done.stdout.split('batch=3')[0]
     assert not (root / 'r3').exists() or not list((root / 'r3').iterdir())
 
 
@@ -190,34 +190,34 @@ def test_the_last_micro_batch_is_marked_and_images_are_those_of_the_samples(name
 
 
 def test_shares_of_a_count():
-    assert common.per_rank('prompts', 8, 4) == 2
-    assert 'prompts=6' in refusal(common.per_rank, 'prompts', 6, 4)
+    assert ranks.per_rank('prompts', 8, 4) == 2
+    assert 'batch=6' in refusal(ranks.per_rank, 'prompts', 6, 4)
 
 
 def test_randomness_is_addressed():
     """Row i depends on its address alone: not on its neighbours, nor on anything drawn before."""
-    all_rows = common.normal((3,), range(6), 1, 'start', 2)
+    all_rows = ranks.normal((3,), range(6), 1, 'start', 2)
     torch.randn(5)
-    assert torch.equal(all_rows[[4, 1]], common.normal((3,), [4, 1], 1, 'start', 2))
+    assert torch.equal(all_rows[[4, 1]], ranks.normal((3,), [4, 1], 1, 'start', 2))
     for address in ((1, 'start', 3), (2, 'start', 2), (1, 'sde', 2)):
-        assert not torch.equal(all_rows, common.normal((3,), range(6), *address))
+        assert not torch.equal(all_rows, ranks.normal((3,), range(6), *address))
     assert len({tuple(row.tolist()) for row in all_rows}) == 6
 
-    u = common.uniform((1000,), [0], 'u')
+    u = ranks.uniform((1000,), [0], 'u')
     assert 0 <= u.min() and u.max() < 1
     assert abs(u.mean() - 0.5) < 0.05
-    assert abs(common.normal((1000,), [0], 'n').std() - 1) < 0.1
+    assert abs(ranks.normal((1000,), [0], 'n').std() - 1) < 0.1
 
 
 def test_sums_for_the_log_are_exact_where_the_device_has_no_float64():
     run = types.SimpleNamespace(rank=0, world=1, device='mps:0')
-    t = common.exact(torch.ones(2), run)
+    t = ranks.in_float64(torch.ones(2), run)
     assert (t.dtype, t.device.type) == (torch.float64, 'cpu')
 
 
 def test_a_device_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
-    assert '--device=mps' in refusal(common.pick_device, 'mps')
+    assert '--device=mps' in refusal(ranks.pick_device, 'mps')
 
 
 def test_a_rank_that_sees_another_folder_says_so(monkeypatch, tmp_path):
@@ -233,5 +233,5 @@ def test_ranks_wait_two_hours_for_each_other(monkeypatch):
     monkeypatch.setattr(common.dist, 'rendezvous', lambda url: iter([('store', 0, 2)]))
     monkeypatch.setattr(common.dist, 'PrefixStore', lambda life, store: store)
     monkeypatch.setattr(common.dist, 'init_process_group', lambda *_, **how: joined.update(how))
-    common.start(types.SimpleNamespace(device='cpu', seed=0))
+    ranks.start(types.SimpleNamespace(device='cpu', seed=0))
     assert joined['timeout'].total_seconds() == 2 * 3600

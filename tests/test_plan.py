@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-import common
+from lib import checkpoint
+from lib import ranks
 import config
 import tools.plan
 from conftest import at, new_uae
@@ -53,8 +53,8 @@ def inputs(uae):
     c = uae.config
     g = torch.Generator().manual_seed(0)
     x = torch.rand(c.micro_batch, 3, c.resolution, c.resolution, generator=g) * 2 - 1
-    z = torch.randn(c.micro_batch, *uae.latent_shape(), generator=g)
-    seen = uae.see(x)
+    z = torch.randn(c.micro_batch, *uae.decoder.latent_shape(), generator=g)
+    seen = uae.encoder.see(x)
     y = torch.randint(7, 30, (c.micro_batch, c.caption_len), generator=g)
     return x, seen, y, torch.ones(y.shape), z, torch.ones(c.micro_batch)
 
@@ -107,7 +107,7 @@ LOSSES = dict(
 
 def really_kept(name, *argv):
     """Bytes that autograd really keeps in one micro-batch, weights not counted."""
-    common.quiet()
+    ranks.quiet()
     uae, tower = open_models(configuration(name, *argv))
     uae.train_only(*TRAINS[name])
     with torch.no_grad():
@@ -192,9 +192,9 @@ def test_a_text_encoder_that_stands_still_is_counted(lora):
     said = plan('grpo_encoder', *argv)
     uae = new_uae(configuration('grpo_encoder', *argv))
     uae.train_only('encoder')
-    checkpoint.freeze_text_encoder(uae)
-    shared = {id(p) for p in uae.encoder.parameters()}
-    own = [p for p in uae.text_encoder.parameters() if id(p) not in shared]
+    checkpoint.choose_text_encoder(uae)
+    shared = {id(p) for p in uae.encoder.vlm.parameters()}
+    own = [p for p in uae.encoder.text_encoder.parameters() if id(p) not in shared]
     row = said['text_encoder']
     assert row['parameters'] == sum(p.numel() for p in own) > 0
     assert row['weights'] == pytest.approx(sum(p.nbytes for p in own) / 1e9)
@@ -210,7 +210,7 @@ def test_operations_are_twice_the_weights_that_a_token_meets():
     argv = ['--micro_batch=4', '--text_encoder=live']
     uae = new_uae(configuration('grpo_encoder', *argv))
     weights = 0
-    for layer in uae.language_model.layers.modules():
+    for layer in uae.encoder.language_model.layers.modules():
         if isinstance(layer, torch.nn.Linear):
             weights += layer.weight.numel()
     linear = 2 * weights * uae.config.cond_len
@@ -218,7 +218,7 @@ def test_operations_are_twice_the_weights_that_a_token_meets():
     of_projector = 2 * uae.config.cond_len * (
         uae.projector.up.weight.numel() + uae.projector.down.weight.numel())
     found = read['caption to condition'] - of_projector
-    text = uae.encoder.config.text_config
+    text = uae.encoder.vlm.config.text_config
     attention = 4 * text.num_hidden_layers * text.hidden_size * uae.config.cond_len ** 2
     assert attention > 0.01 * linear
     # torch 2.11 counts the angles of the positions too, a ten-thousandth
@@ -249,21 +249,21 @@ def test_recomputation_wants_no_gradient_through_a_frozen_encoder():
     x, seen, y, mask, _, _ = inputs(at(uae, micro_batch=1))
     uae.projector.requires_grad_(False)
     assert params
-    for module in (uae.language_model, uae.encoder.model.visual):
+    for module in (uae.encoder.language_model, uae.encoder.vlm.model.visual):
         module.train()
     assert not uae.condition(y, mask, seen).requires_grad
-    assert not uae.see(x)[0].requires_grad
+    assert not uae.encoder.see(x)[0].requires_grad
 
 
 def test_the_micro_batch_is_the_run_s(monkeypatch):
     """micro_batch samples, all of a rank's if it is 0; activations grow with it, and with the
     denoising steps that are replayed."""
     assert plan('grpo_encoder', '--micro_batch=4')['B'] == 4
-    assert plan('grpo_encoder', '--prompts=4', '--group=4')['B'] == 16
+    assert plan('grpo_encoder', '--batch=4', '--group=4')['B'] == 16
     monkeypatch.setenv('WORLD_SIZE', '2')
-    assert plan('grpo_encoder', '--prompts=4', '--group=4', '--seed=2')['B'] == 8
+    assert plan('grpo_encoder', '--batch=4', '--group=4', '--seed=2')['B'] == 8
     monkeypatch.delenv('WORLD_SIZE')
-    one = plan('grpo_decoder', '--micro_batch=4', '--train_steps=1')['kept'][False]
+    one = plan('grpo_decoder', '--micro_batch=4', '--trained_steps=1')['kept'][False]
     more = plan('grpo_decoder', '--micro_batch=4')['kept'][False]
     assert more > 2.5 * one
 

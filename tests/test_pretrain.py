@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import common
+from lib import optimiser
 import pretrain_decoder
 from comparing import BASE, check_same_training, on_two_ranks, optimizer_state, plain_descent
 from comparing import timeless_log
@@ -65,7 +65,7 @@ def prepare(uae, batch, step, negative, **keys):
 
 def negative_of(uae, room=25):
     """Tokens and mask of the negative prompt, one row with room for that many and an end."""
-    y, mask, _ = uae.tokens(['random image'], room + 1)
+    y, mask, _ = uae.encoder.tokens(['random image'], room + 1)
     return dict(y=y[0], mask=mask[0])
 
 
@@ -107,12 +107,12 @@ def test_no_captions_at_all_is_one_line(tmp_path, captions, as_text):
 
 def test_long_captions_are_cut_where_cond_len_ends_and_never_silently(uae, tmp_path, capsys):
     wide = at(uae, cond_len=40)                  # has more room than caption_len
-    room = 40 - len(uae.before_text) - len(uae.after_text)
+    room = 40 - len(uae.encoder.before_text) - len(uae.encoder.after_text)
     captions = [' '.join(['red'] * room), ' '.join(['red'] * (room + 1))]
     batch = dict(index=torch.arange(2), x=torch.zeros(2, 3, 32, 32), captions=captions)
     flow, cut = prepare(wide, batch, 0, negative_of(wide, room), drop=0.0)
     y, mask = flow['y'], flow['mask']
-    red = uae.tokenizer.convert_tokens_to_ids('red')
+    red = uae.encoder.tokenizer.convert_tokens_to_ids('red')
     assert cut == 1
     assert ((y == red) & mask.bool()).sum(1).tolist() == [room, room + 1]
 
@@ -121,7 +121,7 @@ def test_long_captions_are_cut_where_cond_len_ends_and_never_silently(uae, tmp_p
     def count(module, inputs):
         lengths.append((inputs[0] == red).sum(1).tolist())
 
-    hook = uae.embed.register_forward_pre_hook(count)
+    hook = uae.encoder.embed.register_forward_pre_hook(count)
     with torch.no_grad():
         wide.condition(y, mask)
     hook.remove()
@@ -252,7 +252,7 @@ def averaged_run(tmp_path_factory):
     root = tmp_path_factory.mktemp('ema')
     data = scenes(root / 'd', [True] * 12)
     trained = []
-    take_step = common.Optimiser.step
+    take_step = optimiser.Optimiser.step
 
     def spy(optimiser, step):
         taken = take_step(optimiser, step)
@@ -260,7 +260,7 @@ def averaged_run(tmp_path_factory):
         return taken
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(common.Optimiser, 'step', spy)
+        monkeypatch.setattr(optimiser.Optimiser, 'step', spy)
         tiny('pretrain_decoder', root / 'whole', data, *AVERAGED, steps=4)
     return root / 'whole', data, trained
 

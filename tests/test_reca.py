@@ -138,7 +138,7 @@ def test_presets_have_ten_templates(preset):
 @pytest.fixture(scope='module')
 def batch(model, x, seen, before):
     """z0, s, eps, drop, h, caption of P images, the second one's condition dropped."""
-    y, mask, _ = model.sample_captions(seen, 1, 0.0)
+    y, mask, _ = model.encoder.sample(seen, 1, 0.0)
     noise = torch.Generator().manual_seed(0)
     tensors = dict(
         z0=model.to_latent(x),
@@ -213,7 +213,7 @@ def train(model, batch, weight):
         loss.backward()
         optimizer.step()
         terms.append((f_v.item(), f_y.item()))
-    assert same(start.decoder.state_dict(), model.decoder.state_dict())
+    assert same(start.decoder.state_dict(), model.decoder.transformer.state_dict())
     assert same(start.projector.state_dict(), model.projector.state_dict())
     return terms
 

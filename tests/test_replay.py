@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
+from lib import optimiser, ranks
 import grpo_decoder
 import grpo_encoder
 from bench.steps import shortened
@@ -96,7 +96,7 @@ def test_later_updates_are_measured_against_the_first(
         tmp_path, monkeypatch, name, extra, micro_batch):
     """Three updates on each of two rollouts, each micro-batch against its own first log-prob."""
     updates, steps = 3, 2
-    flags = [IN_BFLOAT16, f'--micro_batch={micro_batch}', f'--updates={updates}', *extra]
+    flags = [IN_BFLOAT16, f'--micro_batch={micro_batch}', f'--epochs={updates}', *extra]
     argv = arguments(name, tmp_path, *flags, steps=steps)
     found = losses_of(monkeypatch, STAGES[name], argv)
     pieces = 4 if micro_batch else 1                        # two images, groups of two
@@ -116,7 +116,7 @@ def test_later_updates_are_measured_against_the_first(
 @stages
 def test_recorded_stays_the_old_log_prob_of_every_update(
         tmp_path, monkeypatch, rounding, name):
-    flags = ['--old_logp=recorded', IN_BFLOAT16, '--updates=2']
+    flags = ['--old_logp=recorded', IN_BFLOAT16, '--epochs=2']
     argv = arguments(name, tmp_path, *flags, steps=1)
     first, second = losses_of(monkeypatch, STAGES[name], argv)
     assert torch.equal(first.old, second.old)
@@ -127,10 +127,10 @@ def test_recorded_stays_the_old_log_prob_of_every_update(
 LAYERS = 2
 VOCABULARY = 2048               # the tiny tokenizer needs fewer; the real 151936 would take 1 GB
 AT_TRUE_WIDTH = ['--preset=medium', '--resolution=64', '--cond_len=48', '--caption_len=16',
-                 '--sample_steps=6', '--micro_batch=2']
-ONE_GROUP = ['--prompts=1', '--group=4', '--lr=0']
-FLOW = ['--sde=flow', '--noise_level=0.7', '--clip_range=(1e-4, 1e-4)', '--sample_steps=10',
-        '--sde_window=9', '--train_steps=9']
+                 '--denoise_steps=6', '--micro_batch=2']
+ONE_GROUP = ['--batch=1', '--group=4', '--lr=0']
+FLOW = ['--sde=flow', '--noise_level=0.7', '--clip_range=(1e-4, 1e-4)', '--denoise_steps=10',
+        '--noisy_steps=9', '--trained_steps=9']
 
 
 def architectures():
@@ -149,7 +149,7 @@ def architectures():
 @pytest.fixture(scope='module')
 def wide():
     """A model of the published widths with random weights, LoRA, in bfloat16: 1.2 GB."""
-    common.quiet()
+    ranks.quiet()
     config = parse({}, {}, AT_TRUE_WIDTH, 'x.py')
     return skeleton(config, 'cpu', architectures())
 
@@ -191,7 +191,7 @@ def first_updates(name, wide, monkeypatch, flags=()):
     stage = STAGES[name]
     argv = [*AT_TRUE_WIDTH, *ONE_GROUP, *flags]
     config = parse(stage.keys, stage.own_presets, argv, f'{name}.py')
-    run = common.start(config)
+    run = ranks.start(config)
     uae = at(wide, **vars(config))
     wide.requires_grad_(False)
     params = uae.train_only(name.removeprefix('grpo_'))
@@ -213,7 +213,7 @@ def first_updates(name, wide, monkeypatch, flags=()):
     fields = []
     monkeypatch.setattr(torch.nn.Linear, 'forward', in_halves)
     for config.old_logp in ('replay', 'recorded'):
-        optimiser = common.Optimiser(params, config)
+        optimiser = optimiser.Optimiser(params, config)
         fields.append(stage.update(*models, optimiser, *given, 0, run, config))
     return fields
 

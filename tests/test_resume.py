@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import common
-from checkpoint import ADAPTERS, TEXT_ENCODER
+from lib import checkpoint
+from lib import files
+from lib.checkpoint import ADAPTERS, TEXT_ENCODER
 from comparing import optimizer_state, timeless_log
 from running import ROOT, STAGES, arguments, lines, python, refusal, same, script, tiny, weights
 
@@ -46,7 +46,7 @@ for name, argv, die in json.load(open(sys.argv[1])):
     assert die or os.WEXITSTATUS(status) == 0, (name, argv, status)
 '''
 LORA = ('--dtype=bfloat16', '--lora_rank=4')
-REFERENCE = ('--kl=0.1', '--updates=2')
+REFERENCE = ('--kl=0.1', '--epochs=2')
 LIVE = ('--text_encoder=live',)         # the tiny preset keeps the start's captioner beside it
 CASES = [
     ('cold_start',),
@@ -276,7 +276,7 @@ def test_write_atomic_is_whole_or_not_there(tmp_path):
         open(temporary, 'w').close()
 
     with pytest.raises(KeyboardInterrupt):
-        common.write_atomic(path, broken)
+        files.write_atomic(path, broken)
     assert not os.path.exists(path)
-    common.write_atomic(path, empty)
+    files.write_atomic(path, empty)
     assert os.path.exists(path)

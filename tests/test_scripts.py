@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-import common
-import log
+from lib import optimiser
+from lib import log
 from comparing import BASE, optimizer_state, timeless, without_step
 from data.images import ImageSet
 from data.shapes import scenes as world
@@ -184,7 +184,7 @@ def test_pretraining_and_the_stage_after_it(tmp_path, train_encoder):
     ('grpo_decoder', ['--kl=0.1', '--micro_batch=1', '--checkpointing=True']),
     ('grpo_decoder', ['--sde=cps', '--noise_level=0.8', '--caption_temperature=1.0']),
     ('grpo_decoder', ['--same_noise=True', '--condition=answer']),
-    ('grpo_decoder', ['--condition=image', '--sde_window=1', '--train_steps=1']),
+    ('grpo_decoder', ['--condition=image', '--noisy_steps=1', '--trained_steps=1']),
     ('grpo_decoder', ['--condition=text+image', '--guidance=2.0']),
     ('cold_start', ['--condition=answer', '--cold_temperature=1.0']),
     ('cold_start', ['--condition=image', '--guidance=2.0', '--checkpointing=True']),
@@ -201,7 +201,7 @@ def test_switches_of_a_stage(tmp_path, name, extra):
 
 @pytest.mark.parametrize('name', ['grpo_encoder', 'grpo_decoder'])
 def test_a_second_update_on_the_same_rollout_is_off_policy(tmp_path, name):
-    (line,) = tiny(name, tmp_path, '--updates=2', '--kl=0.1', steps=1)
+    (line,) = tiny(name, tmp_path, '--epochs=2', '--kl=0.1', steps=1)
     assert line['ratio_max'] != 1, "the last update's"
     assert line['kl'] > 0, "the last update's"
     assert line['logp_diff'] < 1e-5, "the first update's"
@@ -296,14 +296,14 @@ def test_training_reads_images_only(tmp_path, monkeypatch, name):
 # --- the small print of the log -------------------------------------------------------------------
 def test_learning_rate_schedule():
     c = SimpleNamespace(lr=2.0, warmup=4, lr_decay=1.0, steps=12)
-    assert [common.lr_at(step, c) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
-    assert common.lr_at(4, c) == 2.0
-    assert abs(common.lr_at(8, c) - 1.0) < 1e-12
-    assert common.lr_at(12, c) < 1e-12
+    assert [optimiser.lr_at(step, c) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert optimiser.lr_at(4, c) == 2.0
+    assert abs(optimiser.lr_at(8, c) - 1.0) < 1e-12
+    assert optimiser.lr_at(12, c) < 1e-12
     half = SimpleNamespace(lr=2.0, warmup=0, lr_decay=0.5, steps=12)
-    assert common.lr_at(9, half) == 0
+    assert optimiser.lr_at(9, half) == 0
     constant = SimpleNamespace(lr=2.0, warmup=0, lr_decay=0.0, steps=12)
-    assert common.lr_at(11, constant) == 2.0
+    assert optimiser.lr_at(11, constant) == 2.0
 
 
 def test_reward_fields():

@@ -285,7 +285,7 @@ def test_cps_keeps_the_schedule_s_noise():
 @pytest.mark.parametrize('S, W, n', [(8, 7, 3), (8, 20, 3), (10, 3, 3), (10, 2, 5), (10, 9, 9)])
 def test_window_never_holds_the_last_step(S, W, n):
     c = types.SimpleNamespace(
-        sample_steps=S, sde_window=W, train_steps=n, seed=0, sde='flow')
+        denoise_steps=S, noisy_steps=W, trained_steps=n, seed=0, sde='flow')
     length = min(W, S - 1)
     met = set()
     for step in range(60):
@@ -301,7 +301,7 @@ def test_window_never_holds_the_last_step(S, W, n):
 
 
 def test_cps_steps_that_end_near_no_noise_are_never_noisy():
-    c = types.SimpleNamespace(sample_steps=4, sde_window=3, train_steps=3, seed=0, sde='cps')
+    c = types.SimpleNamespace(denoise_steps=4, noisy_steps=3, trained_steps=3, seed=0, sde='cps')
     sigmas = torch.tensor([1, 0.5, 0.03, 0.015, 0])          # the third step ends below .02
     for step in range(20):
         (_, end), _ = window(step, c, sigmas)

@@ -12,13 +12,13 @@ import torch
 from conftest import G, P, at
 from running import arguments
 
-import common
+from lib import optimiser, ranks
 import config
 import grpo_decoder
 import grpo_encoder
 from data.images import open_data
 from data.shapes import scenes
-from evaluate import Evaluator
+from lib.scores import Evaluator
 from model import sde_step
 from reward import backbone, clip_reward
 
@@ -55,8 +55,8 @@ def replayed(uae, found, c, step):
     noisy, _ = grpo_decoder.window(step, c)
     path = dict(z=found['z'], z_next=found['z_next'])
     steps = list(range(noisy[1] - noisy[0]))
-    how = (c.sample_steps, c.sde, c.noise_level, noisy[0])
-    _, mean, std = uae.step_logp(path, steps, found['cond'], *how)
+    how = (c.denoise_steps, c.sde, c.noise_level, noisy[0])
+    _, mean, std = uae.decoder.step_logp(path, steps, found['cond'], *how)
     return mean, std
 
 
@@ -69,11 +69,11 @@ def new_evaluator(uae, held, c):
 
 # --- addressed randomness, a row at a time --------------------------------------------------------
 def normal_at(shape, *address):
-    return torch.randn(shape, generator=common.generator(*address))[None]
+    return torch.randn(shape, generator=ranks.generator(*address))[None]
 
 
 def uniform_at(shape, *address):
-    return torch.rand(shape, generator=common.generator(*address))[None]
+    return torch.rand(shape, generator=ranks.generator(*address))[None]
 
 
 def independent(rows):
@@ -90,12 +90,12 @@ def plain_captions(uae, tower, x, index, step, c):
     samples = []
     for i, place in enumerate(index.tolist()):
         image = x[i:i + 1]
-        seen = uae.see(image)
-        z = normal_at(uae.latent_shape(), c.seed, 'start', step, place)
+        seen = uae.encoder.see(image)
+        z = normal_at(uae.decoder.latent_shape(), c.seed, 'start', step, place)
         for j in range(c.group):
             u = uniform_at((c.caption_len,), c.seed, 'token', step, place * c.group + j)
-            y, mask, logp = uae.sample_captions(seen, 1, c.temperature, u)
-            x_hat = uae.to_image(uae.draw(z, uae.condition(y, mask, seen), c.sample_steps))
+            y, mask, logp = uae.encoder.sample(seen, 1, c.temperature, u)
+            x_hat = uae.decoder.to_image(uae.draw(z, uae.condition(y, mask, seen), c.denoise_steps))
             samples.append((seen, y, mask, logp, clip_reward(image, x_hat, tower)))
     return samples
 
@@ -107,11 +107,11 @@ def guided(v, v0, guidance):
 @torch.no_grad()
 def plain_drawing(uae, z, cond, noise, noisy, c):
     """One drawing, a step at a time: z_0, and [(z, z_next, v0, logp)] of its noisy steps."""
-    sig, neg = uae.sigmas(c.sample_steps), uae.negative()
+    sig, neg = uae.decoder.sigmas(c.denoise_steps), uae.negative()
     path = []
-    for s in range(c.sample_steps):
-        v0 = uae.velocity(z, sig[s], neg)
-        v = guided(uae.velocity(z, sig[s], cond), v0, c.guidance)
+    for s in range(c.denoise_steps):
+        v0 = uae.decoder.velocity(z, sig[s], neg)
+        v = guided(uae.decoder.velocity(z, sig[s], cond), v0, c.guidance)
         if noisy[0] <= s < noisy[1]:
             fresh = noise[:, s - noisy[0]]
             z_next, logp, _, _ = sde_step(
@@ -127,13 +127,13 @@ def plain_drawing(uae, z, cond, noise, noisy, c):
 def plain_drawings(uae, tower, x, index, step, c):
     """Stage 3's rollout, a drawing at a time: [(cond, path, r)] in B's order."""
     noisy, _ = grpo_decoder.window(step, c)
-    shape, W = uae.latent_shape(), noisy[1] - noisy[0]
+    shape, W = uae.decoder.latent_shape(), noisy[1] - noisy[0]
     samples = []
     for i, place in enumerate(index.tolist()):
         image = x[i:i + 1]
-        seen = uae.see(image)
+        seen = uae.encoder.see(image)
         u = uniform_at((c.caption_len,), c.seed, 'token', step, place)
-        y, mask, _ = uae.sample_captions(seen, 1, c.caption_temperature, u)
+        y, mask, _ = uae.encoder.sample(seen, 1, c.caption_temperature, u)
         cond = uae.condition(y, mask, seen)
         for j in range(c.group):
             member = place * c.group + j
@@ -141,7 +141,7 @@ def plain_drawings(uae, tower, x, index, step, c):
             z = normal_at(shape, c.seed, 'start', step, start)
             noise = normal_at((W, *shape), c.seed, 'sde', step, member)
             z0, path = plain_drawing(uae, z, cond, noise, noisy, c)
-            r = clip_reward(image, uae.to_image(z0), tower)
+            r = clip_reward(image, uae.decoder.to_image(z0), tower)
             samples.append((cond, path, r))
     return samples
 
@@ -165,7 +165,7 @@ def plain_encoder_loss(uae, samples, c):
     advantages = plain_advantages([r for *_, r in samples], c.group)
     total = count = 0
     for (seen, y, mask, old_logp, _), adv in zip(samples, advantages):
-        logp = uae.caption_logp(seen, y, c.temperature)
+        logp = uae.encoder.logp(seen, y, c.temperature)
         total = total + (surrogate(logp, old_logp, adv, c.clip_range) * mask).sum()
         count += mask.sum()
     return -total / count
@@ -178,7 +178,7 @@ def plain_decoder_loss(uae, samples, step, c, stale=False):
     """
     advantages = plain_advantages([r for *_, r in samples], c.group)
     noisy, trained = grpo_decoder.window(step, c)
-    sig, neg = uae.sigmas(c.sample_steps), uae.negative()
+    sig, neg = uae.decoder.sigmas(c.denoise_steps), uae.negative()
     gains = []
     for (cond, path, _), adv in zip(samples, advantages):
         for t in trained:
@@ -186,8 +186,8 @@ def plain_decoder_loss(uae, samples, step, c, stale=False):
             s, s_next = sig[noisy[0] + t], sig[noisy[0] + t + 1]
             if not stale:
                 with torch.no_grad():
-                    v0 = uae.velocity(z, s, neg)
-            v = guided(uae.velocity(z, s, cond), v0, c.guidance)
+                    v0 = uae.decoder.velocity(z, s, neg)
+            v = guided(uae.decoder.velocity(z, s, cond), v0, c.guidance)
             _, logp, _, _ = sde_step(z, v, s, s_next, c.sde, c.noise_level, z_next=z_next)
             gains.append(surrogate(logp, old_logp, adv, c.clip_range))
     return -torch.cat(gains).mean()
@@ -265,13 +265,13 @@ def test_stage_3_has_its_own_noise_for_every_step(uae, x, tower):
     u, c = stage_3(uae)
     z, noise = decoder_noises(u, tower, x, INDEX, STEP, c)
     _, later = decoder_noises(u, tower, x, INDEX, STEP + 1, c)
-    assert noise.shape[2] == min(c.sde_window, c.sample_steps - 1) > 2
+    assert noise.shape[2] == min(c.noisy_steps, c.denoise_steps - 1) > 2
     every = torch.cat([z.flatten(0, 1), noise.flatten(0, 2), later.flatten(0, 2)])
     assert independent(every)
 
 
 # a short chain: few denoising steps are noisy, and of these one is trained
-SHORT = ('--sample_steps=6', '--sde_window=2', '--train_steps=1')
+SHORT = ('--denoise_steps=6', '--noisy_steps=2', '--trained_steps=1')
 
 
 # --- rollout: whose reward is whose ---------------------------------------------------------------
@@ -353,14 +353,14 @@ class Recorder:
 
     def __init__(self, monkeypatch, spoil=None):
         self.updates, self.passes, self.spoil = [], [], spoil
-        self.real_parallel, self.real_step = common.parallel, common.Optimiser.step
+        self.real_parallel, self.real_step = ranks.parallel, optimiser.Optimiser.step
         monkeypatch.setattr(common, 'parallel', self.at_start)
-        monkeypatch.setattr(common.Optimiser, 'step', self.updating())
+        monkeypatch.setattr(optimiser.Optimiser, 'step', self.updating())
 
     def at_start(self, uae, run):
         self.uae = uae
         self.trained = {key: p for key, p in uae.named_parameters() if p.requires_grad}
-        uae.decoder.register_forward_hook(self.count_pass)
+        uae.decoder.transformer.register_forward_hook(self.count_pass)
         next(iter(self.trained.values())).register_hook(self.spoil_gradient)
         return self.real_parallel(uae, run)
 
@@ -407,7 +407,7 @@ def train(stage, monkeypatch, out_dir, *extra, steps=1, spoil=None):
 def first_batch(c):
     """The images of step 0 and their positions in the global batch."""
     run = types.SimpleNamespace(rank=0, world=1, device='cpu', master=True)
-    batch = open_data(c, run)[0].batch(c.seed, 0, c.prompts)
+    batch = open_data(c, run)[0].batch(c.seed, 0, c.batch)
     return batch['x'], batch['index']
 
 
@@ -430,7 +430,7 @@ micro_batches = pytest.mark.parametrize('micro_batch', MICRO_BATCHES)
 @micro_batches
 def test_a_step_of_stage_2_against_its_plain_recomputation(monkeypatch, tmp_path, micro_batch):
     """Both updates of a rollout: advantage i goes with caption i, and the old policy stays."""
-    extra = (f'--micro_batch={micro_batch}', '--updates=2', '--clip_range=(0.5, 0.5)', '--kl=0')
+    extra = (f'--micro_batch={micro_batch}', '--epochs=2', '--clip_range=(0.5, 0.5)', '--kl=0')
     recorder, c = train(grpo_encoder, monkeypatch, tmp_path / 'out', *extra)
     first, second = recorder.updates
     recorder.back_to(first)
@@ -449,7 +449,7 @@ def test_a_step_of_stage_3_against_its_plain_recomputation(monkeypatch, tmp_path
     What the rollout stored of that branch is used in the first update, which saves its forward
     passes, and in no other: the weights have moved.
     """
-    extra = (f'--micro_batch={micro_batch}', '--updates=2', '--guidance=3', *SHORT)
+    extra = (f'--micro_batch={micro_batch}', '--epochs=2', '--guidance=3', *SHORT)
     wide = '--clip_range=(0.5, 0.5)'             # or the second update would be clipped away
     recorder, c = train(grpo_decoder, monkeypatch, tmp_path / 'out', *extra, wide)
     assert grpo_decoder.window(0, c) == ((1, 3), [1]), 'not the first of the noisy steps'
@@ -469,13 +469,13 @@ def test_a_step_of_stage_3_against_its_plain_recomputation(monkeypatch, tmp_path
 
 @micro_batches
 def test_the_stored_branch_spares_the_first_update_its_passes(monkeypatch, tmp_path, micro_batch):
-    extra = (f'--micro_batch={micro_batch}', '--updates=2', '--guidance=3', *SHORT)
+    extra = (f'--micro_batch={micro_batch}', '--epochs=2', '--guidance=3', *SHORT)
     recorder, c = train(grpo_decoder, monkeypatch, tmp_path / 'out', *extra)
     first, second = recorder.updates
-    rollouts = len(list(common.group_slices(IMAGES, GROUP, micro_batch)))
+    rollouts = len(list(ranks.group_slices(IMAGES, GROUP, micro_batch)))
     live = second.passes.count(True)             # one a micro-batch
     assert live >= rollouts
-    assert first.passes == [False] * rollouts * c.sample_steps + [True] * live
+    assert first.passes == [False] * rollouts * c.denoise_steps + [True] * live
     assert second.passes == [False, True] * live
 
 
@@ -504,8 +504,8 @@ class Draughtsman:
 
     def __init__(self, uae, held, told):
         self.config, self.device = uae.config, uae.device
-        self.real, self.end = uae, uae.end
-        self.tokens, self.texts, self.latent_shape = uae.tokens, uae.texts, uae.latent_shape
+        self.real, self.end = uae, uae.encoder.end
+        self.tokens, self.texts, self.latent_shape = uae.encoder.tokens, uae.encoder.texts, uae.decoder.latent_shape
         self.held, self.told = held, told
         self.drawings = {}
         for scene in (*held['scenes'], *told):

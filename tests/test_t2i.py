@@ -6,7 +6,7 @@ import types
 import pytest
 from PIL import Image
 
-import common
+from lib import ranks
 import eval_t2i
 from bench import geneval, prompts, summary
 from conftest import new_uae
@@ -160,7 +160,7 @@ def with_clause(**changes):
 def test_malformed_metadata_is_named_with_file_and_line(tmp_path, bad, word):
     path = tmp_path / 'p.jsonl'
     path.write_text('\n'.join([json.dumps(GOOD), bad, json.dumps(GOOD)]) + '\n')
-    argv = ['--bench=geneval', f'--prompts={path}', f'--out_dir={tmp_path}/out']
+    argv = ['--bench=geneval', f'--batch={path}', f'--out_dir={tmp_path}/out']
     message = refusal(eval_t2i.main, argv)
     assert f'{path}:2: ' in message and word in message
     assert not (tmp_path / 'out').exists()
@@ -169,14 +169,14 @@ def test_malformed_metadata_is_named_with_file_and_line(tmp_path, bad, word):
 @pytest.mark.parametrize('argv, word', [
     (['--bench=genevall'], 'geneval++'),
     (['--bench=geneval'], '--prompts'),
-    (['--bench=dpg', '--prompts=no/such.csv'], 'no/such.csv'),
+    (['--bench=dpg', '--batch=no/such.csv'], 'no/such.csv'),
     (['--condition=image'], 'condition'),
     (['--samples=0'], 'samples'),
-    (['--bench=dpg', '--samples=2', '--prompts=x'], 'samples'),
-    (['--bench=geneval++', '--prompts=x', '--judge_url=ftp://a'], 'judge_url'),
+    (['--bench=dpg', '--samples=2', '--batch=x'], 'samples'),
+    (['--bench=geneval++', '--batch=x', '--judge_url=ftp://a'], 'judge_url'),
     (['--resolution=64'], '32'),
     (['--init_from=a/x,b/x'], 'several checkpoints need other names'),
-    (['--bench=dpg', '--prompts=README.md'], 'README.md:1')])
+    (['--bench=dpg', '--batch=README.md'], 'README.md:1')])
 def test_keys_that_mean_nothing(argv, word):
     assert word in refusal(eval_t2i.main, argv)
 
@@ -192,9 +192,9 @@ def test_the_oracle_gives_drawings_of_the_prompts_full_marks(uae):
         assert geneval_correct(seen(scene_of(m['prompt']), m), m), m
         colours = tuple(world.COLOURS)
         assert prompts.parse_metadata(json.dumps(m), 'x:1', world.SHAPES, colours) == m
-    y, mask, cut = uae.tokens([m['prompt'] for m in SHAPES])
+    y, mask, cut = uae.encoder.tokens([m['prompt'] for m in SHAPES])
     assert not cut, 'all prompts fit'
-    assert not (y == uae.tokenizer.unk_token_id).any(), 'in words that the tiny models know'
+    assert not (y == uae.encoder.tokenizer.unk_token_id).any(), 'in words that the tiny models know'
     positions = [m['include'][1]['position'] for m in SHAPES if m['tag'] == 'position']
     assert {relation for relation, _ in positions} == set(prompts.RELATIONS)
     counts = [m['include'][0]['count'] for m in SHAPES if m['tag'] == 'counting']
@@ -253,8 +253,8 @@ def few(tmp_path):
     """Three prompts of the embedded world in a file, and the flags of a quick run over them."""
     path = tmp_path / 'p.jsonl'
     path.write_text(''.join(json.dumps(m) + '\n' for m in FEW))
-    return [f'--prompts={path}', f'--out_dir={tmp_path}/out', '--samples=2', '--batch=4',
-            '--eval_steps=2', '--device=cpu']
+    return [f'--batch={path}', f'--out_dir={tmp_path}/out', '--samples=2', '--batch=4',
+            '--eval_denoise_steps=2', '--device=cpu']
 
 
 def rank(number, world_size):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import config
 import eval_unified
-import evaluate
+from lib import scores
 import reward
 from bench import unified
 from conftest import new_uae, shared_config
@@ -25,7 +25,7 @@ from data.shapes import scenes as world
 from running import refusal
 from test_reward import structured
 
-QUICK = ['--bench=unified', '--device=cpu', '--eval_steps=2', '--caption_len=6']
+QUICK = ['--bench=unified', '--device=cpu', '--eval_denoise_steps=2', '--caption_len=6']
 
 
 @pytest.fixture(scope='session')
@@ -354,7 +354,7 @@ def test_seeds_give_mean_and_standard_error_and_images_are_drawn_once(bench, tmp
     assert three['standard_error']['clip'] > 0
     drawn.clear()
     assert run(out, bench, CLIP, '--seeds=3')[1] == three and not drawn
-    for flag in ('--eval_steps=3', '--seed=4', '--eval_temperature=1'):
+    for flag in ('--eval_denoise_steps=3', '--seed=4', '--eval_temperature=1'):
         message = refusal(run, out, bench, CLIP, flag)
         assert str(out) in message and flag[2:].split('=')[0] in message
 
@@ -376,7 +376,7 @@ def test_other_people_s_captions_through_our_decoder(bench, tmp_path, monkeypatc
     assert report['captions'] == {f'{i}.png': line['caption'] for i, line in enumerate(lines)}
     c = config.parse(eval_unified.keys, {}, [*QUICK, '--caption_len=12'], 'x.py')
     uae = new_uae(c)
-    y, mask, _ = uae.tokens([lines[1]['caption']])
+    y, mask, _ = uae.encoder.tokens([lines[1]['caption']])
     made = tensor_of(tmp_path / 'out' / 'example_image' / '1.png')
     drawn = evaluate.draw_captions(uae, y, mask, [1], seed=(c.seed,))
     assert (made - drawn).abs().max() < 0.6 / 127.5
@@ -481,7 +481,7 @@ def test_towers_that_are_there_are_not_loaded_again(monkeypatch):
 
 def test_images_in_several_chunks_score_like_all_at_once(uae, x):
     """Every image once and in order, its randomness its own."""
-    c = types.SimpleNamespace(**dict(vars(uae.config), reward='clip', eval_steps=2))
+    c = types.SimpleNamespace(**dict(vars(uae.config), reward='clip', eval_denoise_steps=2))
     here = types.SimpleNamespace(rank=0, world=1, device='cpu', master=True)
     held = dict(x=x, names=list('abcd'), scenes=None)
     at_once, _ = evaluate.Evaluator(uae, held, c, here)()

@@ -122,7 +122,7 @@ def test_stations_one_to_five(ran):
     distance = [(guess - ran['x_hat']).abs().mean() for guess in ran['guess']]
     assert distance[-1] < distance[0]
     np.testing.assert_allclose(ran['p'].sum(1), 1, atol=1e-5)
-    recorded = ran['uae'].sample_captions(ran['uae'].see(ran['x']), 1, 0.0)[2][0, :ran['T']]
+    recorded = ran['uae'].encoder.sample(ran['uae'].see(ran['x']), 1, 0.0)[2][0, :ran['T']]
     torch.testing.assert_close(ran['best'][:, 0].log(), recorded, atol=1e-4, rtol=0)
     source_of_each = ran['x'].expand_as(ran['four'])
     scores = clip_reward(source_of_each, ran['four'], ran['clip'])
@@ -141,7 +141,7 @@ def test_the_group(ran):
 
 
 def test_the_ratio_is_one_and_teaches(ran):
-    diff = (ran['uae'].caption_logp(ran['seen'], ran['Y'], 1.0) - ran['old_logp']) * ran['MASK']
+    diff = (ran['uae'].encoder.logp(ran['seen'], ran['Y'], 1.0) - ran['old_logp']) * ran['MASK']
     assert diff.abs().max() < 1e-5 and (ran['old_logp'] * ran['MASK']).min() < -0.1
     assert (ran['ratio'] - 1).abs().max() < 1e-5
     assert 'number of tokens): True' in ran['printed']

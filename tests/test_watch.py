@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 
 import grpo_encoder
-import watch
+from lib import watch
 from comparing import on_two_ranks
 from conftest import ROOT, shared_config
 from data.images import open_data
 from data.shapes import scenes as world
-from evaluate import Evaluator
-from log import Log
+from lib.scores import Evaluator
+from lib.log import Log
 from reward import backbone, clip_reward
 from running import arguments, lines, tiny
 
-SMALL = ('--eval_every=1', '--sample_steps=4', '--eval_steps=4', '--watch=2')
+SMALL = ('--eval_every=1', '--denoise_steps=4', '--eval_denoise_steps=4', '--watch=2')
 
 
 @pytest.fixture(scope='module')
@@ -127,7 +127,7 @@ def test_two_ranks_leave_what_one_leaves(runs, tmp_path):
 
 
 def test_an_evaluation_alone_keeps_no_pictures(uae):
-    config = SimpleNamespace(**dict(vars(uae.config), eval_images=4, eval_steps=2, watch=2))
+    config = SimpleNamespace(**dict(vars(uae.config), eval_images=4, eval_denoise_steps=2, watch=2))
     run = SimpleNamespace(rank=0, world=1, device='cpu', master=True)
     _, held = open_data(config, run)
     _, records = Evaluator(uae, held, config, run)()

@@ -17,7 +17,7 @@ PAGE = 'docs/exercises/ablations.md'
 
 REWARDS = '    r = torch.cat(rewards).view(P, G)\n'
 ADVANTAGE = "group_advantage(mine, config.adv_std)"
-WINDOW = '    (begin, _), trained = window(step, config, uae.sigmas(config.sample_steps))\n'
+WINDOW = '    (begin, _), trained = window(step, config, uae.decoder.sigmas(config.denoise_steps))\n'
 PIXEL_REWARD = '''def own_reward(texts, x, x_hat):
     """Any function of B captions and images (B, 3, R, R) -> (B,); here minus the pixels' error."""
     return -(x - x_hat).square().flatten(1).mean(1)
@@ -46,7 +46,7 @@ FORKS = dict(
     function=[
         ('grpo_encoder.py', '@torch.no_grad()\ndef rollout(', PIXEL_REWARD),
         ('grpo_encoder.py', '        rewards.append(clip_reward(x[images], x_hat, tower))',
-         "        texts = uae.texts(batch['y'][rows], batch['mask'][rows])\n"
+         "        texts = uae.encoder.texts(batch['y'][rows], batch['mask'][rows])\n"
          '        sources = x[images].repeat_interleave(G, 0)\n'
          '        rewards.append(own_reward(texts, sources, x_hat))')],
     length=[

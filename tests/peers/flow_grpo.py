@@ -1,6 +1,6 @@
 """Stage 3 beside Flow-GRPO's step, our own plain re-statement of it.
 
-    python tests/peers/flow_grpo.py --prompts=4 --group=8
+    python tests/peers/flow_grpo.py --batch=4 --group=8
 
 Takes the keys of bench/speed.py and of grpo_decoder.py.
 """
@@ -15,7 +15,7 @@ os.chdir(ROOT)
 import grpo_decoder
 from bench.speed import parse, table, write_report
 from bench.steps import Stage, decoder_rollout, in_turn, measure
-from policy import sde_step
+from decoder import sde_step
 
 PRINTED = ('rollout', 'update', 'total', 'vae', 'reward')
 
@@ -28,14 +28,14 @@ def replay(stage, uae, batch, j):
     """
     c, cond = stage.config, batch['cond']
     z, z_next = batch['z'][:, j], batch['z_next'][:, j]
-    sigmas = uae.sigmas(c.sample_steps)
+    sigmas = uae.decoder.sigmas(c.denoise_steps)
     noisy, _ = grpo_decoder.window(0, c, sigmas)
     s, s_next = sigmas[noisy[0] + j], sigmas[noisy[0] + j + 1]
     if c.guidance == 1.0:
-        v = uae.velocity(z, s, cond)
+        v = uae.decoder.velocity(z, s, cond)
     else:
         both = torch.cat([stage.negative.expand_as(cond), cond])
-        v0, v = uae.velocity(torch.cat([z, z]), s, both).chunk(2)
+        v0, v = uae.decoder.velocity(torch.cat([z, z]), s, both).chunk(2)
         v = v0.detach() + c.guidance * (v - v0.detach())
     return sde_step(z, v, s, s_next, c.sde, c.noise_level, z_next=z_next)
 
@@ -50,7 +50,7 @@ def step(stage):
     batch = decoder_rollout(stage)
     yield 'rollout'
 
-    _, trained = grpo_decoder.window(0, c, stage.uae.sigmas(c.sample_steps))
+    _, trained = grpo_decoder.window(0, c, stage.uae.decoder.sigmas(c.denoise_steps))
     for j in trained:
         _, logp, mean, std = replay(stage, stage.uae, batch, j)
         old_logp = batch['old_logp'][:, j:j + 1]
@@ -79,11 +79,11 @@ def compare(options, argv):
     """The same numbers (CFG 4.5, 10 steps, 9 trained, KL), and the fast setting (no CFG, no KL,
     3 of 3)."""
     def open_stage(**changes):
-        return Stage('grpo_decoder', argv, options.random, options.layers, sample_steps=10,
+        return Stage('grpo_decoder', argv, options.random, options.layers, denoise_steps=10,
                      **changes)
 
-    slow = open_stage(guidance=4.5, sde_window=9, train_steps=9, kl=0.04)
-    fast = open_stage(guidance=1.0, sde_window=3, train_steps=3)
+    slow = open_stage(guidance=4.5, noisy_steps=9, trained_steps=9, kl=0.04)
+    fast = open_stage(guidance=1.0, noisy_steps=3, trained_steps=3)
     sides = {
         'flow_grpo': (slow, step),
         'ours': (slow, None),

@@ -1,6 +1,6 @@
 """Stage 2's caption log-prob beside the plain way, all logits at once.
 
-    python tests/peers/full_logits.py --prompts=2 --group=4
+    python tests/peers/full_logits.py --batch=2 --group=4
 
 Takes the keys of bench/speed.py and of grpo_encoder.py.
 """
@@ -16,7 +16,7 @@ sys.path.insert(0, ROOT)
 os.chdir(ROOT)
 from bench.speed import parse, table, write_report
 from bench.steps import Stage, seconds
-from policy import token_logp
+from encoder import token_logp
 
 V = 151936                      # tokens of the real vocabulary
 d = 128
@@ -50,7 +50,7 @@ WAYS = dict(token_logp=token_logp, naive=naive_logp)
 def compare(argv):
     """Peak of the caption log-prob and its gradient on rows of the stage, V = 152k."""
     c = Stage('grpo_encoder', argv).config
-    B, T = c.prompts * c.group, c.caption_len
+    B, T = c.batch * c.group, c.caption_len
     head = torch.nn.Linear(d, V, bias=False)
     states = torch.randn(B, T, d)
     y = torch.randint(V, (B, T))

@@ -6,9 +6,9 @@ TRL lives in an environment of its own, never in requirements.txt (from the repo
     out/trlenv/bin/pip install -r requirements.txt trl==1.16.0
     export OMP_NUM_THREADS=1
     TRL="taskset -c 1 out/trlenv/bin/python tests/peers/trl_grpo.py"
-    $TRL --prompts=8 --group=8 --caption_len=24
-    $TRL --prompts=2 --group=8 --caption_len=32
-    $TRL --prompts=8 --group=8 --caption_len=24 --vocab=151936
+    $TRL --batch=8 --group=8 --caption_len=24
+    $TRL --batch=2 --group=8 --caption_len=32
+    $TRL --batch=8 --group=8 --caption_len=24 --vocab=151936
 
 The same on both sides: tiny Qwen2.5-VL, processor, pictures, prompt and reward callable (the share
 of distinct tokens of a caption: the decoder would weigh the same on both sides), completions of
@@ -28,7 +28,7 @@ os.chdir(ROOT)
 import torch
 from PIL import Image
 
-import common
+from lib import files, optimiser, ranks
 import grpo_encoder
 from bench.speed import table
 from bench.steps import Stage, clock, forget_gradients, key_of, seconds
@@ -54,12 +54,12 @@ def open_stage(argv, vocab):
     """Stage 2 whose captioner has another vocabulary, if one is asked for."""
     stage = Stage('grpo_encoder', argv)
     uae = stage.uae
-    uae.encoder = widened(uae.encoder, vocab)
+    uae.encoder.vlm = widened(uae.encoder.vlm, vocab)
     uae.requires_grad_(False)
     stage.params = uae.train_only('encoder')
-    stage.optimiser = common.Optimiser(stage.params, stage.config)
-    uae.forbidden = torch.zeros(uae.head.weight.shape[0], dtype=torch.bool)
-    uae.forbidden[uae.tokenizer.all_special_ids] = True
+    stage.optimiser = optimiser.Optimiser(stage.params, stage.config)
+    uae.encoder.forbidden = torch.zeros(uae.encoder.head.weight.shape[0], dtype=torch.bool)
+    uae.encoder.forbidden[uae.encoder.tokenizer.all_special_ids] = True
     return stage
 
 
@@ -72,12 +72,12 @@ def our_loss(stage, y=None):
     B = len(stage.x) * stage.G
     mask = torch.ones(B, c.caption_len)
     with torch.no_grad():
-        seen = uae.see(stage.x)
+        seen = uae.encoder.see(stage.x)
         if y is None:
-            u = common.uniform((c.caption_len,), range(B), c.seed, 'token', 0)
-            y, mask, old_logp = uae.sample_captions(seen, stage.G, 1.0, u)
+            u = ranks.uniform((c.caption_len,), range(B), c.seed, 'token', 0)
+            y, mask, old_logp = uae.encoder.sample(seen, stage.G, 1.0, u)
         else:
-            old_logp = uae.caption_logp(seen, y)
+            old_logp = uae.encoder.logp(seen, y)
     r = torch.tensor(reward_of(y.tolist())).view(-1, stage.G)
     adv = grpo_encoder.group_advantage(r).flatten()
     batch = dict(y=y, weight=mask, recorded=old_logp, old_logp=old_logp, adv=adv)
@@ -96,7 +96,7 @@ def trainer_of(captioner, stage, steps, callbacks=()):
     from trl import GRPOConfig, GRPOTrainer
     c = stage.config
     T = c.caption_len
-    special = stage.uae.tokenizer.all_special_ids
+    special = stage.uae.encoder.tokenizer.all_special_ids
     pictures = []
     for x in stage.x:
         pixels = ((x + 1) * 127.5).round().clamp(0, 255).byte()
@@ -120,7 +120,7 @@ def trainer_of(captioner, stage, steps, callbacks=()):
 
     data = Dataset.from_dict(dict(prompt=[prompt] * len(pictures), image=pictures))
     trainer = GRPOTrainer(captioner, reward, args=args, train_dataset=data,
-                          processing_class=stage.uae.processor, callbacks=list(callbacks))
+                          processing_class=stage.uae.encoder.processor, callbacks=list(callbacks))
     return trainer, data
 
 
@@ -147,10 +147,10 @@ def gradients_differ(stage, captioner):
     """Relative Euclidean distance of the language model's gradients on the same completions."""
     uae = stage.uae
     B, T = len(stage.x) * stage.G, stage.config.caption_len
-    allowed = (~uae.forbidden).nonzero().flatten()
+    allowed = (~uae.encoder.forbidden).nonzero().flatten()
     draws = torch.Generator().manual_seed(0)
     y = allowed[torch.randint(len(allowed), (B, T), generator=draws)]
-    uae.forbidden.fill_(False)                   # TRL's normaliser has every token
+    uae.encoder.forbidden.fill_(False)                   # TRL's normaliser has every token
 
     trainer, data = trainer_of(captioner, stage, 1)
     trainer._generate_single_turn = lambda *args, **others: (y.tolist(), None)
@@ -158,8 +158,8 @@ def gradients_differ(stage, captioner):
     captioner.zero_grad()
     rows = [data[i // stage.G] for i in range(B)]
     inputs = trainer._generate_and_score_completions(rows)
-    image_tokens = uae.see(stage.x[:1])[0].shape[1]
-    prompt_len = len(uae.before_image) + image_tokens + len(uae.after_image)
+    image_tokens = uae.encoder.see(stage.x[:1])[0].shape[1]
+    prompt_len = len(uae.encoder.before_image) + image_tokens + len(uae.encoder.after_image)
     assert inputs['prompt_ids'].shape[1] == prompt_len, 'the prompts differ'
     trainer.current_gradient_accumulation_steps = 1
     trainer.compute_loss(captioner, inputs).backward()
@@ -169,7 +169,7 @@ def gradients_differ(stage, captioner):
     their_parameters = dict(captioner.model.language_model.named_parameters())
     ours = []
     theirs = []
-    for name, parameter in uae.encoder.model.language_model.named_parameters():
+    for name, parameter in uae.encoder.vlm.model.language_model.named_parameters():
         ours.append(parameter.grad.flatten().double())
         theirs.append(their_parameters[name].grad.flatten().double())
     a, b = torch.cat(ours), torch.cat(theirs)
@@ -185,7 +185,7 @@ def main(argv):
         else:
             of_stage.append(argument)
     stage = open_stage(of_stage, int(own.get('vocab', 0)))
-    encoder = stage.uae.encoder
+    encoder = stage.uae.encoder.vlm
     start = copy.deepcopy(encoder)
     B = len(stage.x) * stage.G
     out = dict(threads=torch.get_num_threads())
@@ -198,16 +198,16 @@ def main(argv):
     encoder.load_state_dict(start.state_dict())
     trainer, _ = trainer_of(copy.deepcopy(start), stage, 1)
     out['trl_peak_bytes'] = peak(trainer.train, stage.x.device)
-    stage.optimiser = common.Optimiser(stage.params, stage.config)
+    stage.optimiser = optimiser.Optimiser(stage.params, stage.config)
     out['ours_peak_bytes'] = peak(lambda: our_step(stage), stage.x.device)
 
     encoder.load_state_dict(start.state_dict())
     out['gradients_differ_by'] = gradients_differ(stage, copy.deepcopy(start))
     title = (f'TRL: {len(stage.x)} images x {stage.G} captions of '
-             f'{stage.config.caption_len} tokens, V = {len(stage.uae.forbidden)}')
+             f'{stage.config.caption_len} tokens, V = {len(stage.uae.encoder.forbidden)}')
     table(title, {name: {'': value} for name, value in out.items()})
     if 'json' in own:
-        common.write_json(own['json'], dict(out, argv=argv))
+        files.write_json(own['json'], dict(out, argv=argv))
 
 
 if __name__ == '__main__':
