@@ -45,7 +45,7 @@ def test_pictures_are_not_blank(out):
 
 
 def test_the_base_is_honest_about_what_rl_may_show(out):
-    """Fixed before any RL run; LOG.md has all 256 held-out scenes, here are the first 128."""
+    """Fixed before any RL run; docs/log.md has all 256 held-out scenes, here are the first 128."""
     from lib import ranks
     import config
     from data.images import open_data
