@@ -50,6 +50,7 @@ def at(uae, **keys):
     other.config = types.SimpleNamespace(**{**vars(uae.config), **keys})
     for name in ('encoder', 'decoder'):
         part = copy.copy(uae._modules[name])
+        part._modules = dict(part._modules)
         part.config = other.config
         other._modules[name] = part
     return other
@@ -104,10 +105,10 @@ def vision(uae, x):
 
 
 @pytest.fixture(scope='session')
-def sampled(uae, seen):
+def sampled(uae, vision):
     """G captions of each image at temperature 1: y, mask, logp."""
     u = uniforms(P * G, uae.config.caption_len)
-    y, mask, logp = uae.encoder.sample(seen, G, 1.0, u)
+    y, mask, logp = uae.encoder.sample(vision, G, 1.0, u)
     lengths = mask.sum(1)
     assert lengths.unique().numel() > 2, 'these tests need captions of several lengths'
     assert lengths.min() < uae.config.caption_len, 'and some that end'

@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+import types
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
 UNTRAINED = ('eval_unified', 'eval_t2i', 'sample')         # scripts that make no updates
+ALONE = types.SimpleNamespace(rank=0, world=1, device='cpu', master=True)       # as ranks.start
 
 
 def arguments(name, out_dir, *extra, steps=2, images=2):
@@ -28,6 +30,7 @@ def arguments(name, out_dir, *extra, steps=2, images=2):
         grpo_encoder=[f'--batch={images}', '--group=2', '--temperature=3'],
         grpo_decoder=[f'--batch={images}', '--group=2', '--warmup=0'],
         pretrain_decoder=[f'--batch={images}'],
+        reca=[f'--batch={images}'],
     )
     every = ['--eval_images=4', '--eval_every=0', '--device=cpu', f'--out_dir={out_dir}']
     if name not in UNTRAINED:
