@@ -118,7 +118,8 @@ class Log:
         """Prints and appends the fields, with `sec` since the last line and `peak_gb`."""
         now = time.time()
         name = 'reward' if 'reward' in fields else 'loss'
-        self.bar.set_postfix({name: f'{fields[name]:.3f}'}, refresh=False)
+        if self.bar is not None:
+            self.bar.set_postfix({name: f'{fields[name]:.3f}'}, refresh=False)
         fields.update(sec=now - self.last, peak_gb=peak_memory())
         self.last = now
         if not self.master:

@@ -1,6 +1,7 @@
 """The pictures, captions and groups that a run leaves are those of its own numbers."""
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from lib.log import Log
 from reward import backbone, clip_reward
 from running import arguments, lines, tiny
 
-SMALL = ('--eval_every=1', '--denoise_steps=4', '--eval_denoise_steps=4', '--watch=2')
+SMALL = ('--eval_every=1', '--denoise_steps=4', '--eval_denoise_steps=4', '--eval_images=2')
 
 
 @pytest.fixture(scope='module')
@@ -127,7 +128,7 @@ def test_two_ranks_leave_what_one_leaves(runs, tmp_path):
 
 
 def test_an_evaluation_alone_keeps_no_pictures(uae):
-    config = SimpleNamespace(**dict(vars(uae.config), eval_images=4, eval_denoise_steps=2, watch=2))
+    config = SimpleNamespace(**dict(vars(uae.config), eval_images=4, eval_denoise_steps=2))
     run = SimpleNamespace(rank=0, world=1, device='cpu', master=True)
     _, held = open_data(config, run)
     _, records = Evaluator(uae, held, config, run)()
@@ -145,9 +146,7 @@ def test_config_json_says_what_was_changed(runs):
     with open(runs['grpo_encoder'] / 'config.json') as f:
         about = json.load(f)
     assert about['script'] == 'grpo_encoder'
-    assert about['changed']['watch'] == 2
-    # a plain command has these too: the tiny preset's text encoder, and the penalty
-    assert 'text_encoder' not in about['changed'] and about['config']['text_encoder'] == 'start'
+    assert about['changed']['eval_images'] == 2
     assert 'kl' not in about['changed'] and about['config']['kl'] == 0.03
 
 
@@ -168,12 +167,14 @@ class Writer:
 
 
 def test_tensorboard_gets_fields_and_sheets(tmp_path, monkeypatch):
-    monkeypatch.setattr('log.open_tensorboard', Writer)
-    config = shared_config(f'--out_dir={tmp_path}', '--tensorboard=True', '--device=cpu')
+    writer = Writer(tmp_path)
+    fake = SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', fake)
+    config = shared_config(f'--out_dir={tmp_path}', '--tracker=tensorboard', '--device=cpu')
     log = Log(config, SimpleNamespace(master=True))
     log(3, loss=0.5)
-    assert ('loss', 0.5, 3) in log.tensorboard.scalars
+    assert ('loss', 0.5, 3) in writer.scalars
     Image.new('RGB', (20, 10)).save(tmp_path / 'sheet.png')
-    log.publish(4, {'eval/judge': 0.7}, f'{tmp_path}/sheet.png')
-    assert ('eval/judge', 0.7, 4) in log.tensorboard.scalars
-    assert log.tensorboard.images == [('samples', (10, 20, 3), 4, 'HWC')]
+    log.publish({'eval/judge': 0.7}, 4, f'{tmp_path}/sheet.png')
+    assert ('eval/judge', 0.7, 4) in writer.scalars
+    assert writer.images == [('samples', (10, 20, 3), 4, 'HWC')]

@@ -1,6 +1,6 @@
 """The tiny base models of the embedded world, trained from nothing on a CPU (`make base`).
 
-    python data/shapes/pretrain.py      # all parts into data/shapes/base; docs/log.md has the seconds
+    python data/shapes/pretrain.py      # all parts; docs/log.md has the seconds
     python data/shapes/pretrain.py --parts=vae,clip --out_dir=out/base --seed=2
 
 Parts, in order; each reads what the earlier ones wrote:
