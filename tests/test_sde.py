@@ -1,4 +1,4 @@
-"""model.sde_step: an ODE step without noise, a Gaussian with its own log-density with it.
+"""decoder.sde_step: an ODE step without noise, a Gaussian with its own log-density with it.
 
 And, where the velocity is known exactly, a sampler of the right distribution.
 """
@@ -8,8 +8,8 @@ import types
 import pytest
 import torch
 
+from decoder import sde_step
 from grpo_decoder import window
-from model import sde_step
 
 KINDS = ('flow', 'cps', 'cps_exact')
 kinds = pytest.mark.parametrize('kind', KINDS)
@@ -38,21 +38,16 @@ def test_no_noise_is_the_euler_step(kind, s, s_next):
     assert not std.any()
 
 
-def in_form(s, form):
-    """A noise level as a float, () or (B,)."""
-    if form == 'float':
-        return s
-    if form == 'scalar':
-        return torch.tensor(s)
-    return torch.tensor(s).expand(3)
+# a noise level as a float, () or (B,)
+FORMS = dict(float=float, scalar=torch.tensor, batch=lambda s: torch.full((3,), s))
 
 
 @kinds
 @pytest.mark.parametrize('s, s_next', [(1.0, 0.9), (0.9, 0.5), (0.4, 0.01)])
-@pytest.mark.parametrize('form', ['float', 'scalar', 'batch'])
+@pytest.mark.parametrize('form', FORMS)
 def test_logp_is_the_mean_log_density(kind, s, s_next, form):
     z, v, noise = latents()
-    s, s_next = in_form(s, form), in_form(s_next, form)
+    s, s_next = FORMS[form](s), FORMS[form](s_next)
     z_next, logp, mean, std = sde_step(z, v, s, s_next, kind, 0.7, noise=noise)
     assert logp.shape == (3,)
     assert z_next.shape == mean.shape == z.shape
@@ -104,9 +99,9 @@ def test_flow_mean_and_std():
 def test_flow_at_pure_noise_borrows_the_next_sigma(s, s_next):
     """sigma is infinite at s = 1; there sqrt(1 / (1 - s_next)) stands in, in mean and std."""
     z, v, noise = latents()
-    z_next, logp, mean, std = sde_step(z, v, s, s_next, 'flow', 0.6, noise=noise)
-    for t in (z_next, logp, mean, std):
-        assert t.isfinite().all()
+    found = sde_step(z, v, s, s_next, 'flow', 0.6, noise=noise)
+    assert all(value.isfinite().all() for value in found)
+    _, _, mean, std = found
     sigma = 0.6 * math.sqrt(1 / 0.25)
     assert flat(std)[:2] == pytest.approx([sigma * math.sqrt(0.25)] * 2, rel=1e-5)
     want = z - 0.25 * (v + sigma ** 2 / 2 * z)
@@ -125,11 +120,11 @@ def test_cps_mean_and_std():
         torch.testing.assert_close(mean, want, atol=1e-5, rtol=1e-5)
 
 
-def test_cps_last_step_has_no_density():
+@pytest.mark.parametrize('kind', ['cps', 'cps_exact'])
+def test_cps_last_step_has_no_density(kind):
     z, v, noise = latents()
-    z_next, logp, mean, std = sde_step(z, v, 0.2, 0.0, 'cps', 0.9, noise=noise)
-    assert not std.any()
-    assert torch.equal(logp, torch.zeros(3))
+    z_next, logp, mean, std = sde_step(z, v, 0.2, 0.0, kind, 0.9, noise=noise)
+    assert not std.any() and not logp.any()
     assert torch.equal(z_next, mean)
     torch.testing.assert_close(mean, z - 0.2 * v)
 
@@ -180,21 +175,17 @@ def test_float32_whatever_comes_in(kind):
     torch.testing.assert_close(single[2], exact[2])
 
 
-@kinds
-def test_generator_makes_it_reproducible(kind):
+def test_a_generator_makes_it_reproducible():
     z, v, _ = latents()
 
     def draw(seed):
         generator = torch.Generator().manual_seed(seed)
-        return sde_step(z, v, 0.7, 0.5, kind, generator=generator)[0]
+        return sde_step(z, v, 0.7, 0.5, generator=generator)[0]
 
-    a, b, other = draw(5), draw(5), draw(6)
-    assert torch.equal(a, b)
-    assert not torch.equal(a, other)
-    assert (a[0] - a[1]).abs().max() > 0
-    same_z, same_v = z[:1].expand(SHAPE), v[:1].expand(SHAPE)
-    members = sde_step(same_z, same_v, 0.7, 0.5, kind)[0]
-    assert (members.std(0) > 0).all()
+    assert torch.equal(draw(5), draw(5))
+    assert not torch.equal(draw(5), draw(6))
+    members = sde_step(z[:1].expand(SHAPE), v[:1].expand(SHAPE), 0.7, 0.5)[0]
+    assert (members.std(0) > 0).all(), 'and without one each sample has its own noise'
 
 
 def test_unknown_kind():
@@ -282,27 +273,36 @@ def test_cps_keeps_the_schedule_s_noise():
 
 
 # --- which steps ----------------------------------------------------------------------------------
+def window_config(S, W, n, sde='flow'):
+    return types.SimpleNamespace(denoise_steps=S, noisy_steps=W, trained_steps=n, seed=0, sde=sde)
+
+
 @pytest.mark.parametrize('S, W, n', [(8, 7, 3), (8, 20, 3), (10, 3, 3), (10, 2, 5), (10, 9, 9)])
 def test_window_never_holds_the_last_step(S, W, n):
-    c = types.SimpleNamespace(
-        denoise_steps=S, noisy_steps=W, trained_steps=n, seed=0, sde='flow')
+    """In the first half if it fits there, with each of its places and trained steps met."""
+    config = window_config(S, W, n)
     length = min(W, S - 1)
-    met = set()
+    begins, offsets = set(), set()
     for step in range(60):
-        (first, end), trained = window(step, c)
-        assert 0 <= first < end < S
-        assert end - first == length
+        (begin, end), trained = window(step, config, None)
+        assert 0 <= begin < end < S
+        assert end - begin == length
+        assert length > S // 2 or end <= S // 2
         assert trained == sorted(set(trained))
         assert len(trained) == min(n, length)
-        assert set(trained) <= set(range(length))
-        assert window(step, c) == ((first, end), trained)
-        met |= {first + t for t in trained}
-    assert met >= set(range(length))
+        assert set(trained) <= set(range(begin, end))
+        assert window(step, config, None) == ((begin, end), trained)
+        begins.add(begin)
+        offsets |= {number - begin for number in trained}
+    assert offsets == set(range(length))
+    assert begins == set(range(max(0, S // 2 - length) + 1))
 
 
-def test_cps_steps_that_end_near_no_noise_are_never_noisy():
-    c = types.SimpleNamespace(denoise_steps=4, noisy_steps=3, trained_steps=3, seed=0, sde='cps')
+@pytest.mark.parametrize('sde', ['cps', 'cps_exact'])
+def test_cps_steps_that_end_near_no_noise_are_never_noisy(sde):
     sigmas = torch.tensor([1, 0.5, 0.03, 0.015, 0])          # the third step ends below .02
     for step in range(20):
-        (_, end), _ = window(step, c, sigmas)
-        assert end <= 2
+        assert window(step, window_config(4, 3, 3), sigmas)[0] == (0, 3)
+        assert window(step, window_config(4, 3, 3, sde), sigmas)[0] == (0, 2)
+    with pytest.raises(SystemExit, match='needs more steps'):
+        window(0, window_config(2, 1, 1, sde), torch.tensor([1, 0.01, 0]))
