@@ -1,8 +1,10 @@
 """How the tests compare two runs: plain gradient descent, logs without the clock, two ranks."""
+import math
 import socket
 
 import torch
 
+from lib import optimiser
 from running import distance, lines, python, weights
 
 BASE = 'data/shapes/base'
@@ -10,7 +12,7 @@ CLOCK = ('sec', 'peak_gb')
 
 
 def plain_descent(monkeypatch):
-    """Plain gradient descent in the place of AdamW.
+    """Plain gradient descent in the place of AdamW, without clipping.
 
     AdamW divides a gradient by its own size, so rounding noise in an entry that should be 0
     becomes a step of a whole lr. After plain descent the weights tell the gradient, its scale
@@ -20,6 +22,7 @@ def plain_descent(monkeypatch):
         return torch.optim.SGD(params, lr=lr)
 
     monkeypatch.setattr(torch.optim, 'AdamW', descent)
+    monkeypatch.setattr(optimiser, 'GRAD_CLIP', math.inf)
 
 
 def timeless(log):
