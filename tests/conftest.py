@@ -70,6 +70,11 @@ def uniforms(rows, length, seed=1):
     return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
 
 
+def rolled(vision):
+    """The images seen, each in its neighbour's place."""
+    return {name: rows.roll(1, 0) for name, rows in vision.items()}
+
+
 @pytest.fixture(scope='session')
 def uae():
     from lib import ranks
