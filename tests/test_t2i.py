@@ -156,7 +156,12 @@ def with_clause(**changes):
     (with_clause(color='teal'), 'teal'),
     (with_clause(position=['near', 0]), 'position'),
     (with_clause(position=['above', 1]), 'position'),
-    (with_clause(position='above'), 'position')])
+    (with_clause(position='above'), 'position'),
+    (line_of() + ',', 'Extra data'),
+    ('{"tag": "counting",}', 'JSON'),
+    (line_of() + line_of(), 'Extra data'),
+    ('{"a":' * 100000, 'JSON'),
+    (line_of(prompt='a dog \ud83d'), 'surrogate')])
 def test_malformed_metadata_is_named_with_file_and_line(tmp_path, bad, word):
     path = tmp_path / 'p.jsonl'
     path.write_text('\n'.join([json.dumps(GOOD), bad, json.dumps(GOOD)]) + '\n')
@@ -164,6 +169,26 @@ def test_malformed_metadata_is_named_with_file_and_line(tmp_path, bad, word):
     message = refusal(eval_t2i.main, argv)
     assert f'{path}:2: ' in message and word in message
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('start, end, close', [
+    (b'', b'\n', b''), (b'\xef\xbb\xbf', b'\n', b'\n'), (b'', b'\r\n', b'\r\n'),
+    (b'\xef\xbb\xbf', b'\r', b' \r\r')])
+def test_marks_and_line_ends_of_other_systems(tmp_path, start, end, close):
+    """The same prompts, with a byte order mark, other line ends, empty lines at the end."""
+    def write(*texts):
+        path = tmp_path / 'file'
+        path.write_bytes(start + end.join(text.encode() for text in texts) + close)
+        return str(path)
+
+    meta = json.dumps(dict(GOOD, prompt='two d\u00f6gs'), ensure_ascii=False)
+    items = prompts.read_items(keys_of('--bench=geneval', f'--prompts={write(meta, meta)}'))
+    assert [(item['id'], item['prompt']) for item in items] == [
+        ('00000', 'two d\u00f6gs'), ('00001', 'two d\u00f6gs')]
+    columns = ','.join(prompts.DPG_COLUMNS) + ','
+    (item,) = prompts.read_dpg(write(columns, 'a1,"two, d",1,0,e - w (d),Is?,'))
+    assert (item['id'], item['prompt']) == ('a1', 'two, d')
+    assert prompts.read_lines(write('a', '', 'b')) == ['a', '', 'b']
 
 
 @pytest.mark.parametrize('argv, word', [
