@@ -10,8 +10,9 @@ import os
 
 import numpy as np
 
+from bench.answers import last_object, number
 from bench.detector import detect, open_colours, open_detector
-from bench.judges import Judge, Unusable, jpeg, kept_replies, last_object, number, open_image
+from bench.judges import Judge, Unusable, jpeg, kept_replies, open_image
 from bench.prompts import RELATIONS, read_lines
 from data.shapes import scenes as world
 

@@ -10,18 +10,21 @@ import http.client
 import io
 import json
 import os
-import re
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import common
+from bench.answers import reply_of, without_thoughts, words_of
 
 JPEG_QUALITY = 75                            # of an image that is coded for a judge, as officially
 LONGEST_PAUSE = 300                          # seconds between two tries
-MESSAGE = ('error', 'message', 'detail', 'msg')          # where servers put their words
 TRANSIENT = (TimeoutError, ConnectionResetError, BrokenPipeError)
 
 
@@ -95,8 +98,9 @@ def kept_replies(stem, run):
 class Judge:
     """One model behind one server, with its instructions and the replies it gave before."""
 
-    def __init__(self, config, replies, system=''):
+    def __init__(self, config, replies, system='', key=None):
         self.config, self.system = config, system
+        self.key = api_keys()[0] if key is None else key
         self.known, self.keep = replies      # of kept_replies
         self.url = chat_address(config.judge_url)
         self.optional = dict(temperature=0)  # some models refuse it
@@ -125,7 +129,7 @@ class Judge:
                     reply, cut = reply_of(raw)
                     self.keep(key, reply, judge=self.config.judge_model, **about)
                     return read(without_thoughts(reply))
-                why = f'HTTP {status}: {words_of(raw)}'
+                why = f'HTTP {status}: {words_of(raw)}'.replace(self.key or '\0', '(key)')
                 if in_vain(status, raw):
                     raise SystemExit(f'{self.url}: {why}; the replies so far are kept')
                 pause = max(pause, asked_pause(headers))
@@ -145,11 +149,12 @@ class Judge:
     def send(self, messages):
         """One request -> (status, headers, bytes)."""
         body = dict(model=self.config.judge_model, messages=messages)
-        answer = post(self.url, dict(body, **self.optional), self.config.judge_timeout)
+        seconds = self.config.judge_timeout
+        answer = post(self.url, dict(body, **self.optional), seconds, self.key)
         status, _, raw = answer
         if status == 400 and b'temperature' in raw and self.optional:
             self.optional = {}
-            answer = post(self.url, body, self.config.judge_timeout)
+            answer = post(self.url, body, seconds, self.key)
         return answer
 
 
@@ -161,7 +166,7 @@ def chat_address(server):
         good = parts.scheme in ('http', 'https') and parts.hostname and (parts.port or True)
     except ValueError:                       # a port that is no number
         good = False
-    if not good or re.search(r'\s', url):
+    if not good or len(url.split()) > 1:
         raise SystemExit(f'--judge_url={server}: expected http://SERVER/v1')
     return url
 
@@ -187,16 +192,18 @@ class AnyStatus(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-def api_key():
-    """The key, from the environment alone; a line end in it would be quoted by http.client."""
-    return ''.join(os.environ.get('OPENAI_API_KEY', '').split())
+def api_keys():
+    """The keys of the servers, from the environment alone; without line ends, which http.client
+    would refuse and quote.
+    """
+    return ''.join(os.environ.get('OPENAI_API_KEY', '').split()).split(',')
 
 
-def post(url, body, seconds):
+def post(url, body, seconds, key):
     """-> (status, headers, bytes). Raises OSError or HTTPException where no answer comes."""
     headers = {'Content-Type': 'application/json'}
-    if api_key():
-        headers['Authorization'] = f'Bearer {api_key()}'
+    if key:
+        headers['Authorization'] = f'Bearer {key}'
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     end = time.time() + seconds
     raw = b''
@@ -224,81 +231,32 @@ def asked_pause(headers):
     return max(0, min(seconds, LONGEST_PAUSE))
 
 
-def words_of(raw):
-    """What a server says, in one line: of JSON its message, of HTML its text, never our key."""
-    text = raw.decode('utf-8', 'replace')
-    try:
-        said = json.loads(text)
-        while not isinstance(said, str):
-            if isinstance(said, dict):
-                said = [said[name] for name in MESSAGE if said.get(name)]
-            said = said[0]
-        text = said
-    except (ValueError, LookupError, TypeError):             # another form: as it stands
-        pass
-    text = re.sub(r'(?s)<(style|script).*?</\1>|<[^>]*>', ' ', text)
-    text = ''.join(letter if letter.isprintable() else ' ' for letter in text)
-    if api_key():
-        text = text.replace(api_key(), '(key)')
-    return ' '.join(text.split())[:300] or 'without a word'
+def ask_all(config, run, jobs, scorer):
+    """scorer(job) -> a record for all jobs, judge_threads at a time on every rank.
 
-
-def reply_of(raw):
-    """A server's JSON -> (the answer's text, what to add if it cannot be used).
-
-    Raises ValueError where there is no text.
+    -> the records in the jobs' order, on rank 0, where they are also in folder/results.jsonl.
+    There is no score over fewer images than asked: an Unusable one ends the run in one line.
     """
-    try:
-        choice = json.loads(raw)['choices'][0]
-        message = choice['message']
-        text = message.get('content')
-        if isinstance(text, list):           # parts
-            text = ''.join(part.get('text') or '' for part in text)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f'no choices in the answer: {words_of(raw)}')
-    cut = ''
-    if choice.get('finish_reason') == 'length':
-        cut = ', cut at the server\'s limit of tokens'
-    if not text or not isinstance(text, str):
-        thoughts = message.get('reasoning_content') or message.get('reasoning')
-        why = message.get('refusal') or (thoughts and 'thoughts without an answer')
-        raise ValueError(f'{why or "an empty answer"}{cut}')
-    return text, cut
-
-
-# --- what is in an answer ------------------------------------------------------------------------
-def without_thoughts(reply):
-    """What follows the last </think>; an open <think> takes all that follows with it."""
-    said = re.split(r'(?i)</think(?:ing)?>', reply)[-1]
-    return re.split(r'(?i)<think(?:ing)?>', said)[0].strip()
-
-
-def last_object(text, name):
-    """The last JSON object in a text that has this key; its keys in lower case.
-
-    Raises ValueError if there is none.
-    """
-    found, start = None, text.find('{')
-    while start >= 0:
-        end = start + 1
+    def one(number):
         try:
-            value, whole = json.JSONDecoder().raw_decode(text, start)
-            value = {key.lower(): item for key, item in value.items()}
-            if name in value:                # else it may be around one
-                found, end = value, whole
-        except (ValueError, RecursionError):
-            pass
-        start = text.find('{', end)
-    if found is None:
-        raise ValueError(f'no {{"{name}": ...}} in {text[:60]!r}')
-    return found
+            return number, scorer(jobs[number]), ''
+        except Unusable as e:
+            return number, None, str(e)
 
-
-def number(value):
-    """A JSON value as a float: 1, 1.0, "1", true, "yes". Raises ValueError."""
-    if isinstance(value, str):
-        value = dict(true=1, yes=1, false=0, no=0).get(value.strip().lower(), value)
-    try:
-        return float(value)
-    except (TypeError, OverflowError):
-        raise ValueError(f'not a number: {value!r}')
+    os.makedirs(config.folder, exist_ok=True)
+    mine = range(run.rank, len(jobs), run.world)
+    with ThreadPoolExecutor(config.judge_threads) as pool:
+        asked = pool.map(one, mine)
+        done = list(tqdm(asked, desc='ask', total=len(mine), disable=not run.master))
+    done = sorted(common.gather_objects(done, run), key=lambda row: row[0])
+    if not run.master:
+        return []
+    records = [record for _, record, why in done if not why]
+    lines = [json.dumps(record) + '\n' for record in records]
+    path = f'{config.folder}/results.jsonl'
+    common.write_atomic(path, lambda tmp: common.write_lines(tmp, lines))
+    faults = [why for _, _, why in done if why]
+    if faults:
+        raise SystemExit(f'{len(faults)} of {len(jobs)} cannot be judged, so there is no score; '
+                         f'first: {faults[0]}; the others are in {path}')
+    return records

@@ -101,6 +101,14 @@ def read_json(text, where):
         raise SystemExit(f'{where}: not JSON: {e}: {text[:60]!r}')
 
 
+def texts_of(row, where, *names):
+    """These fields of a row, all of them text; else the run ends in one line."""
+    values = [row.get(name) if isinstance(row, dict) else None for name in names]
+    if not all(isinstance(value, str) and value for value in values):
+        raise SystemExit(f'{where}: expected the texts {", ".join(names)}')
+    return values
+
+
 # --- GenEval and GenEval++: lines of metadata --------------------------------------------------
 def read_metadata(config):
     """Items of a metadata file, or without one of a folder in GenEval's layout."""

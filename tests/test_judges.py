@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import eval_t2i
-from bench import detector, dpg, geneval, judges, summary
+from bench import answers, detector, dpg, geneval, judges, summary
 from judge_server import chat, images_of, question_of, response, serving
 from running import lines, refusal
 from t2i import GOOD, SHAPES, contents, keys_of, picture_of, read_json
@@ -348,7 +348,7 @@ def test_verdict(reply, found):
     ('<think>a {"correct": 1}', ''),
     ('b', 'b')])
 def test_thoughts_are_no_answer(reply, left):
-    assert judges.without_thoughts(reply) == left
+    assert answers.without_thoughts(reply) == left
 
 
 def test_judge_summary_counts_what_failed_apart():
