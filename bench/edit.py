@@ -15,7 +15,7 @@ import os
 
 import common
 from bench.gedit import gedit_scorer, read_gedit, write_tables
-from bench.judges import Judge, Unusable, ask_all, kept_replies, open_image
+from bench.judges import Judge, Unusable, ask_all, file_bytes, kept_replies
 from bench.prompts import read_json, read_lines, texts_of
 from bench.summary import gedit_summary, imgedit_summary
 
@@ -76,13 +76,6 @@ def imgedit_scorer(config, run):
             return dict(record, answer='', reason=f'no answer: {e}')
         return dict(record, score=imgedit_item(answer), scores=scores, answer=answer, reason='')
     return scorer
-
-
-def file_bytes(path):
-    """A whole PNG or JPEG file. Raises Unusable."""
-    open_image(path)
-    with open(path, 'rb') as f:
-        return f.read()
 
 
 def write_answers(config, records):

@@ -24,6 +24,8 @@ import common
 from bench.answers import reply_of, without_thoughts, words_of
 
 JPEG_QUALITY = 75                            # of an image that is coded for a judge, as officially
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF')
+PNG, JPEG = b'\x89PNG', b'\xff\xd8'
 LONGEST_PAUSE = 300                          # seconds between two tries
 TRANSIENT = (TimeoutError, ConnectionResetError, BrokenPipeError)
 
@@ -41,7 +43,7 @@ def open_image(path, size=None):
     if not os.path.exists(path):
         raise Unusable(f'{path}: missing')
     try:
-        with Image.open(path, formats=('PNG', 'JPEG')) as file:
+        with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file).convert('RGB')
     except Exception as e:                   # on damaged bytes the decoders raise nearly anything
         raise Unusable(f'{path}: cannot be read: {type(e).__name__}')
@@ -56,6 +58,18 @@ def jpeg(image):
     """An image as the bytes of a JPEG file."""
     file = io.BytesIO()
     image.save(file, 'jpeg', quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
+def file_bytes(path):
+    """A PNG or JPEG file as it is, and of another image a PNG. Raises Unusable."""
+    image = open_image(path)
+    with open(path, 'rb') as f:
+        raw = f.read()
+    if raw.startswith(PNG) or raw.startswith(JPEG):
+        return raw
+    file = io.BytesIO()
+    image.save(file, 'png')
     return file.getvalue()
 
 
@@ -174,7 +188,7 @@ def chat_address(server):
 def messages_of(system, text, images):
     content = [dict(type='text', text=text)]
     for image in images:
-        kind = 'png' if image.startswith(b'\x89PNG') else 'jpeg'
+        kind = 'png' if image.startswith(PNG) else 'jpeg'
         data = base64.b64encode(image).decode()
         url = f'data:image/{kind};base64,{data}'
         content.append(dict(type='image_url', image_url=dict(url=url)))

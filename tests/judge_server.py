@@ -4,10 +4,16 @@ import contextlib
 import http.server
 import io
 import json
+import os
+import sys
 import threading
 import time
 
+import numpy as np
 from PIL import Image
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from data.shapes import scenes as world  # noqa: E402
 
 
 def chat(text, finish='stop', **message):
@@ -84,3 +90,30 @@ def serving(respond):
     finally:
         server.shutdown()
         server.server_close()
+
+
+class FactJudge:
+    """respond(body) for pairs of captions of the embedded world: more right facts, fewer wrong.
+
+    A caption's score is the facts of the picture that it states less its statements that do not
+    hold; equal scores are a tie.
+    """
+
+    def __call__(self, body):
+        (image,) = images_of(body)
+        pixels = np.asarray(image.convert('RGB'), np.float32).transpose(2, 0, 1)[None]
+        scene = world.read(pixels / 127.5 - 1)[0]
+        text = question_of(body).removeprefix('Caption A:\n')
+        a, b = [self.score(caption, scene) for caption in text.split('\n\nCaption B:\n')]
+        winner = 'tie' if a == b else 'A' if a > b else 'B'
+        return response(chat(json.dumps(dict(winner=winner, reason=f'{a} against {b}'))))
+
+    def score(self, caption, scene):
+        right = world.count_facts(world.parse(caption), scene)
+        return right - len(world.false_phrases(caption, scene))
+
+
+if __name__ == '__main__':                                   # for runs by hand: --judge_url
+    with serving(FactJudge()) as running:
+        print(running.url, flush=True)
+        threading.Event().wait()

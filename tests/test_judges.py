@@ -550,6 +550,24 @@ def test_pauses(judged, server):
     assert 60 < judges.asked_pause({'Retry-After': date}) <= 90
 
 
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg', 'a.webp', 'a.gif'])
+def test_files_go_as_they_are_and_other_kinds_as_png(tmp_path, name):
+    path = str(tmp_path / name)
+    Image.new('RGB', (9, 7), (250, 0, 0)).save(path)
+    raw = judges.file_bytes(path)
+    as_it_is = raw == open(path, 'rb').read()
+    assert as_it_is == name.endswith(('png', 'jpg'))
+    body = dict(messages=judges.messages_of('', 'q', [raw]))
+    (image,) = images_of(body)
+    assert image.size == (9, 7) and question_of(body) == 'q' and len(body['messages']) == 1
+    kind = 'jpeg' if name.endswith('jpg') else 'png'
+    url = body['messages'][0]['content'][1]['image_url']['url']
+    assert url.startswith(f'data:image/{kind};base64,') and image.format == kind.upper()
+    (tmp_path / 'b.png').write_bytes(b'no image')
+    with pytest.raises(judges.Unusable, match='b.png: cannot be read'):
+        judges.file_bytes(str(tmp_path / 'b.png'))
+
+
 def test_what_the_judge_is_sent(judged, server, tmp_path):
     _, _, ((_, _, body),) = judged('fine', url=server.url + '/chat/completions/')
     assert set(body) == {'model', 'temperature', 'messages'}, 'nothing that a server may not know'
