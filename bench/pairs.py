@@ -60,9 +60,15 @@ def read_pairs(config):
     else:
         files = []
         for n, line in enumerate(read_lines(config.captions), 1):
+            if not line.strip():
+                continue
             where = f'{config.captions}:{n}'
             path, _ = texts_of(read_json(line, where), where, 'image', 'caption')
             files.append((os.path.basename(path), path))
+    missing = [path for _, path in files if not os.path.exists(path)]
+    if missing or not files:
+        raise SystemExit(f'{config.captions}: {len(missing)} of {len(files)} images are missing, '
+                         f'first {"".join(missing[:1])!r}; --data=DIR takes them from DIR/Image')
     references = match_files(files, dict(files), 'file')
     ours = read_captions(config.captions, references)
     theirs = read_captions(config.against, references)
@@ -103,9 +109,9 @@ def pair_scorer(judges):
             return dict(record, orders=[0.5, 0.5], reason='the same caption, not asked')
         scores = []
         try:
-            for first, second in ((ours, theirs), (theirs, ours)):
-                question = f'Caption A:\n{first}\n\nCaption B:\n{second}'
-                scores.append(judges[name].ask(winner, question, image, image=path))
+            for order, a, b in (('ours first', ours, theirs), ('theirs first', theirs, ours)):
+                question = f'Caption A:\n{a}\n\nCaption B:\n{b}'
+                scores.append(judges[name].ask(winner, question, image, image=path, order=order))
         except Unusable as e:
             return dict(record, reason=f'no answer: {e}')
         return dict(record, orders=[scores[0], 1 - scores[1]])

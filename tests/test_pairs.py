@@ -176,6 +176,7 @@ def test_several_judges_that_misbehave_and_a_run_that_is_resumed(scenes, tmp_pat
         assert s['judges']['mean']['win'] == pytest.approx(.75)
         kept = lines(f'{tmp_path}/out/replies.0.jsonl')
         assert {row['judge'] for row in kept} == {'first', 'moody'}
+        assert {row['order'] for row in kept} == {'ours first', 'theirs first'}
         assert any(row['reply'] == 'pass' for row in kept), 'every reply'
         before = len(first.seen), len(second.seen)
         assert pairs.judge_pairs(c, RUN) == s
@@ -196,6 +197,17 @@ def test_keys_that_cannot_be_meant(scenes, monkeypatch, change, key, word):
     monkeypatch.setenv('OPENAI_API_KEY', key)
     with serving(None) as server:
         assert word in refusal(pairs.judge_pairs, keys(server, **change), RUN)
+
+
+def test_a_judge_that_refuses_us_is_not_asked_forty_times(scenes, tmp_path):
+    _, keys = scenes
+    with serving(lambda body: response('{"error": "who are you"}', 401)) as server:
+        assert 'HTTP 401: who are you' in refusal(pairs.judge_pairs, keys(server), RUN)
+        assert len(server.seen) < 20
+    os.remove(tmp_path / '7.png')
+    with serving(None) as server:
+        message = refusal(pairs.judge_pairs, keys(server), RUN)
+        assert '1 of 40 images' in message and '7.png' in message
 
 
 def test_a_caption_without_a_counterpart_is_no_pair(scenes, tmp_path):
