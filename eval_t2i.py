@@ -14,7 +14,7 @@ Images go to out_dir/BENCH/CHECKPOINT/images in the benchmark's own layout, whic
 scorers read unchanged; those that are there already are not drawn again. Beside them: results.jsonl
 (one line an image), summary.json; over all checkpoints table.md and prompts.png, some prompts as
 each of them drew them. The benchmarks' rules are in bench/: geneval.py (with the embedded
-world's), dpg.py, judges.py (GenEval++).
+world's and GenEval++), dpg.py; judges.py asks a server.
 
     official                      here                           why
     GenEval: mmdetection's        the same network with the      mmdetection does not install
@@ -48,8 +48,8 @@ from lib.files import write_atomic, write_json, write_lines
 from bench.dpg import dpg_scorer, drop_first_row
 from bench.dpg import dpg_score                                  # the rules, for whoever imports
 from bench.geneval import geneval_correct, relative_position     # them from here
-from bench.geneval import geneval_scorer, shapes_scorer
-from bench.judges import Unusable, judge_scorer
+from bench.geneval import geneval_scorer, judge_scorer, shapes_scorer
+from bench.judges import Unusable
 from bench.pictures import prompt_sheet
 from bench.prompts import files_to_score, item_files, read_items
 from bench.summary import dpg_summary, geneval_summary, judge_summary

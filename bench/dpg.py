@@ -2,7 +2,12 @@
 
 questions are [{proposition_id, dependency: list of ids, 0 = none, ...}] in the CSV's order.
 """
-from bench.judges import local_vlm, open_image, remembered, says_yes
+import re
+
+import torch
+
+from lib.files import load
+from bench.judges import digest, kept_replies, open_image
 
 
 def dpg_score(questions, answers):
@@ -37,6 +42,44 @@ def drop_first_row(items):
     if not questions:
         return others
     return [dict(first, questions=questions)] + others
+
+
+# --- a local vision-language model answers --------------------------------------------------------
+def local_vlm(config, device):
+    """-> vqa(image, question) -> str, greedy."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    processor = load(AutoProcessor, config.vqa)
+    dtype = getattr(torch, config.dtype)
+    model = load(AutoModelForImageTextToText, config.vqa, dtype=dtype).eval().to(device)
+
+    @torch.no_grad()
+    def vqa(image, question):
+        content = [dict(type='image'), dict(type='text', text=question)]
+        turns = [dict(role='user', content=content)]
+        text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        batch = processor(text=[text], images=[image], return_tensors='pt').to(device)
+        out = model.generate(**batch, max_new_tokens=8, do_sample=False)
+        prompt_len = batch['input_ids'].shape[1]
+        return processor.tokenizer.decode(out[0, prompt_len:], skip_special_tokens=True)
+    return vqa
+
+
+def says_yes(answer):
+    """True, False, or None where the first word is neither yes nor no."""
+    first = re.match(r'\W*(\w*)', answer.lower()).group(1)
+    return dict(yes=True, no=False).get(first)
+
+
+def remembered(stem, run, ask, who):
+    """ask(image, text) -> str, never asked twice; who: whom it asks, and how."""
+    known, keep = kept_replies(stem, run)
+
+    def answer(image, text):
+        key = digest(who, text, image.size, image.tobytes())
+        if key not in known:
+            keep(key, ask(image, text), text=text)
+        return known[key]
+    return answer
 
 
 def dpg_scorer(config, run):

@@ -1,14 +1,19 @@
 """GenEval: its rules on detected objects, and its scorers, of photos and of the embedded world.
+GenEval++, whose scorer asks a judge.
 
 objects are always {class: [(box, score, colour or None), ...]}, thresholded, best first; a box is
 (x0, y0, x1, y1), y downwards. metadata is a line of evaluation_metadata.jsonl.
 """
 import json
 import math
+import os
 
+import numpy as np
+
+from bench.answers import last_object, number
 from bench.detector import detect, open_colours, open_detector
-from bench.judges import open_image, shapes_objects
-from bench.prompts import RELATIONS
+from bench.judges import Judge, Unusable, jpeg, kept_replies, open_image
+from bench.prompts import RELATIONS, read_lines
 from data.shapes import scenes as world
 
 
@@ -85,6 +90,28 @@ def include_fault(clause, found, groups):
     return ''
 
 
+# --- the embedded world's oracle ---------------------------------------------------------------
+def shapes_objects(image, meta):
+    """What the oracle reads: {shape: [(its cell's box, 1.0, colour)]}.
+
+    It has no confidence to sort by: what the prompt asks for comes first.
+    """
+    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None]
+    reading = world.read(pixels / 127.5 - 1)[0]
+    asked = [(clause['class'], clause.get('color')) for clause in meta['include']]
+
+    def unasked(thing):
+        return (thing.shape, thing.colour) not in asked
+
+    objects = {}
+    for thing in sorted(reading.objects, key=unasked):
+        row, column = divmod(world.CELLS.index(thing.cell), 2)
+        x, y = world.CELL * column, world.CELL * row
+        box = x, y, x + world.CELL, y + world.CELL
+        objects.setdefault(thing.shape, []).append((box, 1.0, thing.colour))
+    return objects
+
+
 # --- scorers: (item, path) -> a line of results.jsonl with the official fields -----------------
 def shapes_scorer(config, run):
     size = world.RESOLUTION, world.RESOLUTION
@@ -131,3 +158,77 @@ def geneval_record(path, metadata, objects):
         reason=reason,
         metadata=json.dumps(metadata),
         details=json.dumps(details))
+
+
+# --- GenEval++: a judge --------------------------------------------------------------------------
+JUDGE = (
+    'You check whether an image does exactly what an instruction and a checklist ask for. All of '
+    'it must hold: the kind of every object, how many there are, their colours, where they are in '
+    'the picture, how large they are. The picture must be one natural image that looks like a '
+    'photo: drawings, cartoons, collages and several panels fail. Be strict; in doubt it fails. '
+    'Answer with JSON alone: {"correct": 1 or 0, "reason": "one sentence"}')
+
+
+def judge_scorer(config, run):
+    """GenEval++: -> scorer(item, path) -> a line of results.jsonl."""
+    system = JUDGE
+    if config.judge_prompt:
+        system = '\n'.join(read_lines(config.judge_prompt))
+    judge = Judge(config, kept_replies(f'{config.folder}/judge', run), system)
+
+    def scorer(item, path):
+        correct, reason = 0, 'no image'      # a missing image is wrong, as officially
+        if os.path.exists(path):
+            image = jpeg(open_image(path))
+            try:
+                correct, reason = judge.ask(verdict, judge_question(item), image, image=path)
+            except Unusable as e:
+                correct, reason = None, f'no answer: {e}'
+        return dict(filename=path, tag=item['meta']['tag'], prompt=item['prompt'],
+                    correct=correct, reason=reason)
+    return scorer
+
+
+def judge_question(item):
+    asked = checklist(item['meta'])
+    return f'Instruction:\n{item["prompt"]}\n\nExpectation checklist:\n{asked}'
+
+
+def checklist(meta):
+    """GenEval++'s official wording of what an image must show."""
+    lines = ['This image should contain:']
+    for clause in meta['include']:
+        phrase = []
+        if 'color' in clause:
+            phrase.append(f'{clause["color"]}-colored')
+        if clause.get('size'):
+            phrase.append(clause['size'])
+        phrase.append(counted(clause, clause.get('count', 1)))
+        if 'region' in clause:
+            where = f'located in the {clause["region"]} part of the image'
+        else:
+            where = 'present in the image'
+        lines.append(f'- {" ".join(phrase)} {where}.')
+    for clause in meta.get('exclude', []):
+        most = counted(clause, clause['count'] - 1)
+        lines.append(f'- No more than {most} should appear.')
+    return '\n'.join(lines)
+
+
+def counted(clause, count):
+    """The number and the clause's class, whose plural goes by the clause's own count."""
+    if clause.get('count', 1) > 1:
+        return f'{count} {clause["class"]}s'
+    return f'{count} {clause["class"]}'
+
+
+def verdict(answer):
+    """A judge's answer -> (0 or 1, reason); prose may stand around the JSON object.
+
+    Raises ValueError if there is none.
+    """
+    found = last_object(answer, 'correct')
+    correct = number(found['correct'])
+    if correct not in (0, 1):
+        raise ValueError(f'expected {{"correct": 0 or 1}}, got {answer[:60]!r}')
+    return int(correct), str(found.get('reason', ''))

@@ -1,31 +1,41 @@
-"""Who looks at the images of eval_t2i.py: the embedded world's oracle, a local vision-language
-model, a judge behind a server. GenEval's detector is in bench/detector.py.
+"""A judge behind any OpenAI-compatible server, and the replies that it gave before.
+
+GenEval++ (bench/geneval.py), bench/pairs.py and bench/edit.py ask it.
 """
 import base64
+import email.utils
 import glob
 import hashlib
 import http.client
 import io
 import json
 import os
-import re
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
-from lib.files import load
-from bench.prompts import read_lines
-from data.shapes import scenes as world
+from lib import ranks
+from lib.files import write_atomic, write_lines
+from bench.answers import reply_of, without_thoughts, words_of
+
+JPEG_QUALITY = 75                            # of an image that is coded for a judge, as officially
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF')
+PNG, JPEG = b'\x89PNG', b'\xff\xd8'
+LONGEST_PAUSE = 300                          # seconds between two tries
+TRANSIENT = (TimeoutError, ConnectionResetError, BrokenPipeError)
 
 
 class Unusable(Exception):
     """One image or answer that cannot be scored: what and why."""
 
 
+# --- images --------------------------------------------------------------------------------------
 def open_image(path, size=None):
     """An image file -> RGB image.
 
@@ -34,7 +44,7 @@ def open_image(path, size=None):
     if not os.path.exists(path):
         raise Unusable(f'{path}: missing')
     try:
-        with Image.open(path, formats=('PNG', 'JPEG')) as file:
+        with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file).convert('RGB')
     except Exception as e:                   # on damaged bytes the decoders raise nearly anything
         raise Unusable(f'{path}: cannot be read: {type(e).__name__}')
@@ -45,220 +55,223 @@ def open_image(path, size=None):
     return image
 
 
-def remembered(stem, run, ask, who):
-    """ask(image, text) -> str whose answers are kept in stem.RANK.jsonl: none is asked for twice,
-    not even by another run. who: whom it asks, and how.
+def jpeg(image):
+    """An image as the bytes of a JPEG file."""
+    file = io.BytesIO()
+    image.save(file, 'jpeg', quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
+def file_bytes(path):
+    """A PNG or JPEG file as it is, and of another image a PNG. Raises Unusable."""
+    image = open_image(path)
+    with open(path, 'rb') as f:
+        raw = f.read()
+    if raw.startswith(PNG) or raw.startswith(JPEG):
+        return raw
+    file = io.BytesIO()
+    image.save(file, 'png')
+    return file.getvalue()
+
+
+# --- what was replied before ---------------------------------------------------------------------
+def digest(*parts):
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def kept_replies(stem, run):
+    """Replies in stem.RANK.jsonl: nothing is asked twice, not even by another run.
+
+    -> (known {key: reply}, keep(key, reply, **about)); keep may be called by several threads.
     """
     known = {}
+    mine = f'{stem}.{run.rank}.jsonl'
     for path in glob.glob(f'{glob.escape(stem)}.*.jsonl'):
-        with open(path, encoding='utf-8') as f:
-            for line in f:
-                try:
-                    known.update([json.loads(line)])
-                except (ValueError, TypeError):      # a kill in the middle of a line
-                    continue
-
-    def answer(image, text):
-        question = repr((who, text, image.size)).encode() + image.tobytes()
-        key = hashlib.blake2b(question, digest_size=16).hexdigest()
-        if key not in known:
-            known[key] = ask(image, text)
-            with open(f'{stem}.{run.rank}.jsonl', 'a', encoding='utf-8') as f:
-                f.write(json.dumps([key, known[key]]) + '\n')
-        return known[key]
-    return answer
-
-
-# --- the embedded world's oracle ---------------------------------------------------------------
-def shapes_objects(image, meta):
-    """What the oracle reads: {shape: [(its cell's box, 1.0, colour)]}.
-
-    It has no confidence to sort by: what the prompt asks for comes first.
-    """
-    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None]
-    reading = world.read(pixels / 127.5 - 1)[0]
-    asked = [(clause['class'], clause.get('color')) for clause in meta['include']]
-
-    def unasked(thing):
-        return (thing.shape, thing.colour) not in asked
-
-    objects = {}
-    for thing in sorted(reading.objects, key=unasked):
-        row, column = divmod(world.CELLS.index(thing.cell), 2)
-        x, y = world.CELL * column, world.CELL * row
-        box = x, y, x + world.CELL, y + world.CELL
-        objects.setdefault(thing.shape, []).append((box, 1.0, thing.colour))
-    return objects
-
-
-# --- a vision-language model (DPG-Bench) -------------------------------------------------------
-def local_vlm(config, device):
-    """-> vqa(image, question) -> str, greedy."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    processor = load(AutoProcessor, config.vqa)
-    dtype = getattr(torch, config.dtype)
-    model = load(AutoModelForImageTextToText, config.vqa, dtype=dtype).eval().to(device)
-
-    @torch.no_grad()
-    def vqa(image, question):
-        content = [dict(type='image'), dict(type='text', text=question)]
-        turns = [dict(role='user', content=content)]
-        text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        batch = processor(text=[text], images=[image], return_tensors='pt').to(device)
-        out = model.generate(**batch, max_new_tokens=8, do_sample=False)
-        prompt_len = batch['input_ids'].shape[1]
-        return processor.tokenizer.decode(out[0, prompt_len:], skip_special_tokens=True)
-    return vqa
-
-
-def says_yes(answer):
-    """True, False, or None where the first word is neither yes nor no."""
-    first = re.match(r'\W*(\w*)', answer.lower()).group(1)
-    return dict(yes=True, no=False).get(first)
-
-
-# --- a judge behind any OpenAI-compatible server (GenEval++) -----------------------------------
-JUDGE = (
-    'You check whether an image does exactly what an instruction and a checklist ask for. All of '
-    'it must hold: the kind of every object, how many there are, their colours, where they are in '
-    'the picture, how large they are. The picture must be one natural image that looks like a '
-    'photo: drawings, cartoons, collages and several panels fail. Be strict; in doubt it fails. '
-    'Answer with JSON alone: {"correct": 1 or 0, "reason": "one sentence"}')
-JPEG_QUALITY = 75                            # of the image that the judge gets, as officially
-LONGEST_WAIT = 30                            # seconds between two tries
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key goes to the server that was named and to no other."""
-
-    def redirect_request(self, *args):
-        return None
-
-
-def judge_scorer(config, run):
-    """GenEval++: -> scorer(item, path) -> a line of results.jsonl."""
-    system = JUDGE
-    if config.judge_prompt:
-        system = '\n'.join(read_lines(config.judge_prompt))
-
-    def ask_server(image, text):
-        return ask_judge(config, system, image, text)
-
-    who = (config.judge_url, config.judge_model, system, JPEG_QUALITY)
-    ask = remembered(f'{config.folder}/judge', run, ask_server, who)
-
-    def scorer(item, path):
-        correct, reason = 0, 'no image'      # a missing image is wrong, as officially
-        if os.path.exists(path):
-            image = open_image(path)
+        with open(path, encoding='utf-8', errors='replace') as f:
+            lines = f.readlines()
+        for line in lines:
             try:
-                correct, reason = verdict(ask(image, judge_question(item)))
-            except Unusable as e:
-                correct, reason = None, f'no answer: {e}'
-        return dict(filename=path, tag=item['meta']['tag'], prompt=item['prompt'],
-                    correct=correct, reason=reason)
-    return scorer
+                row = json.loads(line)
+                known[row['key']] = row['reply']
+            except (ValueError, TypeError, LookupError):     # a kill in the middle of a line
+                continue
+        if path == mine and lines and not lines[-1].endswith('\n'):
+            with open(path, 'a') as f:
+                f.write('\n')                # or the next line would be lost with this one
+    lock = threading.Lock()
+
+    def keep(key, reply, **about):
+        line = json.dumps(dict(key=key, **about, reply=reply)) + '\n'
+        with lock:
+            known[key] = reply
+            with open(mine, 'a', encoding='utf-8') as f:
+                f.write(line)
+    return known, keep
 
 
-def judge_question(item):
-    asked = checklist(item['meta'])
-    return f'Instruction:\n{item["prompt"]}\n\nExpectation checklist:\n{asked}'
+# --- the client ----------------------------------------------------------------------------------
+class Judge:
+    """One model behind one server, with its instructions and the replies it gave before."""
+
+    def __init__(self, config, replies, system='', key=None):
+        self.config, self.system = config, system
+        self.key = api_keys()[0] if key is None else key
+        self.known, self.keep = replies      # of kept_replies
+        self.url = chat_address(config.judge_url)
+        self.optional = dict(temperature=0)  # some models refuse it
+        self.warned = False
+
+    def ask(self, read, text, *images, **about):
+        """-> read(the answer to a text with images, the bytes of PNG or JPEG files).
+
+        read raises ValueError at an answer that it cannot use; about is noted with every reply.
+        Raises Unusable after judge_tries failures, SystemExit where no answer can ever come.
+        """
+        key = digest(self.url, self.config.judge_model, self.system, text, images)
+        messages = messages_of(self.system, text, images)
+        why, cut, pause = '', '', 0
+        if key in self.known:
+            try:
+                return read(without_thoughts(self.known[key]))
+            except ValueError:               # a reply that could not be used then either
+                pass
+        for attempt in range(self.config.judge_tries):
+            time.sleep(pause)
+            pause, gone = min(2 ** (attempt + 1), LONGEST_PAUSE), False
+            try:
+                status, headers, raw = self.send(messages)
+                if status == 200:
+                    reply, cut = reply_of(raw)
+                    self.keep(key, reply, judge=self.config.judge_model, **about)
+                    return read(without_thoughts(reply))
+                why = f'HTTP {status}: {words_of(raw)}'.replace(self.key or '\0', '(key)')
+                if in_vain(status, raw):
+                    raise SystemExit(f'{self.url}: {why}; the replies so far are kept')
+                pause = max(pause, asked_pause(headers))
+            except ValueError as e:          # an answer of another form
+                why = f'{e}{cut}'
+            except (OSError, http.client.HTTPException) as e:
+                why = f'{type(e).__name__}: {e}'
+                gone = isinstance(e, urllib.error.URLError) and not isinstance(e.reason, TRANSIENT)
+        if gone:
+            raise SystemExit(f'{self.url}: {why}; the replies so far are kept')
+        if not self.warned:
+            self.warned = True
+            print(f'warning: no answer from {self.config.judge_model}: {why[:200]}; '
+                  'it is left out and counted, and so are more of them')
+        raise Unusable(why[:200])
+
+    def send(self, messages):
+        """One request -> (status, headers, bytes)."""
+        body = dict(model=self.config.judge_model, messages=messages)
+        seconds = self.config.judge_timeout
+        answer = post(self.url, dict(body, **self.optional), seconds, self.key)
+        status, _, raw = answer
+        if status == 400 and b'temperature' in raw and self.optional:
+            self.optional = {}
+            answer = post(self.url, body, seconds, self.key)
+        return answer
 
 
-def checklist(meta):
-    """GenEval++'s official wording of what an image must show."""
-    lines = ['This image should contain:']
-    for clause in meta['include']:
-        phrase = []
-        if 'color' in clause:
-            phrase.append(f'{clause["color"]}-colored')
-        if clause.get('size'):
-            phrase.append(clause['size'])
-        phrase.append(counted(clause, clause.get('count', 1)))
-        if 'region' in clause:
-            where = f'located in the {clause["region"]} part of the image'
-        else:
-            where = 'present in the image'
-        lines.append(f'- {" ".join(phrase)} {where}.')
-    for clause in meta.get('exclude', []):
-        most = counted(clause, clause['count'] - 1)
-        lines.append(f'- No more than {most} should appear.')
-    return '\n'.join(lines)
+def chat_address(server):
+    """--judge_url -> the address that is asked. Raises SystemExit if it is none."""
+    url = server.rstrip('/').removesuffix('/chat/completions') + '/chat/completions'
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ('http', 'https') and parts.hostname and (parts.port or True)
+    except ValueError:                       # a port that is no number
+        good = False
+    if not good or len(url.split()) > 1:
+        raise SystemExit(f'--judge_url={server}: expected http://SERVER/v1')
+    return url
 
 
-def counted(clause, count):
-    """The number and the clause's class, whose plural goes by the clause's own count."""
-    if clause.get('count', 1) > 1:
-        return f'{count} {clause["class"]}s'
-    return f'{count} {clause["class"]}'
+def messages_of(system, text, images):
+    content = [dict(type='text', text=text)]
+    for image in images:
+        kind = 'png' if image.startswith(PNG) else 'jpeg'
+        data = base64.b64encode(image).decode()
+        url = f'data:image/{kind};base64,{data}'
+        content.append(dict(type='image_url', image_url=dict(url=url)))
+    messages = [dict(role='user', content=content)]
+    if system:
+        messages.insert(0, dict(role='system', content=system))
+    return messages
 
 
-def verdict(reply):
-    """A judge's reply -> (0 or 1, reason); fences and prose around the JSON object are allowed.
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Hands every answer back; a redirect is not followed, so the key goes to no other server."""
 
-    Raises ValueError if there is none.
+    def http_response(self, request, response):
+        return response
+    https_response = http_response
+
+
+def api_keys():
+    """The keys of the servers, from the environment alone; without line ends, which http.client
+    would refuse and quote.
     """
-    found = {}
-    text = re.search(r'\{.*\}', reply, re.S)
-    if text:
-        found = json.loads(text.group())
-    if found.get('correct') not in (0, 1):
-        raise ValueError(f'no {{"correct": 0 or 1}} in {reply[:60]!r}')
-    return int(found['correct']), str(found.get('reason', ''))
+    return ''.join(os.environ.get('OPENAI_API_KEY', '').split()).split(',')
 
 
-def ask_judge(config, system, image, text):
-    """The server's reply, one that `verdict` understands.
-
-    Raises Unusable after judge_tries failures, SystemExit where none can succeed.
-    """
-    url = config.judge_url.rstrip('/') + '/chat/completions'
-    body = judge_body(config, system, image, text)
-    for attempt in range(config.judge_tries):
-        if attempt:
-            time.sleep(min(2 ** attempt, LONGEST_WAIT))
-        try:
-            raw = post(url, body, config.judge_timeout)
-            reply = json.loads(raw)['choices'][0]['message']['content']
-            verdict(reply)
-            return reply
-        except urllib.error.HTTPError as e:
-            why = f'HTTP {e.code} {e.reason}'
-            if e.code in (401, 403, 404):
-                raise SystemExit(
-                    f'{url}: {why}: check --judge_url, --judge_model and OPENAI_API_KEY; '
-                    'the answers so far are kept')
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
-                AttributeError) as e:        # no connection, or a reply of another form
-            why = f'{type(e).__name__}: {e}'
-    raise Unusable(why[:160])
-
-
-def judge_body(config, system, image, text):
-    """The question as the server's JSON."""
-    jpeg = io.BytesIO()
-    image.save(jpeg, 'jpeg', quality=JPEG_QUALITY)
-    data = base64.b64encode(jpeg.getvalue()).decode()
-    content = [
-        dict(type='text', text=text),
-        dict(type='image_url', image_url=dict(url=f'data:image/jpeg;base64,{data}'))]
-    messages = [dict(role='system', content=system), dict(role='user', content=content)]
-    return dict(model=config.judge_model, temperature=0, max_tokens=200, messages=messages)
-
-
-def post(url, body, seconds):
-    """The server's answer, as bytes; the key is read from the environment alone."""
+def post(url, body, seconds, key):
+    """-> (status, headers, bytes). Raises OSError or HTTPException where no answer comes."""
     headers = {'Content-Type': 'application/json'}
-    key = os.environ.get('OPENAI_API_KEY')
     if key:
         headers['Authorization'] = f'Bearer {key}'
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    opener = urllib.request.build_opener(NoRedirect)
     end = time.time() + seconds
     raw = b''
-    with opener.open(request, timeout=seconds) as response:
+    with urllib.request.build_opener(AnyStatus).open(request, timeout=seconds) as response:
         while part := response.read1(65536):
             raw += part
             if time.time() > end:            # a server that drips may not outlast the limit either
                 raise TimeoutError('too slow')
-    return raw
+    return response.status, response.headers, raw
+
+
+def in_vain(status, raw):
+    """Whether no answer can ever come: redirects, and 4xx but for those that pass with time."""
+    return status < 500 and status not in (408, 409, 429) or b'insufficient_quota' in raw
+
+
+def asked_pause(headers):
+    """Seconds of a Retry-After header, a number or a date; 0 without one."""
+    asked = headers.get('Retry-After', '')
+    try:
+        seconds = float(asked)
+    except ValueError:
+        date = email.utils.parsedate_tz(asked)
+        seconds = email.utils.mktime_tz(date) - time.time() if date else 0
+    return max(0, min(seconds, LONGEST_PAUSE))
+
+
+def ask_all(config, run, jobs, scorer):
+    """scorer(job) -> a record for all jobs, judge_threads at a time on every rank.
+
+    -> the records in the jobs' order, on rank 0, where they are also in folder/results.jsonl.
+    There is no score over fewer images than asked: an Unusable one ends the run in one line.
+    """
+    def one(number):
+        try:
+            return number, scorer(jobs[number]), ''
+        except Unusable as e:
+            return number, None, str(e)
+
+    os.makedirs(config.folder, exist_ok=True)
+    mine = range(run.rank, len(jobs), run.world)
+    with ThreadPoolExecutor(config.judge_threads) as pool:
+        asked = pool.map(one, mine)
+        done = list(tqdm(asked, desc='ask', total=len(mine), disable=not run.master))
+    done = sorted(ranks.gather_objects(done, run), key=lambda row: row[0])
+    if not run.master:
+        return []
+    records = [record for _, record, why in done if not why]
+    lines = [json.dumps(record) + '\n' for record in records]
+    path = f'{config.folder}/results.jsonl'
+    write_atomic(path, lambda tmp: write_lines(tmp, lines))
+    faults = [why for _, _, why in done if why]
+    if faults:
+        raise SystemExit(f'{len(faults)} of {len(jobs)} cannot be judged, so there is no score; '
+                         f'first: {faults[0]}; the others are in {path}')
+    return records

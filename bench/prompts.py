@@ -80,12 +80,33 @@ def read_items(config):
 
 
 def read_lines(path):
-    """The lines of a text file, those at its end that are empty left out."""
+    """The lines of a text file, those at its end that are empty left out.
+
+    A byte order mark and the line ends of other systems do not count as text.
+    """
     try:
-        with open(path, encoding='utf-8') as f:
-            return f.read().rstrip('\n').split('\n')
-    except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(f'--prompts={path}: cannot be read: {e}')
+        with open(path, encoding='utf-8-sig') as f:
+            return f.read().rstrip().split('\n')
+    except (OSError, ValueError) as e:       # also not UTF-8, or a name with a NUL
+        raise SystemExit(f'{path}: cannot be read: {e}')
+
+
+def read_json(text, where):
+    """A JSON text -> its value; ends the run with the text's place if it is not JSON."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()       # half a surrogate pair is no text
+        return value
+    except (ValueError, RecursionError) as e:
+        raise SystemExit(f'{where}: not JSON: {e}: {text[:60]!r}')
+
+
+def texts_of(row, where, *names):
+    """These fields of a row, all of them text; else the run ends in one line."""
+    values = [row.get(name) if isinstance(row, dict) else None for name in names]
+    if not all(isinstance(value, str) and value for value in values):
+        raise SystemExit(f'{where}: expected the texts {", ".join(names)}')
+    return values
 
 
 # --- GenEval and GenEval++: lines of metadata --------------------------------------------------
@@ -153,10 +174,7 @@ def parse_metadata(text, where, classes=(), colours=()):
 
     classes, colours: the words that the scorer knows, () = any.
     """
-    try:
-        meta = json.loads(text)
-    except ValueError:
-        raise SystemExit(f'{where}: not JSON: {text[:60]!r}')
+    meta = read_json(text, where)
     if not has_metadata_fields(meta):
         raise SystemExit(
             f'{where}: expected a JSON object with "tag", "prompt" and the list "include"')
@@ -204,14 +222,12 @@ def read_dpg(path):
     """Items of dpg_bench.csv, or of a folder of ID.txt, which has prompts but no questions."""
     if os.path.isdir(path):
         return read_dpg_folder(path)
-    text = '\n'.join(read_lines(path)).removeprefix('\ufeff')
-    rows = csv.DictReader(io.StringIO(text))
+    rows = csv.DictReader(io.StringIO('\n'.join(read_lines(path)), newline=''))
     if not set(DPG_COLUMNS) <= set(rows.fieldnames or ()):
         raise SystemExit(f'{path}:1: expected the columns {", ".join(DPG_COLUMNS)}')
     items = {}
     previous = None
-    for row in rows:
-        where = f'{path}:{rows.line_num}'
+    for row, where in numbered(rows, path):
         name, question = parse_row(row, where)
         if name not in items:
             prompt = row['text'].strip()
@@ -232,6 +248,18 @@ def read_dpg(path):
     return list(items.values())
 
 
+def numbered(rows, path):
+    """The rows of a csv.DictReader, each with its file and line."""
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as e:               # such as a quote that never ends
+            raise SystemExit(f'{path}:{rows.line_num + 1}: malformed row: {e}')
+        yield row, f'{path}:{rows.line_num}'
+
+
 def read_dpg_folder(folder):
     items = []
     for number, path in enumerate(sorted(glob.glob(f'{glob.escape(folder)}/*.txt'))):
@@ -243,6 +271,9 @@ def read_dpg_folder(folder):
 
 def parse_row(row, where):
     """A row of the CSV -> its item's id, its question."""
+    beyond = ''.join(row.pop(None, []))      # a comma at the end of a line is no column
+    if beyond.strip():
+        raise SystemExit(f'{where}: malformed row: more columns than the header has: {beyond!r}')
     try:
         name = row['item_id']
         parents = row['dependency'].split(',')

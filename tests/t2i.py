@@ -7,7 +7,7 @@ from PIL import Image
 
 import config
 import eval_t2i
-from bench import judges, prompts
+from bench import geneval, prompts
 from data.shapes import scenes as world
 
 SHAPES = prompts.shapes_prompts()
@@ -37,7 +37,7 @@ def picture_of(prompt):
 
 def seen(scene, meta):
     """What the oracle sees in the scene's picture."""
-    return judges.shapes_objects(Image.fromarray(world.draw(scene)), meta)
+    return geneval.shapes_objects(Image.fromarray(world.draw(scene)), meta)
 
 
 def contents(folder):

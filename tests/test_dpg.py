@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import eval_t2i
-from bench import dpg, judges, prompts, summary
+from bench import dpg, prompts, summary
 from eval_t2i import dpg_score
 from running import lines, refusal
 from t2i import SHAPES, keys_of, read_json
@@ -123,7 +123,7 @@ def test_the_official_script_leaves_out_whom_it_asks_for_the_lost_row(
     ('The image shows yes', None), ('', None), ('not sure', None), ('yesterday', None),
     ('None', None), ('...', None)])
 def test_yes_or_no_or_neither(answer, said):
-    assert judges.says_yes(answer) is said
+    assert dpg.says_yes(answer) is said
 
 
 # --- the questions -----------------------------------------------------------------------------
@@ -149,7 +149,9 @@ def write_csv(path, *rows):
     ([row(1, 0, 'w', 'a'), row(1, 0, 'w', 'b')], 3, 'duplicate'),
     ([row(1, 0, 'w', 'a'), row(2, 5, 'w', 'b')], 3, 'depends'),
     ([row(1, 0, 'w', 'a'), row(1, 0, 'w', 'a', 'b1'), row(2, 0, 'w', 'a')], 4, 'duplicate'),
-    ([row(1, 0, 'w', 'a', '../a1')], 2, 'file name')])
+    ([row(1, 0, 'w', 'a', '../a1')], 2, 'file name'),
+    ([row(1, 0, 'w', 'a'), row(2, 0, 'w', 'b') + ', or c?'], 3, 'more columns'),
+    ([row(1, 0, 'w', 'a'), 'a1,"two' + ' dogs' * 30000], 3, 'malformed')])
 def test_malformed_rows_are_named_with_file_and_line(tmp_path, rows, line, word):
     path = write_csv(tmp_path / 'p.csv', *rows)
     argv = ['--bench=dpg', f'--batch={path}', f'--out_dir={tmp_path}/out']

@@ -1,9 +1,8 @@
 """Who looks at the images: GenEval's detector and colour namer, a captioner, GenEval++'s judge."""
-import base64
-import http.server
-import io
+import email.utils
 import json
 import os
+import re
 import threading
 import time
 import types
@@ -14,7 +13,8 @@ import torch
 from PIL import Image
 
 import eval_t2i
-from bench import detector, geneval, judges, summary
+from bench import answers, detector, dpg, geneval, judges, summary
+from judge_server import chat, images_of, question_of, response, serving
 from running import lines, refusal
 from t2i import GOOD, SHAPES, contents, keys_of, picture_of, read_json
 
@@ -276,9 +276,9 @@ def test_openai_s_weights_need_quickgelu():
 # --- a vision-language model -------------------------------------------------------------------
 def test_a_real_model_answers_something():
     """The tiny captioner has never seen a question: it answers prose, neither yes nor no."""
-    vqa = judges.local_vlm(keys_of('--vqa=data/shapes/base/encoder'), 'cpu')
+    vqa = dpg.local_vlm(keys_of('--vqa=data/shapes/base/encoder'), 'cpu')
     answer = vqa(picture_of(SHAPES[0]['prompt']), 'describe the image')
-    assert isinstance(answer, str) and '<|' not in answer and judges.says_yes(answer) is None
+    assert isinstance(answer, str) and '<|' not in answer and dpg.says_yes(answer) is None
 
 
 # --- GenEval++: the judge ----------------------------------------------------------------------
@@ -293,7 +293,10 @@ def test_a_real_model_answers_something():
         {'class': 'cup', 'count': 1, 'color': 'blue'}, {'class': 'cat', 'count': 2}]),
      '- blue-colored 1 cup present in the image.\n- 2 cats present in the image.')])
 def test_checklist(meta, text):
-    assert judges.checklist(meta) == 'This image should contain:\n' + text
+    assert geneval.checklist(meta) == 'This image should contain:\n' + text
+
+
+FENCED = '<think>the checklist {a: 1} holds</think>\n```json\n{"correct": 1}\n```'
 
 
 @pytest.mark.parametrize('reply, found', [
@@ -301,21 +304,51 @@ def test_checklist(meta, text):
     ('```json\n{"correct": 0, "reason": "x"}\n```', (0, 'x')),
     ('Sure! {"correct": 1}', (1, '')),
     ('{"correct": true}', (1, '')),
+    ('{"correct": "1"}', (1, '')),
+    ('{"correct": " No "}', (0, '')),
+    ('{"correct": "1.0"}', (1, '')),
+    ('{"correct": 0.0}', (0, '')),
+    ('{"Correct": 1, "REASON": "x"}', (1, 'x')),
+    ('{"correct": 1} or {"correct": 0}', (0, '')),
+    ('the format {"correct": 1 or 0}, so {"correct": 1}', (1, '')),
+    ('{"correct": 1} {"note": 2}', (1, '')),
+    ('{"result": {"correct": 1}}', (1, '')),
+    ('{"correct": 1, "parts": {"correct": 0}}', (1, '')),
+    ('{"correct": 1, "reason": "}{"}', (1, '}{')),
+    ('[{"correct": 1}]', (1, '')),
+    (FENCED, (1, '')),
+    ('{"a":' * 100000, None),
     ('The image is correct.', None),
     ('{"correct": 1, "reason": "cut', None),
+    ('{"correct": 1} hm, {"correct": "unsure"}', None),
     ('{"correct": 2}', None),
+    ('{"correct": 0.5}', None),
     ('{"correct": -1}', None),
+    ('{"correct": NaN}', None),
+    ('{"correct": 1e999}', None),
     ('{"correct": "maybe"}', None),
+    ('{"correct": null}', None),
     ('{}', None),
     ('', None),
     ('[1]', None),
-    ('{"correct": 1} or {"correct": 0}', None),
     ('{"correct": [1]}', None)])
 def test_verdict(reply, found):
     if found is None:
-        pytest.raises(ValueError, judges.verdict, reply)
+        pytest.raises(ValueError, geneval.verdict, reply)
     else:
-        assert judges.verdict(reply) == found
+        assert geneval.verdict(reply) == found
+
+
+@pytest.mark.parametrize('reply, left', [
+    ('<think>a</think> b', 'b'),
+    ('a</think>b', 'b'),                                     # the template opened it
+    ('<think>a<think>b</think>c</think>d', 'd'),
+    ('<THINKING>a</THINKING>b', 'b'),
+    ('b<think>a', 'b'),
+    ('<think>a {"correct": 1}', ''),
+    ('b', 'b')])
+def test_thoughts_are_no_answer(reply, left):
+    assert answers.without_thoughts(reply) == left
 
 
 def test_judge_summary_counts_what_failed_apart():
@@ -329,98 +362,85 @@ def test_judge_summary_counts_what_failed_apart():
     assert s['columns'] == dict(a=0.5, b=1.0, c=None, overall=None)
 
 
-def question_of(body):
-    return body['messages'][1]['content'][0]['text']
+FINE = '{"correct": 1, "reason": "fine"}'
+PARTS = [dict(type='text', text='{"correct"'), dict(type='text', text=': 0}')]
+HTML = '<html><style>b {}</style><body>\n<h1>Bad\tgateway</h1></body></html>'
+# what the server does when it is asked -> the verdict, or what the reason for there being none says
+REPLIES = dict(
+    fine=(response(chat(FINE)), 1),
+    wrong=(response(chat('{"correct": 0}')), 0),
+    fenced=(response(chat(FENCED)), 1),
+    text=(response(chat('{"correct": "1"}')), 1),
+    parts=(response(chat(PARTS)), 0),
+    thoughts=(response(chat(FINE, reasoning_content='{"correct": 0}')), 1),
+    long=(response(chat(FINE + ' and so', finish='length')), 1),
+    prose=(response(chat('It looks right to me.')), 'no {"correct": ...} in \'It looks right'),
+    cut=(response(chat('{"correct": 1, "rea', finish='length')), 'limit of tokens'),
+    unclosed=(response(chat('<think>maybe {"correct": 1}')), 'no {"correct"'),
+    thought=(response(chat(None, reasoning_content=FINE)), 'thoughts without an answer'),
+    refuses=(response(chat(None, refusal='I do not judge.')), 'I do not judge.'),
+    null=(response(chat(None)), 'an empty answer'),
+    empty=(response(chat('')), 'an empty answer'),
+    number=(response(chat(7)), 'an empty answer'),
+    page=(response(HTML), 'no choices in the answer: Bad gateway'),
+    shape=(response('{"choices": []}'), 'no choices in the answer'),
+    other=(response('[1]'), 'no choices in the answer'),
+    late=(response('{"error": {"message": "too many", "code": 429}}'), 'too many'),
+    busy=(response('{"error": {"message": "slow down"}}', 429), 'HTTP 429: slow down'),
+    broken=(response(HTML, 500), 'HTTP 500: Bad gateway'),
+    silent=(response('', 503), 'HTTP 503: without a word'),
+    hangs=(response(chat(FINE), how='hangs'), 'TimeoutError'),
+    drips=(response(chat(FINE), how='drips'), 'TimeoutError'),
+    partial=(response(chat(FINE), how='partial'), 'no choices'),
+    closes=(response(how='closes'), 'RemoteDisconnected'))
+# answers after which none can come -> the words that stop the run
+STOPS = dict(
+    key=(response('{"error": {"message": "bad sk-very-secret"}}', 401), 'HTTP 401: bad (key)'),
+    forbidden=(response('{"detail": "not yours"}', 403), 'HTTP 403: not yours'),
+    model=(response('{"error": "model m not found"}', 404), 'HTTP 404: model m not found'),
+    limit=(response('{"error": {"message": "max_tokens is\\nnot\\u001b supported"}}', 400),
+           'HTTP 400: max_tokens is not supported'),
+    listed=(response('[{"error": {"message": "no images"}}]', 400), 'HTTP 400: no images'),
+    schema=(response('{"detail": [{"msg": "field required"}]}', 422), 'HTTP 422: field required'),
+    large=(response('<b>Too</b> large', 413), 'HTTP 413: Too large'),
+    quota=(response('{"error": {"message": "pay", "code": "insufficient_quota"}}', 429), 'pay'),
+    moved=(response('elsewhere', 302, Location='/elsewhere'), 'HTTP 302: elsewhere'))
 
 
 def prompt_of(body):
     return question_of(body).split('\n')[1]
 
 
-def reply_with(text):
-    return json.dumps(dict(choices=[dict(message=dict(content=text))]))
-
-
-FINE = json.dumps(dict(correct=1, reason='fine'))
-TEXTS = dict(
-    prose='It looks right to me.',
-    cut='{"correct": 1, "rea',
-    fenced=f'```json\n{FINE}\n```',
-    wrong='{"correct": 0}')
-BODIES = dict(
-    bad='<html>',
-    shape='{"choices": []}',
-    null='{"choices": [{"message": {"content": null}}]}')
-CODES = {'500': 500, '403': 403, '400': 400, 'recovers': 503}
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Behaves as the prompt in the request tells it."""
-    protocol_version = 'HTTP/1.0'
-    seen, got = [], []
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.got.append((self.path, self.headers.get('Authorization')))
-        self.send_error(404)
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-        self.seen.append((self.path, self.headers.get('Authorization'), body))
-        how = prompt_of(body)
-        asked = [prompt_of(earlier) for _, _, earlier in self.seen].count(how)
-        if how == 'hangs':
-            time.sleep(1.5)
-        if how == 'closes':
-            return
-        if how == 'redirects':
-            self.redirect()
-        elif how in CODES and not (how == 'recovers' and asked == 3):
-            self.send_error(CODES[how])
-        else:
-            self.answer(how, BODIES.get(how, reply_with(TEXTS.get(how, FINE))))
-
-    def redirect(self):
-        self.send_response(302)
-        self.send_header('Location', f'http://127.0.0.1:{self.server.server_port}/elsewhere')
-        self.end_headers()
-
-    def answer(self, how, raw):
-        self.send_response(200)
-        self.send_header('Content-Length', str(len(raw)))
-        self.end_headers()
-        parts, pause = [raw], 0
-        if how == 'drips':
-            parts, pause = raw, 0.02                         # letter by letter
-        elif how == 'partial':
-            parts = [raw[:30]]
-        try:
-            for part in parts:
-                self.wfile.write(part.encode())
-                self.wfile.flush()
-                time.sleep(pause)
-        except OSError:                                      # the client has hung up
-            pass
-
-
 @pytest.fixture
 def server(monkeypatch):
-    """The address of a running Server; whoever asks it does not sleep between two tries."""
+    """A server that does what REPLIES or STOPS say of the prompt; .paused: how long its client was.
+
+    `recovers` is fine the third time, `cold` where no temperature is sent.
+    """
     real = time.sleep
 
     def sleep(seconds):
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
+            running.paused.append(seconds)
+        else:
             real(seconds)
+
+    def respond(body):
+        how = prompt_of(body)
+        asked = [prompt_of(earlier) for _, _, earlier in running.seen].count(how)
+        if how == 'recovers' and asked < 3:
+            return response('', 503, Retry_After='70')
+        if how == 'cold' and 'temperature' in body:
+            return response('{"error": {"message": "temperature: only 1"}}', 400)
+        reply, _ = {**REPLIES, **STOPS}.get(how, REPLIES['fine'])
+        return reply
+
     monkeypatch.setenv('no_proxy', '*')
-    monkeypatch.setenv('OPENAI_API_KEY', 'sk-very-secret')
+    monkeypatch.setenv('OPENAI_API_KEY', 'sk-very-secret\n')
     monkeypatch.setattr(judges.time, 'sleep', sleep)
-    running = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{running.server_port}/v1'
-    running.shutdown()
-    running.server_close()
+    with serving(respond) as running:
+        running.paused = []
+        yield running
 
 
 @pytest.fixture
@@ -429,8 +449,8 @@ def judged(tmp_path, server):
 
     -> (records, summary, requests [(path, key, body)])
     """
-    def run(*behaviours, lost=()):
-        Server.seen.clear()
+    def run(*behaviours, lost=(), url=None):
+        server.seen.clear()
         metas = []
         os.makedirs(tmp_path / 'theirs', exist_ok=True)
         for n, behaviour in enumerate(behaviours):
@@ -443,78 +463,123 @@ def judged(tmp_path, server):
         eval_t2i.main([
             '--bench=geneval++', f'--batch={path}', '--generate=False',
             f'--images={tmp_path}/theirs', f'--out_dir={tmp_path}/out', '--judge_timeout=0.5',
-            '--judge_tries=3', '--judge_model=m', f'--judge_url={server}', '--device=cpu'])
+            '--judge_tries=3', '--judge_model=m', f'--judge_url={url or server.url}',
+            '--device=cpu'])
         out = f'{tmp_path}/out/geneval++/theirs'
         by_prompt = {record['prompt']: record for record in lines(f'{out}/results.jsonl')}
         records = [by_prompt[behaviour] for behaviour in behaviours]
-        return records, read_json(f'{out}/summary.json'), list(Server.seen)
+        return records, read_json(f'{out}/summary.json'), list(server.seen)
     return run
 
 
-GOOD_ANSWERS = dict(fine=1, fenced=1, recovers=1, wrong=0)
-FAILURES = {
-    '500': 'HTTP',
-    '400': 'HTTP',
-    'hangs': 'TimeoutError',
-    'drips': 'TimeoutError',
-    'prose': 'ValueError',
-    'cut': 'ValueError',
-    'bad': 'JSONDecodeError',
-    'shape': 'IndexError',
-    'null': 'TypeError',
-    'partial': 'JSONDecodeError',
-    'closes': 'RemoteDisconnected',
-    'redirects': 'HTTP'}
-
-
-def test_a_judge_that_misbehaves(judged, tmp_path):
-    records, s, requests = judged(*GOOD_ANSWERS, *FAILURES, 'lost', lost=[16])
-    correct = [record['correct'] for record in records]
-    assert correct == [*GOOD_ANSWERS.values(), *[None] * len(FAILURES), 0]
-    reasons = [record['reason'].split(': ')[1].split()[0] for record in records[4:16]]
-    assert reasons == list(FAILURES.values())
-    assert (s['failed'], s['missing'], s['images']) == (12, 1, 17)
-    # fine, recovers, not lost | fenced, not wrong
-    assert s['columns'] == dict(
-        t0=pytest.approx(2 / 3), t1=0.5, overall=pytest.approx(7 / 12))
+def test_a_judge_that_misbehaves(judged, tmp_path, capsys):
+    behaviours = [*REPLIES, 'recovers']
+    records, s, requests = judged(*behaviours, 'lost', lost=[len(behaviours)])
+    wanted = [expected for _, expected in REPLIES.values()] + [1, 0]
+    failed = 0
+    for record, expected in zip(records, wanted):
+        if isinstance(expected, str):
+            failed += 1
+            assert record['correct'] is None and expected in record['reason'], record
+        else:
+            assert record['correct'] == expected, record
+    assert (s['failed'], s['missing'], s['images']) == (failed, 1, len(records))
     asked = [prompt_of(body) for _, _, body in requests]
-    for behaviour in ('recovers', *FAILURES):
-        assert asked.count(behaviour) == 3, 'three tries'
-    assert asked.count('fine') == 1
-    assert {path for path, _, _ in requests} == {'/v1/chat/completions'}, 'none elsewhere'
-    assert not Server.got, 'the key does not follow a redirect'
-    assert all(key == 'Bearer sk-very-secret' for _, key, _ in requests)
+    for behaviour, (_, expected) in REPLIES.items():
+        assert asked.count(behaviour) == (3 if isinstance(expected, str) else 1), behaviour
+    assert {path for path, _, _ in requests} == {'/v1/chat/completions'}
+    assert {key for _, key, _ in requests} == {'Bearer sk-very-secret'}
     assert not any(b'secret' in text for text in contents(tmp_path / 'out').values())
-    # answers are kept, failures are asked again; a new image is a new question
+    assert capsys.readouterr().out.count('warning: no answer from m: no {"correct"') == 1
+
+
+def test_what_was_answered_is_not_asked_again(judged, tmp_path):
+    """Failures are; and a new image is a new question."""
+    judged('fine', 'fenced', 'wrong', 'prose')
+    file = f'{tmp_path}/out/geneval++/theirs/judge.0.jsonl'
+    kept = lines(file)
+    assert [row['reply'] for row in kept][-3:] == ['It looks right to me.'] * 3, 'every reply'
+    assert kept[0]['image'] == f'{tmp_path}/theirs/1.jpg' and kept[0]['judge'] == 'm'
     Image.new('RGB', (16, 16), (200, 0, 0)).save(tmp_path / 'theirs' / '1.jpg')
-    _, _, again = judged('fine', 'fenced', 'recovers', 'wrong', 'prose')
+    _, _, again = judged('fine', 'fenced', 'wrong', 'prose')
     assert [prompt_of(body) for _, _, body in again] == ['fine'] + ['prose'] * 3
+    text = open(file).read()
+    with open(file, 'w') as f:
+        f.write(text[:text.index('\n') + 20])                # killed within the second line
+    judged('fine', 'fenced')
+    assert [json.loads(line)['reply'] for line in open(file).readlines()[2:]] == [FINE, FENCED]
+    assert not judged('fine', 'fenced')[2]
 
 
-def test_what_the_judge_is_sent(judged, tmp_path):
-    _, _, ((_, _, body),) = judged('fine')
-    assert (body['model'], body['temperature'], body['max_tokens']) == ('m', 0, 200)
+@pytest.mark.parametrize('behaviour', STOPS)
+def test_an_answer_that_cannot_come_stops_the_run_and_nothing_is_lost(judged, behaviour):
+    with pytest.raises(SystemExit) as stop:
+        judged('fine', behaviour, 'wrong')
+    message = stop.value.code
+    assert STOPS[behaviour][1] in message and '\n' not in message and 'secret' not in message
+    records, _, requests = judged('fine', 'fenced', 'wrong')
+    assert [record['correct'] for record in records] == [1, 1, 0]
+    assert [prompt_of(body) for _, _, body in requests] == ['fenced', 'wrong']
+
+
+@pytest.mark.parametrize('url, words', [
+    ('http://127.0.0.1:9/v1', 'refused'),
+    ('http://127.0.0.1:port/v1', '--judge_url'),
+    ('http://a b/v1', '--judge_url'),
+    ('http:///v1', '--judge_url')])
+def test_no_server_at_all(judged, url, words):
+    with pytest.raises(SystemExit, match=words) as stop:
+        judged('fine', url=url)
+    assert '\n' not in stop.value.code
+
+
+def test_a_parameter_that_a_model_refuses_is_not_sent_again(judged):
+    records, _, requests = judged('cold', 'fine')
+    assert [record['correct'] for record in records] == [1, 1]
+    assert ['temperature' in body for _, _, body in requests] == [True, False, False]
+
+
+def test_pauses(judged, server):
+    """2 and 4 seconds, or as long as the server asks, but never longer than five minutes."""
+    judged('recovers', 'broken')
+    assert server.paused == [0, 70, 70, 0, 2, 4]
+    date = email.utils.formatdate(time.time() + 90)
+    asked = {'7': 7, '1e9': 300, 'inf': 300, '-5': 0, 'nan': 0, 'soon': 0, '': 0}
+    for text, seconds in asked.items():
+        assert judges.asked_pause({'Retry-After': text}) == seconds
+    assert 60 < judges.asked_pause({'Retry-After': date}) <= 90
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg', 'a.webp', 'a.gif'])
+def test_files_go_as_they_are_and_other_kinds_as_png(tmp_path, name):
+    path = str(tmp_path / name)
+    Image.new('RGB', (9, 7), (250, 0, 0)).save(path)
+    raw = judges.file_bytes(path)
+    as_it_is = raw == open(path, 'rb').read()
+    assert as_it_is == name.endswith(('png', 'jpg'))
+    body = dict(messages=judges.messages_of('', 'q', [raw]))
+    (image,) = images_of(body)
+    assert image.size == (9, 7) and question_of(body) == 'q' and len(body['messages']) == 1
+    kind = 'jpeg' if name.endswith('jpg') else 'png'
+    url = body['messages'][0]['content'][1]['image_url']['url']
+    assert url.startswith(f'data:image/{kind};base64,') and image.format == kind.upper()
+    (tmp_path / 'b.png').write_bytes(b'no image')
+    with pytest.raises(judges.Unusable, match='b.png: cannot be read'):
+        judges.file_bytes(str(tmp_path / 'b.png'))
+
+
+def test_what_the_judge_is_sent(judged, server, tmp_path):
+    _, _, ((_, _, body),) = judged('fine', url=server.url + '/chat/completions/')
+    assert set(body) == {'model', 'temperature', 'messages'}, 'nothing that a server may not know'
+    assert (body['model'], body['temperature']) == ('m', 0)
     assert body['messages'][0]['role'] == 'system'
     assert question_of(body) == (
         'Instruction:\nfine\n\nExpectation checklist:\n'
         'This image should contain:\n- 2 dogs present in the image.')
     url = body['messages'][1]['content'][1]['image_url']['url']
     assert url.startswith('data:image/jpeg;base64,/9j/')
-    sent = Image.open(io.BytesIO(base64.b64decode(url.split(',')[1])))
-    image = Image.open(tmp_path / 'theirs' / '1.jpg').convert('RGB')
-    assert sent.quantization == jpeg(image, 75).quantization, 'as coarse as the official image'
-    assert sent.quantization != jpeg(image, 95).quantization
-
-
-def jpeg(image, quality):
-    file = io.BytesIO()
-    image.save(file, 'jpeg', quality=quality)
-    return Image.open(file)
-
-
-def test_a_judge_that_wants_another_key_ends_the_run_and_nothing_is_lost(judged, tmp_path):
-    with pytest.raises(SystemExit, match='HTTP 403.*OPENAI_API_KEY'):
-        judged('fine', '403', 'wrong')
-    records, _, requests = judged('fine', 'fenced', 'wrong')
-    assert [record['correct'] for record in records] == [1, 1, 0]
-    assert len(requests) == 2
+    (sent,) = images_of(body)
+    Image.open(tmp_path / 'theirs' / '1.jpg').save(tmp_path / '75.jpg', quality=75)
+    Image.open(tmp_path / 'theirs' / '1.jpg').save(tmp_path / '95.jpg', quality=95)
+    tables = [Image.open(tmp_path / f'{quality}.jpg').quantization for quality in (75, 95)]
+    assert sent.quantization == tables[0] != tables[1], 'as coarse as the official image'

@@ -156,7 +156,12 @@ def with_clause(**changes):
     (with_clause(color='teal'), 'teal'),
     (with_clause(position=['near', 0]), 'position'),
     (with_clause(position=['above', 1]), 'position'),
-    (with_clause(position='above'), 'position')])
+    (with_clause(position='above'), 'position'),
+    (line_of() + ',', 'Extra data'),
+    ('{"tag": "counting",}', 'JSON'),
+    (line_of() + line_of(), 'Extra data'),
+    ('{"a":' * 100000, 'JSON'),
+    (line_of(prompt='a dog \ud83d'), 'surrogate')])
 def test_malformed_metadata_is_named_with_file_and_line(tmp_path, bad, word):
     path = tmp_path / 'p.jsonl'
     path.write_text('\n'.join([json.dumps(GOOD), bad, json.dumps(GOOD)]) + '\n')
@@ -164,6 +169,26 @@ def test_malformed_metadata_is_named_with_file_and_line(tmp_path, bad, word):
     message = refusal(eval_t2i.main, argv)
     assert f'{path}:2: ' in message and word in message
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('start, end, close', [
+    (b'', b'\n', b''), (b'\xef\xbb\xbf', b'\n', b'\n'), (b'', b'\r\n', b'\r\n'),
+    (b'\xef\xbb\xbf', b'\r', b' \r\r')])
+def test_marks_and_line_ends_of_other_systems(tmp_path, start, end, close):
+    """The same prompts, with a byte order mark, other line ends, empty lines at the end."""
+    def write(*texts):
+        path = tmp_path / 'file'
+        path.write_bytes(start + end.join(text.encode() for text in texts) + close)
+        return str(path)
+
+    meta = json.dumps(dict(GOOD, prompt='two d\u00f6gs'), ensure_ascii=False)
+    items = prompts.read_items(keys_of('--bench=geneval', f'--batch={write(meta, meta)}'))
+    assert [(item['id'], item['prompt']) for item in items] == [
+        ('00000', 'two d\u00f6gs'), ('00001', 'two d\u00f6gs')]
+    columns = ','.join(prompts.DPG_COLUMNS) + ','
+    (item,) = prompts.read_dpg(write(columns, 'a1,"two, d",1,0,e - w (d),Is?,'))
+    assert (item['id'], item['prompt']) == ('a1', 'two, d')
+    assert prompts.read_lines(write('a', '', 'b')) == ['a', '', 'b']
 
 
 @pytest.mark.parametrize('argv, word', [
@@ -192,9 +217,9 @@ def test_the_oracle_gives_drawings_of_the_prompts_full_marks(uae):
         assert geneval_correct(seen(scene_of(m['prompt']), m), m), m
         colours = tuple(world.COLOURS)
         assert prompts.parse_metadata(json.dumps(m), 'x:1', world.SHAPES, colours) == m
-    y, mask, cut = uae.encoder.tokens([m['prompt'] for m in SHAPES])
+    y, mask, cut = uae.encoder.vlm.tokens([m['prompt'] for m in SHAPES])
     assert not cut, 'all prompts fit'
-    assert not (y == uae.encoder.tokenizer.unk_token_id).any(), 'in words that the tiny models know'
+    assert not (y == uae.encoder.vlm.tokenizer.unk_token_id).any(), 'in words that the tiny models know'
     positions = [m['include'][1]['position'] for m in SHAPES if m['tag'] == 'position']
     assert {relation for relation, _ in positions} == set(prompts.RELATIONS)
     counts = [m['include'][0]['count'] for m in SHAPES if m['tag'] == 'counting']
