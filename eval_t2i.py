@@ -43,12 +43,12 @@ from tqdm import tqdm
 
 import checkpoint
 import common
+import watch
 from bench.dpg import dpg_scorer, drop_first_row
 from bench.dpg import dpg_score                                  # the rules, for whoever imports
 from bench.geneval import geneval_correct, relative_position     # them from here
 from bench.geneval import geneval_scorer, shapes_scorer
 from bench.judges import Unusable, judge_scorer
-from bench.pictures import prompt_sheet
 from bench.prompts import files_to_score, item_files, read_items
 from bench.summary import dpg_summary, geneval_summary, judge_summary
 from config import parse
@@ -91,6 +91,7 @@ BENCHES = {
 DRAWN_WITH = (
     'bench', 'encoder', 'decoder', 'seed', 'eval_steps', 'guidance', 'negative_prompt',
     'resolution', 'caption_len', 'cond_len')
+SHOWN = 6                      # prompts on the sheet
 
 
 # --- drawing -----------------------------------------------------------------------------------
@@ -292,6 +293,26 @@ def name_of(source):
     if parts[-1].startswith('step_'):
         return '-'.join(parts[-2:])
     return parts[-1]
+
+
+def prompt_sheet(items, configs):
+    """A row per prompt, a column per checkpoint: the first image of each -> a Pillow image.
+
+    The first prompt of each of GenEval's tags, or simply the first prompts.
+    """
+    chosen = {}
+    for item in items:
+        tag = (item.get('meta') or {}).get('tag', item['id'])
+        chosen.setdefault(tag, item)
+    cells = []
+    for item in list(chosen.values())[:SHOWN]:
+        cells.append(([], item['prompt']))
+        for config in configs:
+            path = item_files(config, item)[0]
+            images = [Image.open(path)] if os.path.exists(path) else []
+            cells.append((images, ''))
+    heads = ('', *(config.name for config in configs))
+    return watch.sheet(cells, len(heads), heads, lines=0)
 
 
 def main(argv):
