@@ -8,8 +8,8 @@
 
 The page is one file without a server: images are inside it, and it reads without scripts too.
 --out_dir=DIR puts it elsewhere. --curves has a panel for each word between commas, a field of
-eval.jsonl or log.jsonl; fields joined by + share a panel. In curves a run begins where the one of
-its init_from ended, if that one is shown too, and else at 0.
+eval.jsonl or log.jsonl; fields joined by + share a panel. In curves a run begins where the run of
+its init_from ended, if that one is given before it, and else at 0.
 """
 import base64
 import dataclasses
@@ -20,10 +20,12 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 import matplotlib
+import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
@@ -41,11 +43,8 @@ keys = dict(
 )
 # -------------------------------------------------------------------------------------------------
 STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
-RECORDS = ('eval.jsonl', 'log.jsonl', 'samples.jsonl', 'groups.jsonl')
 MOST_STOPS = 40                # of one run; more are thinned out, so that the page stays small
-MOST_FRAMES = 30               # of the moving picture
 SMALL, LARGE = 64, 256         # pixels: up to SMALL an image stays exact, none has more than LARGE
-LOGP_FLOOR = -4.6              # a token of probability .01 or less has the darkest shade
 
 INK, SOFT, RULE = '#22262b', '#646a72', '#e5e1d9'     # the page's own, in its light scheme
 COLOURS = ('#1b9e8f', '#dd7a2c', '#7d74c9', '#c2468a', '#5b8bd0', '#8b8f96')    # of runs, in turn
@@ -64,7 +63,6 @@ class Stop(NamedTuple):
     index: int                 # over all runs
     run: 'Run'
     step: int
-    edge: bool                 # the first or the last of its run: shown without scripts
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,7 +94,7 @@ def number(value, digits=2):
 
 
 def read_json(text):
-    """A JSON object; {} where a kill cut it short."""
+    """A JSON object; {} if it is none, for example because a kill cut it short."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -106,10 +104,8 @@ def read_json(text):
 
 def read_text(path):
     """What is in a file; '' if there is none."""
-    if not os.path.isfile(path):
-        return ''
-    with open(path, encoding='utf-8', errors='replace') as f:
-        return f.read()
+    path = Path(path)
+    return path.read_text(encoding='utf-8', errors='replace') if path.is_file() else ''
 
 
 def read_steps(path):
@@ -123,19 +119,12 @@ def find_runs(folders):
     found = []
     for folder in folders:
         places = [folder] + [os.path.join(folder, stage) for stage in STAGES]
-        runs = [place for place in places
-                if any(os.path.isfile(f'{place}/{name}') for name in RECORDS)]
+        runs = [place for place in places if any(Path(place).glob('*.jsonl'))]
         if not runs:
-            raise SystemExit(f'{folder}: no run here, which has eval.jsonl or log.jsonl, and no '
-                             f'folder {", ".join(STAGES)} with one')
+            raise SystemExit(f'{folder}: no run here, which has eval.jsonl or log.jsonl, and none '
+                             f'in a folder {", ".join(STAGES)}')
         found += runs[:1] if runs[0] == folder else runs
     return found
-
-
-def thinned(values, most):
-    """At most `most` of some values, evenly, the first and the last among them."""
-    stride = max(1, math.ceil((len(values) - 1) / (most - 1)))
-    return values[:-1:stride] + values[-1:]
 
 
 def read_run(folder, name, colour):
@@ -154,14 +143,13 @@ def read_runs(folders):
     runs, stops, names = [], [], []
     for folder in find_runs(folders):
         name = os.path.basename(os.path.abspath(folder))
+        shown = folder if name in names else name
         names.append(name)
-        shown = name
-        if names.count(name) > 1:
-            shown = f'{name} ({names.count(name)})'
         run = read_run(folder, shown, COLOURS[len(runs) % len(COLOURS)])
-        steps = thinned(sorted({*run.evals, *run.samples, *run.groups}), MOST_STOPS)
-        for step in steps:
-            run.stops.append(Stop(len(stops), run, step, step in (steps[0], steps[-1])))
+        steps = sorted({*run.evals, *run.samples, *run.groups})
+        stride = max(1, math.ceil((len(steps) - 1) / (MOST_STOPS - 1)))
+        for step in steps[:-1:stride] + steps[-1:]:
+            run.stops.append(Stop(len(stops), run, step))
             stops.append(run.stops[-1])
         init_from = (run.about.get('config') or {}).get('init_from') or ''
         for parent, parent_name in zip(runs, names):
@@ -172,9 +160,9 @@ def read_runs(folders):
 
 
 def scenes_of(stops):
-    """The watched images: [{name, source, truth, at: {stop's index: line of samples.jsonl}}].
+    """The watched images: a dict each with name, source, truth, and its lines `at` the stops.
 
-    Paths begin where we are. The same picture is the same scene in every run.
+    The same picture is the same scene in every run.
     """
     scenes = {}
     for stop in stops:
@@ -182,21 +170,13 @@ def scenes_of(stops):
             line = dict(line, caption=str(line.get('caption', '')))
             for key in ('source', 'image'):
                 line[key] = os.path.join(stop.run.folder, line.get(key) or '')
-            name = line.get('name') or f'image {row}'
-            picture, _ = data_uri(line['source'])
-            scene = scenes.setdefault(                     # runs number theirs anew
-                picture or name, dict(name=name, source=line['source'], at={}))
+            picture, _ = data_uri(line['source'])          # runs number theirs anew
+            scene = scenes.setdefault(picture or row, dict(line, at={}))
             scene['at'][stop.index] = line
-            scene['truth'] = line.get('truth', '')
     return list(scenes.values())
 
 
 # --- words and images ----------------------------------------------------------------------------
-def closed_up(text):
-    """Without the space that the embedded world has before a comma and a full stop."""
-    return re.sub(r' ([,.])(?= |$)', r'\1', text)
-
-
 def caption_html(caption, before=None, false=()):
     """A caption: words that it did not have `before` marked, false phrases struck out."""
     words = caption.split()
@@ -217,14 +197,8 @@ def caption_html(caption, before=None, false=()):
         if text and phrase.strip() in false:
             text = f'<del>{text}</del>'
         html += f' {text}' if text else ''
-    return Markup(closed_up(html.strip()))
-
-
-def shade(logp):
-    """How dark a token is, in percent: 0 is certain."""
-    if not finite(logp):
-        logp = LOGP_FLOOR
-    return round(56 * min(1, max(0, logp / LOGP_FLOOR)))
+    # without the space that the embedded world has before a comma and a full stop
+    return Markup(re.sub(r' ([,.])(?= |$)', r'\1', html.strip()))
 
 
 def data_uri(path):
@@ -272,10 +246,9 @@ def curves_svg(runs, fields, least=None, most=None):
         axes.set_ylim(least, most)
         axes.set_xlim(*axes.get_xlim())                    # from here on it stays
         places = {}
-        for run in runs:
-            for stop in run.stops:
-                x, _ = axes.transData.transform((run.start + stop.step, 0))
-                places[stop.index] = 100 * x / figure.bbox.width
+        for stop in (stop for run in runs for stop in run.stops):
+            x, _ = axes.transData.transform((stop.run.start + stop.step, 0))
+            places[stop.index] = 100 * x / figure.bbox.width
         buffer = io.StringIO()
         nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
         figure.savefig(buffer, format='svg', transparent=True, metadata=nothing)
@@ -306,22 +279,20 @@ def write_curves(folders, panels, out_dir):
 
 
 # --- pictures ------------------------------------------------------------------------------------
-def draw_stop(stop, scenes):
-    """Some scenes at a stop, each as source, drawing and caption -> a Pillow image."""
+def draw_stop(stop, scenes, count):
+    """The first scenes at a stop, each as source, drawing and caption -> a Pillow image."""
     from watch import sheet                                # it imports torch, the page needs none
+    lines = [scene['at'][stop.index] for scene in scenes if stop.index in scene['at']]
     items = []
-    for scene in scenes:
-        line = scene['at'].get(stop.index)
-        if line:
-            images = [Image.open(line['source']), Image.open(line['image'])]
-            items.append((images, closed_up(line['caption'])))
+    for line in lines[:count]:
+        items.append(([Image.open(line['source']), Image.open(line['image'])], line['caption']))
     reward = number(stop.run.evals.get(stop.step, {}).get('reward'))
-    heads = (stop.run.name, f'update {stop.step}', f'reward {reward}', 'left: the source')
+    heads = (stop.run.name, f'update {stop.step}', f'reward {reward}', 'left: source, right: drawn')
     return sheet(items, 4, heads, side=96)
 
 
 def write_pictures(folders, png, gif):
-    """Writes the watched images to png, as each run left them, or to gif, at every stop."""
+    """Writes the watched images to png, as each run left them, and to gif, at every stop."""
     _, stops = read_runs(folders)
     stops = [stop for stop in stops if stop.step in stop.run.samples]
     if not stops:
@@ -329,14 +300,10 @@ def write_pictures(folders, png, gif):
     scenes = scenes_of(stops)
     if png:
         last = {stop.run: stop for stop in stops}          # of each run the last one stays
-        frames = [draw_stop(stop, scenes[:4]) for stop in last.values()]
-        width, height = frames[0].size
-        page = Image.new('RGB', (width, height * len(frames)))
-        for k, frame in enumerate(frames):
-            page.paste(frame, (0, k * height))
-        page.save(png)
+        frames = [draw_stop(stop, scenes, 4) for stop in last.values()]
+        Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames])).save(png)
     if gif:
-        frames = [draw_stop(stop, scenes[:8]) for stop in thinned(stops, MOST_FRAMES)]
+        frames = [draw_stop(stop, scenes, 8) for stop in stops]
         durations = [400] * (len(frames) - 1) + [2500]     # milliseconds
         frames[0].save(gif, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
@@ -348,17 +315,12 @@ def write_report(folders, out_dir):
     # the demo's report.json has a table of final scores
     tables = [read_json(read_text(f'{folder}/report.json')) for folder in folders]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(f'{ROOT}/tools'), autoescape=True, trim_blocks=True,
-        lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
-    page = environment.get_template('report.html').render(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
+    page = environment.from_string(read_text(f'{ROOT}/tools/report.html')).render(
         runs=runs, stops=stops, scenes=scenes_of(stops), tables=tables, number=number,
-        closed_up=closed_up, caption_html=caption_html, shade=shade, data_uri=data_uri,
-        curves_svg=curves_svg)
-    os.makedirs(out_dir, exist_ok=True)
-    path = os.path.join(out_dir, 'report.html')
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write(page)
-    return path
+        caption_html=caption_html, data_uri=data_uri, curves_svg=curves_svg)
+    Path(f'{out_dir}/report.html').write_text(page, encoding='utf-8')
+    return f'{out_dir}/report.html'
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -366,19 +328,18 @@ def main(argv):
     if '--help' in argv or '-h' in argv:
         print(__doc__)
         return
-    folders, values = [], dict(keys)
-    for argument in argv:
-        match = re.fullmatch(r'--(\w+)=(.+)', argument)
-        if match and match[1] in keys:
-            values[match[1]] = match[2]
-        elif argument.startswith('-'):
-            raise ConfigError(f'expected folders and --key=value, got {argument!r}; the keys are: '
-                              f'{" ".join(keys)}')
-        else:
-            folders.append(argument)
+    folders, values = [word for word in argv if not word.startswith('-')], dict(keys)
+    for word in argv:
+        key, _, value = word.removeprefix('--').partition('=')
+        if key in keys:
+            values[key] = value
+        elif word not in folders:
+            raise ConfigError(f'expected folders, or --key=value with one of the keys '
+                              f'{" ".join(keys)}; got {word!r}')
     if not folders:
         raise ConfigError('expected a folder of runs, for example out/demo, or several runs')
     out_dir = values['out_dir'] or folders[-1]
+    os.makedirs(out_dir, exist_ok=True)
     if values['png'] or values['gif']:
         write_pictures(folders, values['png'], values['gif'])
     elif values['curves']:
