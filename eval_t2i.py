@@ -41,8 +41,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lib import checkpoint
-from lib import ranks
+from lib import checkpoint, ranks, watch
 from lib.scores import images_at_once, warn_of_losses
 from lib.files import write_atomic, write_json, write_lines
 from bench.dpg import dpg_scorer, drop_first_row
@@ -50,7 +49,6 @@ from bench.dpg import dpg_score                                  # the rules, fo
 from bench.geneval import geneval_correct, relative_position     # them from here
 from bench.geneval import geneval_scorer, judge_scorer, shapes_scorer
 from bench.judges import Unusable
-from bench.pictures import prompt_sheet
 from bench.prompts import files_to_score, item_files, read_items
 from bench.summary import dpg_summary, geneval_summary, judge_summary
 from config import parse
@@ -93,6 +91,7 @@ BENCHES = {
 DRAWN_WITH = (
     'bench', 'encoder', 'decoder', 'seed', 'eval_denoise_steps', 'guidance', 'negative_prompt',
     'resolution', 'caption_len', 'cond_len')
+SHOWN = 6                      # prompts on the sheet
 
 
 # --- drawing -----------------------------------------------------------------------------------
@@ -294,6 +293,26 @@ def name_of(source):
     if parts[-1].startswith('step_'):
         return '-'.join(parts[-2:])
     return parts[-1]
+
+
+def prompt_sheet(items, configs):
+    """A row per prompt, a column per checkpoint: the first image of each -> a Pillow image.
+
+    The first prompt of each of GenEval's tags, or simply the first prompts.
+    """
+    chosen = {}
+    for item in items:
+        tag = (item.get('meta') or {}).get('tag', item['id'])
+        chosen.setdefault(tag, item)
+    cells = []
+    for item in list(chosen.values())[:SHOWN]:
+        cells.append(([], item['prompt']))
+        for config in configs:
+            path = item_files(config, item)[0]
+            images = [Image.open(path)] if os.path.exists(path) else []
+            cells.append((images, ''))
+    heads = ('', *(config.name for config in configs))
+    return watch.sheet(cells, len(heads), heads, lines=0)
 
 
 def main(argv):

@@ -2,7 +2,6 @@
 
     python eval_unified.py                                    # the shipped base, on held-out scenes
     python eval_unified.py --init_from=out/grpo_decoder --eval_images=256
-    python eval_unified.py --plot=out/grpo_encoder,out/other  # curves of these runs' evaluations
     python eval_unified.py --bench=unified --preset=paper --init_from=out/grpo_decoder \\
         --data=UniBench --temperature=0.7 --seeds=3
     python eval_unified.py --bench=unified --data=UniBench --generated=UniBench/example_image
@@ -15,10 +14,10 @@ unified.json with the official script's keys, and report.json with means and sta
 seeds. A second run draws what is missing. The encoder sees a reference whole, scaled to
 resolution^2 pixels, or with the preset `release` as large as it is.
 """
-import json
 import os
 import sys
-import textwrap
+
+from PIL import Image
 
 from lib import ranks
 from lib.files import write_json
@@ -26,12 +25,11 @@ from lib import watch
 from bench.unified import backbones, match_files, of_seed, over_seeds, rebuild, score_folder
 from lib.checkpoint import open_uae
 from config import parse
-from data.images import image_files, load_picture, open_data
+from data.images import image_files, open_data
 from lib.scores import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    plot = '',                 # run folders A,B: draw their curves; A,B:reward,entropy = only these
     bench = '',                # unified = the paper's Unified-Bench on the references in DATA/Image
     # names in reward.BACKBONES; name=FOLDER takes the weights from there
     backbones = 'clip,longclip,dinov2,dinov3',
@@ -45,74 +43,7 @@ own_presets = dict(release=dict(own_size=True, temperature=0.7))
 limits = dict(seeds=(1, 1e4))
 # -------------------------------------------------------------------------------------------------
 
-SHEET_ROWS = 12                # images on a contact sheet
-PLOTTED = (                    # without fields of one's own
-    'reward', 'judge', 'caption_len', 'caption_truth', 'caption_recall', 'greedy_caption_truth',
-    'greedy_caption_recall', 't2i_own', 't2i_true')
-
-
-# --- pictures ------------------------------------------------------------------------------------
-def contact_sheet(columns, texts, path):
-    """PNG of N rows: images beside a text. columns: lists of N images (3, H, W); texts: N."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    width, height = 3 * len(columns) + 3, 1.5 * len(texts)
-    fig, axes = plt.subplots(len(texts), len(columns) + 1, figsize=(width, height), squeeze=False)
-    for i, text in enumerate(texts):
-        for ax, images in zip(axes[i], columns):
-            image = images[i].permute(1, 2, 0).cpu().clamp(-1, 1)
-            ax.imshow((image + 1) / 2, interpolation='nearest')
-        plain = text.replace('$', r'\$')                     # no mathematics
-        axes[i, -1].text(0, 0.5, plain, va='center', fontsize=8, wrap=True)
-        for ax in axes[i]:
-            ax.axis('off')
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def read_curves(folder):
-    """A run's logs -> {field: (steps, values)}; of eval.jsonl where both logs have the field."""
-    curves = {}
-    for kind in ('log', 'eval'):
-        path = f'{folder}/{kind}.jsonl'
-        if not os.path.exists(path):
-            raise SystemExit(f'--plot: no {path}')
-        with open(path) as f:
-            lines = [json.loads(line) for line in f]
-        steps = [line['step'] for line in lines]
-        for field in lines[0]:
-            curves[field] = steps, [line[field] for line in lines]
-    return curves
-
-
-def plot_runs(folders, fields, path):
-    """PNG of curves over updates, one panel a field, one line a run; no fields: `PLOTTED`."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    runs = {}
-    for folder in folders:
-        name = os.path.basename(folder.rstrip('/'))
-        runs[name] = read_curves(folder)
-    in_every_run = set.intersection(*(set(curves) for curves in runs.values()))
-    absent = [field for field in fields if field not in in_every_run]
-    if absent:
-        there = ' '.join(runs[name])
-        raise SystemExit(f'--plot: {" ".join(absent)} not in every run; fields there are: {there}')
-    shown = fields or [field for field in PLOTTED if field in in_every_run]
-    fig, axes = plt.subplots(1, len(shown), figsize=(2.8 * len(shown), 2.8), squeeze=False)
-    for ax, field in zip(axes[0], shown):
-        for name, curves in runs.items():
-            steps, values = curves[field]
-            ax.plot(steps, values, label=name)
-        ax.set_title(field, fontsize=9)
-        ax.set_xlabel('updates')
-    axes[0, 0].legend(fontsize=7)
-    fig.tight_layout()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+SHOWN = 12                     # images on a contact sheet
 
 
 # --- evaluations ---------------------------------------------------------------------------------
@@ -167,11 +98,11 @@ def unified(config, run):
     for name, mean in means.items():
         error = f' +- {errors[name]:.4f}' if errors else ''
         print(f'{name:22s} {mean:.4f}{error}')
-    shown = list(references)[:SHEET_ROWS]
-    sources = [load_picture(references[name])[0] for name in shown]
-    images = [load_picture(pairs[name])[0] for name in shown]
-    texts = [textwrap.shorten(captions[name], 400, placeholder=' ...') for name in shown]
-    contact_sheet([sources, images], texts, f'{config.out_dir}/contact_sheet.png')
+    items = []
+    for name in list(references)[:SHOWN]:
+        images = [Image.open(references[name]), Image.open(pairs[name])]
+        items.append((images, captions[name]))
+    watch.sheet(items, min(4, len(items)), lines=8).save(f'{config.out_dir}/contact_sheet.png')
 
 
 def check(config):
@@ -187,13 +118,6 @@ def check(config):
 
 def main(argv):
     config = parse(keys, own_presets, argv, __file__, limits)
-    if config.plot:
-        os.makedirs(config.out_dir, exist_ok=True)
-        folders, _, fields = config.plot.partition(':')
-        fields = fields.split(',') if fields else []
-        plot_runs(folders.split(','), fields, f'{config.out_dir}/curves.png')
-        print(f'{config.out_dir}/curves.png')
-        return
     check(config)
     run = ranks.start(config)
     if config.bench:

@@ -16,13 +16,12 @@ import os
 import textwrap
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 WATCHED = 8                    # held-out images whose pictures each evaluation keeps
 LARGEST = 256                  # pixels of a picture's side, as it is kept
-SHOWN = 160                    # the same on the sheet
-TEXT = 5 * 14                  # height of the caption and the scores under it, in lines of 14
-COLUMNS = 4
+SHOWN = 160                    # the same on a sheet
+GAP, LINE, LETTER = 8, 14, 6   # of a sheet, in pixels: between pictures, and of its text
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -45,21 +44,39 @@ def save_picture(pixels, out_dir, name):
     return path
 
 
-def sheet(records):
-    """Source and reconstruction side by side, caption and scores below, for each record."""
-    columns = min(COLUMNS, len(records))
-    rows = -(-len(records) // columns)
-    width, height = 2 * SHOWN + 24, SHOWN + TEXT + 16
-    page = Image.new('RGB', (columns * width, rows * height), 'white')
+def fitted(image, side):
+    """A Pillow image as large as fits into a square; a small one's pixels become squares."""
+    image = ImageOps.exif_transpose(image).convert('RGB')
+    method = Image.Resampling.LANCZOS
+    if max(image.size) < side:
+        method = Image.Resampling.NEAREST
+    return ImageOps.contain(image, (side, side), method)
+
+
+def sheet(items, columns, heads=(), side=SHOWN, lines=5):
+    """A grid, row by row: each item is some images beside each other, and a text below them.
+
+    items: [(Pillow images, text)]; heads: what stands above the columns; lines: of a text at most.
+    -> a Pillow image.
+    """
+    images_across = max(len(images) for images, _ in items)
+    width = images_across * (side + GAP) + GAP
+    height = side + lines * LINE + 2 * GAP
+    head = 2 * GAP + bool(heads) * LINE
+    page = Image.new('RGB', (columns * width, head + -(-len(items) // columns) * height), 'white')
     draw = ImageDraw.Draw(page)
-    for place, record in enumerate(records):
-        left, top = place % columns * width + 8, place // columns * height + 8
-        for side, pixels in enumerate(record['pictures']):
-            shown = picture(pixels).resize((SHOWN, SHOWN), Image.Resampling.NEAREST)
-            page.paste(shown, (left + side * (SHOWN + 4), top))
-        lines = textwrap.wrap(record['caption'], 54, max_lines=4, placeholder=' ...')
-        lines.append(f'reward {record["reward"]:.3f}   judge {record["judge"]:.3f}')
-        draw.text((left, top + SHOWN + 4), '\n'.join(lines), fill='black', font_size=11)
+    for column, text in enumerate(heads):
+        draw.text((column * width + GAP, GAP), text, fill='black', font_size=13)
+    for place, (images, text) in enumerate(items):
+        left, top = place % columns * width + GAP, head + place // columns * height
+        for image in images:
+            page.paste(fitted(image, side), (left, top))
+            left += side + GAP
+        if images:
+            left, top = place % columns * width + GAP, top + side + 2
+        most = lines if images else side // LINE
+        wrapped = textwrap.wrap(text, (width - GAP) // LETTER, max_lines=most, placeholder=' ...')
+        draw.text((left, top), '\n'.join(wrapped), fill='black', font_size=11)
     return page
 
 
@@ -71,7 +88,8 @@ def append_lines(path, rows):
 
 
 # --- the watched images --------------------------------------------------------------------------
-FIELDS = ('row', 'name', 'caption', 'caption_len', 'reward', 'judge', 'mse')     # judge if there is
+SCORES = ('reward', 'judge')                    # judge, if there is one
+FIELDS = ('row', 'name', 'caption', 'caption_len', *SCORES, 'mse')
 
 
 def save_samples(records, step, config, scenes):
@@ -81,9 +99,11 @@ def save_samples(records, step, config, scenes):
     reconstruction. scenes: the held-out scenes of the embedded world, or None.
     """
     os.makedirs(f'{config.out_dir}/samples', exist_ok=True)
-    rows = []
+    rows, items = [], []
     for record in records:
         source, reconstruction = record['pictures']
+        scores = ', '.join(f'{name} {record[name]:.3f}' for name in SCORES if name in record)
+        items.append(([picture(source), picture(reconstruction)], f'{scores}: {record["caption"]}'))
         row = dict(step=step, **{field: record[field] for field in FIELDS if field in record})
         row['source'] = save_picture(source, config.out_dir, f'source_{row["row"]:03d}')
         row['image'] = save_picture(reconstruction, config.out_dir,
@@ -96,7 +116,7 @@ def save_samples(records, step, config, scenes):
         rows.append(row)
     append_lines(f'{config.out_dir}/samples.jsonl', rows)
     path = f'{config.out_dir}/samples/step_{step:06d}.png'
-    sheet(records).save(path)
+    sheet(items, min(4, len(items))).save(path)
     return path
 
 

@@ -356,23 +356,5 @@ def test_a_fork_is_taken_back_to_the_byte(tmp_path, name):
     assert sources(root) == before
 
 
-def test_curves_of_named_fields(tmp_path):
-    from eval_unified import plot_runs           # not above: the process that forks imports this
-    for run in 'ab':
-        (tmp_path / run).mkdir()
-        for kind, field in (('log', 'entropy'), ('eval', 'judge')):
-            rows = [json.dumps({'step': i, 'reward': i, field: -i}) + '\n' for i in range(3)]
-            (tmp_path / run / f'{kind}.jsonl').write_text(''.join(rows))
-    folders = [str(tmp_path / run) for run in 'ab']
-    plot_runs(folders, ['entropy', 'reward'], tmp_path / 'two.png')
-    plot_runs(folders, ['entropy', 'reward', 'judge'], tmp_path / 'three.png')
-    two, three = (Image.open(tmp_path / f'{name}.png') for name in ('two', 'three'))
-    assert three.width == 1.5 * two.width
-    assert three.height == two.height
-    said = 'kl not in every run; fields there are: .*entropy.*judge'
-    with pytest.raises(SystemExit, match=said):
-        plot_runs(folders, ['kl', 'reward'], tmp_path / 'none.png')
-
-
 if __name__ == '__main__':
     driver(sys.argv[1])

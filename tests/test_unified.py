@@ -322,7 +322,7 @@ def test_what_is_written_and_that_it_is_ours(bench, tmp_path, capsys):
     assert told[0] == told[2] != told[1], 'another seed samples another caption'
     sheet = np.array(Image.open(out / 'contact_sheet.png').convert('RGB'))
     wanted = np.array(Image.open(bench / 'Image' / '0.png'))[0, 0]
-    assert sheet.shape[0] > 400
+    assert sheet.shape[1] > 3 * 2 * 160
     assert (sheet == wanted).all(-1).sum() > 500, 'the first scene, in its colours'
     assert 'overall' in capsys.readouterr().out
 
@@ -376,7 +376,7 @@ def test_other_people_s_captions_through_our_decoder(bench, tmp_path, monkeypatc
     assert report['captions'] == {f'{i}.png': line['caption'] for i, line in enumerate(lines)}
     c = config.parse(eval_unified.keys, {}, [*QUICK, '--caption_len=12'], 'x.py')
     uae = new_uae(c)
-    y, mask, _ = uae.encoder.tokens([lines[1]['caption']])
+    y, mask, _ = uae.encoder.vlm.tokens([lines[1]['caption']])
     made = tensor_of(tmp_path / 'out' / 'example_image' / '1.png')
     drawn = evaluate.draw_captions(uae, y, mask, [1], seed=(c.seed,))
     assert (made - drawn).abs().max() < 0.6 / 127.5
@@ -450,12 +450,6 @@ def test_damaged_pictures_are_named_and_what_was_drawn_stays(bench, tmp_path):
     assert 'too long' in refusal(run, tmp_path / 'out', bench, CLIP)
     (bench / 'empty' / 'Image').mkdir(parents=True)
     assert 'no images' in refusal(run, tmp_path / 'out', bench / 'empty', CLIP)
-
-
-def test_a_sheet_shows_any_text(tmp_path):
-    x = [torch.zeros(3, 20, 30), torch.ones(3, 8, 8)]
-    eval_unified.contact_sheet([x, x], ['from $5_{ to $6', 'a ' * 200], tmp_path / 'sheet.png')
-    assert Image.open(tmp_path / 'sheet.png').size[1] > 200
 
 
 # --- the evaluation on held-out images -----------------------------------------------------------

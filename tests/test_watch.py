@@ -49,7 +49,7 @@ def test_the_same_images_at_every_evaluation(runs, name):
         assert os.path.getsize(out / row['source']) and os.path.getsize(out / row['image'])
     for step in range(3):
         with Image.open(out / 'samples' / f'step_{step:06d}.png') as sheet:
-            assert min(sheet.size) > 160
+            assert min(sheet.size) > watch.SHOWN
 
 
 def test_a_kept_image_has_the_score_beside_it(runs):
@@ -140,6 +140,17 @@ def test_large_images_are_kept_small():
     kept = watch.to_bytes(torch.linspace(-2, 2, 3 * 512 * 512).view(1, 3, 512, 512))
     assert kept.shape == (1, 3, 256, 256)
     assert kept.min() == 0 and kept.max() == 255
+
+
+def test_a_sheet_has_images_of_any_size_and_any_text():
+    wide, small = Image.new('RGB', (300, 200), 'red'), Image.new('RGB', (8, 8), 'blue')
+    items = [([], 'a prompt ' * 40), ([wide, small], 'from $5_{ to $6'), ([small], ''), ([], '')]
+    page = watch.sheet(items, columns=2, heads=('left', 'right'), side=60, lines=3)
+    assert page.size == (2 * (2 * 68 + 8), 16 + 14 + 2 * (60 + 3 * 14 + 16))
+    pixels = np.array(page)
+    assert (pixels == (255, 0, 0)).all(-1).sum() == 60 * 40             # its shape is kept
+    assert (pixels == (0, 0, 255)).all(-1).sum() == 2 * 60 * 60
+    assert (pixels[30:90, 8:140] < 128).all(-1).sum() > 100             # text in place of images
 
 
 def test_config_json_says_what_was_changed(runs):

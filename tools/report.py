@@ -2,220 +2,350 @@
 
     python tools/report.py out/demo                       # its stages, into out/demo/report.html
     python tools/report.py out/cold_start out/grpo_encoder     # runs in order, into the last one
-    python tools/report.py out/demo --gif=assets/loop.gif      # a moving picture instead
-    python tools/report.py out/a out/b --png=sheet.png         # or how each run drew in the end
+    python tools/report.py out/a out/b --curves=reward+judge,entropy   # only out/b/curves.png
+    python tools/report.py out/a out/b --png=sheet.png    # only how each run drew in the end
+    python tools/report.py out/demo --gif=assets/loop.gif      # only a moving picture
 
 The page is one file without a server: images are inside it, and it reads without scripts too.
---out_dir=DIR puts it elsewhere.
+--out_dir=DIR puts it elsewhere. --curves has a panel for each word between commas, a field of
+eval.jsonl or log.jsonl; fields joined by + share a panel. In curves a run begins where the run of
+its init_from ended, if that one is given before it, and else at 0.
 """
+import base64
+import dataclasses
+import difflib
+import io
+import json
+import math
 import os
 import re
-import string
 import sys
-from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from config import ConfigError, literal
-from tools.page import scenes
-from tools.page.curves import curves_html
-from tools.page.gif import write_gif
-from tools.page.png import write_png
-from tools.page.groups import groups_html
-from tools.page.pictures import loop_images
-from tools.page.runs import number, read_json, read_runs, scenes_of, stops_of
+from config import ConfigError
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    out_dir = '',              # where report.html goes; '' = the last of the folders given
-    gif = '',                  # a path: write a moving picture there instead of the page
-    png = '',                  # or a sheet: the watched images as each run left them
+    out_dir = '',              # where the page or the curves go; '' = the last of the folders given
+    curves = '',               # fields, as said above: curves.png instead of the page
+    png = '',                  # a path: the watched images as each run left them
+    gif = '',                  # a path: a moving picture of the watched images
 )
 # -------------------------------------------------------------------------------------------------
-PAGE = os.path.join(ROOT, 'tools', 'page')
-DOES = dict(
-    pretrain_decoder='the decoder learns to draw captions',
-    cold_start='encoder and decoder learn to understand each other',
-    grpo_encoder='the encoder learns what to say',
-    grpo_decoder='the decoder learns to draw better')
-LOOP_LABEL = ('The image x goes through the encoder, which writes the caption y. Projector and '
-              'decoder draw x̂ from y alone. R compares x and x̂.')
-TABLE = '''<section id="table">
-<h2>Final scores</h2>
-<p>All held-out scenes after each stage; the curves above score fewer of them. <i>Base</i> is the
-model before these stages, <i>ceiling</i> the best that can be: the source through the VAE alone.
-{control}</p>
-<div class="wide" tabindex="0" role="region" aria-label="table of final scores">
-<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>
-</section>'''
-CONTROL = ('<i>Rewards shuffled</i> is a control: a shorter stage 2 whose captions got the rewards '
-           'of other captions. What changes there, changes by chance.')
-LABELS = dict(                 # rows of the table, by measure; others have the measure's own name
-    mse='pixel error, lower is better', caption_len='tokens per caption',
-    caption_truth='truth, sampled captions', caption_recall='recall, sampled captions',
-    caption_exact='full captions, sampled', greedy_caption_len='tokens per greedy caption',
-    greedy_caption_truth='truth, greedy captions', greedy_caption_recall='recall, greedy captions',
-    greedy_caption_exact='full captions, greedy', t2i_own='t2i, own captions',
-    t2i_true='t2i, true captions')
-GAINS = dict(reward='reward', judge='judge', caption_len='tokens per caption')
+STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
+MOST_STOPS = 40                # of one run; more are thinned out, so that the page stays small
+SMALL, LARGE = 64, 256         # pixels: up to SMALL an image stays exact, none has more than LARGE
+
+INK, SOFT, RULE = '#22262b', '#646a72', '#e5e1d9'     # the page's own, in its light scheme
+COLOURS = ('#1b9e8f', '#dd7a2c', '#7d74c9', '#c2468a', '#5b8bd0', '#8b8f96')    # of runs, in turn
+DASHES = ('-', '--', ':')                                                       # of fields
+STYLE = {
+    'svg.fonttype': 'none', 'svg.hashsalt': 'nanoUAE', 'font.size': 10, 'text.color': INK,
+    'axes.edgecolor': RULE, 'axes.spines.right': False, 'axes.spines.top': False,
+    'axes.grid': True, 'axes.grid.axis': 'y', 'grid.color': RULE,
+    'xtick.color': SOFT, 'ytick.color': SOFT, 'xtick.major.size': 0, 'ytick.major.size': 0,
+    'lines.markersize': 4}
 
 
-# --- sections ------------------------------------------------------------------------------------
-def progress(run, steps):
-    """How far a run came; steps: those of its stops."""
-    if not steps:
-        return 'no evaluations'
-    if steps[-1] < run.planned:
-        return f'unfinished: {steps[-1]} of {run.planned} updates'
-    return f'{steps[-1]} updates'
+# --- runs ----------------------------------------------------------------------------------------
+class Stop(NamedTuple):
+    """One place of the slider: an evaluation of a run, after `step` updates."""
+    index: int                 # over all runs
+    run: 'Run'
+    step: int
 
 
-def gains(run, steps):
-    """The scores that a run changed, from its first stop to its last: ['judge 0.56 → 0.80']."""
-    evals = [run.evals[step] for step in steps if step in run.evals]
+@dataclasses.dataclass(eq=False)
+class Run:
+    """What a run left; whatever is missing is empty."""
+    folder: str
+    name: str
+    colour: str
+    about: dict                # config.json
+    evals: dict                # step -> {measure: number}
+    samples: dict              # step -> {row: line of a watched image}
+    groups: dict               # step -> the opened group
+    log: dict = dataclasses.field(default_factory=dict)    # as evals; only --curves reads it
+    stops: list = dataclasses.field(default_factory=list)
+    start: int = 0             # where it begins on the axis of the curves
+
+
+def finite(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def number(value, digits=2):
+    """A score as 0.83, a count as 6.8, and a dash for what is no number."""
+    if not finite(value):
+        return '–'
+    if abs(value) >= 5:
+        digits = 1
+    return f'{value:.{digits}f}'.replace('-', '−')
+
+
+def read_json(text):
+    """A JSON object; {} if it is none, for example because a kill cut it short."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_text(path):
+    """What is in a file; '' if there is none."""
+    path = Path(path)
+    return path.read_text(encoding='utf-8', errors='replace') if path.is_file() else ''
+
+
+def read_steps(path):
+    """The objects with a step that a .jsonl file has, in order."""
+    lines = [read_json(line) for line in read_text(path).splitlines()]
+    return [line for line in lines if type(line.get('step')) is int]
+
+
+def find_runs(folders):
+    """Run folders in order; a folder of the demo stands for its three stages."""
     found = []
-    for field, label in GAINS.items():
-        values = [number(line[field]) for line in evals if field in line]
-        if values and values[0] != values[-1]:
-            found.append(f'{label} {values[0]} → {values[-1]}')
+    for folder in folders:
+        places = [folder] + [os.path.join(folder, stage) for stage in STAGES]
+        runs = [place for place in places if any(Path(place).glob('*.jsonl'))]
+        if not runs:
+            raise SystemExit(f'{folder}: no run here, which has eval.jsonl or log.jsonl, and none '
+                             f'in a folder {", ".join(STAGES)}')
+        found += runs[:1] if runs[0] == folder else runs
     return found
 
 
-def runs_html(runs, stops):
-    """What was run, how far it came, and what it changed."""
-    lines = []
-    for place, run in enumerate(runs):
-        steps = [stop.step for stop in stops if stop.run == place]
-        words = [progress(run, steps)]
-        does = DOES.get(run.script or run.name)
-        if does:
-            words.insert(0, does)
-        lines.append(f'<li><b>{escape(run.name)}</b> <span>{" · ".join(words)}</span>'
-                     f'<span class="gains">{" · ".join(gains(run, steps))}</span></li>')
-    return ''.join(lines)
+def read_run(folder, name, colour):
+    """A run folder -> Run."""
+    samples = {}
+    for line in read_steps(f'{folder}/samples.jsonl'):
+        samples.setdefault(line['step'], {})[line.get('row')] = line      # the last one counts
+    return Run(
+        folder, name, colour, about=read_json(read_text(f'{folder}/config.json')), samples=samples,
+        evals={line['step']: line for line in read_steps(f'{folder}/eval.jsonl')},
+        groups={line['step']: line for line in read_steps(f'{folder}/groups.jsonl')})
 
 
-def keys_html(runs):
-    """The changed keys of every run."""
-    tables = []
+def read_runs(folders):
+    """Folders as `find_runs` takes them -> (Runs, all Stops)."""
+    runs, stops, names = [], [], []
+    for folder in find_runs(folders):
+        name = os.path.basename(os.path.abspath(folder))
+        shown = folder if name in names else name
+        names.append(name)
+        run = read_run(folder, shown, COLOURS[len(runs) % len(COLOURS)])
+        steps = sorted({*run.evals, *run.samples, *run.groups})
+        stride = max(1, math.ceil((len(steps) - 1) / (MOST_STOPS - 1)))
+        for step in steps[:-1:stride] + steps[-1:]:
+            run.stops.append(Stop(len(stops), run, step))
+            stops.append(run.stops[-1])
+        init_from = (run.about.get('config') or {}).get('init_from') or ''
+        for parent, parent_name in zip(runs, names):
+            if parent.stops and parent_name in init_from.split('/'):
+                run.start = parent.start + parent.stops[-1].step
+        runs.append(run)
+    return runs, stops
+
+
+def scenes_of(stops):
+    """The watched images: a dict each with name, source, truth, and its lines `at` the stops.
+
+    The same picture is the same scene in every run.
+    """
+    scenes = {}
+    for stop in stops:
+        for row, line in stop.run.samples.get(stop.step, {}).items():
+            line = dict(line, caption=str(line.get('caption', '')))
+            for key in ('source', 'image'):
+                line[key] = os.path.join(stop.run.folder, line.get(key) or '')
+            picture, _ = data_uri(line['source'])          # runs number theirs anew
+            scene = scenes.setdefault(picture or row, dict(line, at={}))
+            scene['at'][stop.index] = line
+    return list(scenes.values())
+
+
+# --- words and images ----------------------------------------------------------------------------
+def caption_html(caption, before=None, false=()):
+    """A caption: words that it did not have `before` marked, false phrases struck out."""
+    words = caption.split()
+    old = words if before is None else before.split()
+    kept = set()
+    for block in difflib.SequenceMatcher(None, old, words, autojunk=False).get_matching_blocks():
+        kept.update(range(block.b, block.b + block.size))
+    html, place = '', 0
+    for phrase in re.split(r'(?<!\S)([,.])(?!\S)', ' '.join(words)):       # a comma is one too
+        marked = []
+        for word in phrase.split():
+            text = str(escape(word))
+            if place not in kept and word not in ',.':
+                text = f'<mark>{text}</mark>'
+            marked.append(text)
+            place += 1
+        text = ' '.join(marked).replace('</mark> <mark>', ' ')
+        if text and phrase.strip() in false:
+            text = f'<del>{text}</del>'
+        html += f' {text}' if text else ''
+    # without the space that the embedded world has before a comma and a full stop
+    return Markup(re.sub(r' ([,.])(?= |$)', r'\1', html.strip()))
+
+
+def data_uri(path):
+    """An image file -> (its content as a URI, whether it is small); ('', False) if unreadable."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert('RGB')
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return '', False
+    small = max(image.size) <= SMALL
+    image.thumbnail((LARGE, LARGE))
+    buffer = io.BytesIO()
+    image.save(buffer, 'webp', quality=80, lossless=small)
+    return f'data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}', small
+
+
+# --- curves --------------------------------------------------------------------------------------
+def draw_curves(axes, runs, fields):
+    """Some fields over the updates: colours tell runs apart, dashes fields."""
     for run in runs:
-        rows = []
-        for key, value in (run.changed or {}).items():
-            name, value = escape(str(key)), escape(str(value))
-            rows.append(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>')
-        if run.changed is None:
-            rows.append('<tr><td>it left no config.json</td></tr>')
-        elif not rows:
-            rows.append('<tr><td>every key has its default</td></tr>')
-        tables.append(f'<table><caption>{escape(run.name)}</caption>{"".join(rows)}</table>')
-    return ''.join(tables)
+        for field, dash in zip(fields, DASHES):
+            lines = run.log
+            if any(field in line for line in run.evals.values()):
+                lines = run.evals
+            steps = [step for step in sorted(lines) if finite(lines[step].get(field))]
+            if steps:
+                updates = [run.start + step for step in steps]
+                values = [lines[step][field] for step in steps]
+                label = run.name if field == fields[0] else None
+                axes.plot(updates, values, dash, marker='.', color=run.colour, label=label)
+    axes.locator_params(axis='x', integer=True)
 
 
-def table_columns(report):
-    """{column: {measure: score}} of the demo's report.json; {} if it has no stages."""
-    columns = dict(report.get('stages') or {})
-    if not columns:
-        return {}
-    controls = report.get('controls') or {}
-    if 'shuffled_reward' in controls:
-        columns['rewards shuffled'] = controls['shuffled_reward']
-    ceiling = dict(report.get('ceiling') or {})
-    for name in ('t2i_own', 't2i_true'):                # one ceiling, whoever wrote the caption
-        ceiling[name] = ceiling.get('t2i')
-    columns['ceiling'] = ceiling
-    return columns
+def curves_svg(runs, fields, least=None, most=None):
+    """A panel of the page -> its SVG in the page's colours, {stop's index: percent of the width}.
+
+    None if no run measured any of it. least and most: ends of the scale.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5, 2.6))
+        axes = figure.add_axes((0.09, 0.12, 0.89, 0.84))
+        draw_curves(axes, runs, fields)
+        if not axes.lines:
+            return None
+        axes.set_ylim(least, most)
+        axes.set_xlim(*axes.get_xlim())                    # from here on it stays
+        places = {}
+        for stop in (stop for run in runs for stop in run.stops):
+            x, _ = axes.transData.transform((stop.run.start + stop.step, 0))
+            places[stop.index] = 100 * x / figure.bbox.width
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+        figure.savefig(buffer, format='svg', transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', '', svg[svg.index('<svg'):])
+    for colour, name in ((INK, 'ink'), (SOFT, 'soft'), (RULE, 'rule')):
+        svg = svg.replace(colour, f'var(--{name})')
+    return Markup(svg), places
 
 
-def table_html(folders):
-    """The demo's table of final scores; '' where no folder has a report.json."""
-    columns = {}
-    for folder in folders:
-        columns = columns or table_columns(read_json(f'{folder}/report.json'))
-    if not columns:
-        return ''
-    head = [f'<th scope="col">{escape(name)}</th>' for name in columns]
-    rows = []
-    for field in next(iter(columns.values())):
-        cells = [f'<td>{number(column.get(field), 3)}</td>' for column in columns.values()]
-        label = escape(LABELS.get(field, field))
-        rows.append(f'<tr><th scope="row">{label}</th>{"".join(cells)}</tr>')
-    control = ''
-    if 'rewards shuffled' in columns:
-        control = CONTROL
-    return TABLE.format(control=control, head=''.join(head), rows=''.join(rows))
+def write_curves(folders, panels, out_dir):
+    """Writes out_dir/curves.png -> its path. panels: as the key `curves`."""
+    runs, _ = read_runs(folders)
+    panels = panels.split(',')
+    for run in runs:
+        run.log = {line['step']: line for line in read_steps(f'{run.folder}/log.jsonl')}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(panels), 3), layout='constrained')
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            draw_curves(axes, runs, panel.split('+'))
+            if not axes.lines:
+                raise SystemExit(f'--curves: no run here measured {panel}')
+            axes.set_title(panel.replace('+', ', dashed '), fontsize=10)
+            axes.set_xlabel('updates')
+        figure.axes[0].legend(fontsize=8)
+        figure.savefig(f'{out_dir}/curves.png')
+    return f'{out_dir}/curves.png'
+
+
+# --- pictures ------------------------------------------------------------------------------------
+def draw_stop(stop, scenes, count):
+    """The first scenes at a stop, each as source, drawing and caption -> a Pillow image."""
+    from watch import sheet                                # it imports torch, the page needs none
+    lines = [scene['at'][stop.index] for scene in scenes if stop.index in scene['at']]
+    items = []
+    for line in lines[:count]:
+        items.append(([Image.open(line['source']), Image.open(line['image'])], line['caption']))
+    reward = number(stop.run.evals.get(stop.step, {}).get('reward'))
+    heads = (stop.run.name, f'update {stop.step}', f'reward {reward}', 'left: source, right: drawn')
+    return sheet(items, 4, heads, side=96)
+
+
+def write_pictures(folders, png, gif):
+    """Writes the watched images to png, as each run left them, and to gif, at every stop."""
+    _, stops = read_runs(folders)
+    stops = [stop for stop in stops if stop.step in stop.run.samples]
+    if not stops:
+        raise SystemExit(f'{" ".join(folders)}: no watched images here (key watch)')
+    scenes = scenes_of(stops)
+    if png:
+        last = {stop.run: stop for stop in stops}          # of each run the last one stays
+        frames = [draw_stop(stop, scenes, 4) for stop in last.values()]
+        Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames])).save(png)
+    if gif:
+        frames = [draw_stop(stop, scenes, 8) for stop in stops]
+        durations = [400] * (len(frames) - 1) + [2500]     # milliseconds
+        frames[0].save(gif, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 # --- the page ------------------------------------------------------------------------------------
-def read_own(name):
-    """One of the files that the page is made from."""
-    with open(os.path.join(PAGE, name), encoding='utf-8') as f:
-        return f.read()
-
-
-def page(folders):
-    """The whole page as a string; folders as `find_runs` takes them."""
-    runs = read_runs(folders)
-    stops = stops_of(runs)
-    watched = scenes_of(runs, stops)
-    curves = curves_html(runs, stops)
-    curves_hint = 'Click into a curve or press the arrow keys: everything below follows.'
-    if not curves:
-        curves_hint = 'These runs have not evaluated yet.'
-    return string.Template(read_own('page.html')).substitute(
-        style=read_own('page.css'), script=read_own('page.js'),
-        names=escape(', '.join(run.name for run in runs)), runs=runs_html(runs, stops),
-        loop_label=LOOP_LABEL, **loop_images(watched),
-        curves=curves, curves_hint=curves_hint, slider=scenes.slider_html(runs, stops),
-        scenes=scenes.scenes_html(watched, runs, stops), scenes_hint=scenes.hint(watched),
-        groups=groups_html(runs, stops), keys=keys_html(runs), table=table_html(folders))
-
-
-def write_report(folders, path):
-    """Writes the page about some runs, or about a folder of the demo, to a path.
-
-    Raises SystemExit in one line where a folder has no run.
-    """
-    text = page(folders)
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write(text)
+def write_report(folders, out_dir):
+    """Writes out_dir/report.html -> its path."""
+    runs, stops = read_runs(folders)
+    # the demo's report.json has a table of final scores
+    tables = [read_json(read_text(f'{folder}/report.json')) for folder in folders]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
+    page = environment.from_string(read_text(f'{ROOT}/tools/report.html')).render(
+        runs=runs, stops=stops, scenes=scenes_of(stops), tables=tables, number=number,
+        caption_html=caption_html, data_uri=data_uri, curves_svg=curves_svg)
+    Path(f'{out_dir}/report.html').write_text(page, encoding='utf-8')
+    return f'{out_dir}/report.html'
 
 
 # --- the command line ----------------------------------------------------------------------------
-def read_arguments(argv):
-    """-> (folders, {key: value}); raises ConfigError in one line."""
-    folders, values = [], dict(keys)
-    for argument in argv:
-        match = re.fullmatch(r'--(\w+)=(.*)', argument, re.S)
-        if not match:
-            if argument.startswith('-'):
-                raise ConfigError(f'expected folders and --key=value, got {argument!r}')
-            folders.append(argument)
-            continue
-        key, text = match.groups()
-        if key not in keys:
-            raise ConfigError(f'unknown key {key!r}; the keys are: {" ".join(keys)}')
-        values[key] = literal(key, keys[key], text)
-    if not folders:
-        raise ConfigError('expected a folder of runs, for example out/demo, or several runs')
-    return folders, values
-
-
 def main(argv):
     if '--help' in argv or '-h' in argv:
         print(__doc__)
         return
-    folders, values = read_arguments(argv)
-    if values['gif'] and values['png']:
-        raise ConfigError('--gif and --png: one at a time')
-    path = os.path.join(values['out_dir'] or folders[-1], 'report.html')
-    write = write_report
-    if values['gif']:
-        path, write = values['gif'], write_gif
-    elif values['png']:
-        path, write = values['png'], write_png
-    write(folders, path)
-    print(path)
+    folders, values = [word for word in argv if not word.startswith('-')], dict(keys)
+    for word in argv:
+        key, _, value = word.removeprefix('--').partition('=')
+        if key in keys:
+            values[key] = value
+        elif word not in folders:
+            raise ConfigError(f'expected folders, or --key=value with one of the keys '
+                              f'{" ".join(keys)}; got {word!r}')
+    if not folders:
+        raise ConfigError('expected a folder of runs, for example out/demo, or several runs')
+    out_dir = values['out_dir'] or folders[-1]
+    os.makedirs(out_dir, exist_ok=True)
+    if values['png'] or values['gif']:
+        write_pictures(folders, values['png'], values['gif'])
+    elif values['curves']:
+        print(write_curves(folders, values['curves'], out_dir))
+    else:
+        print(write_report(folders, out_dir))
 
 
 if __name__ == '__main__':

@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import sys
-import textwrap
 import time
 
 import torch
@@ -28,12 +27,13 @@ from lib.files import write_atomic, write_json, write_lines
 import grpo_decoder
 import grpo_encoder
 from lib.checkpoint import open_uae
+from lib import watch
 from config import parse
 from data.images import open_data
 from data.shapes import scenes as world
 from lib.scores import Evaluator, draw_captions, reconstruct
 from reward import clip_reward
-from tools.report import write_report
+from tools.report import write_curves, write_report
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
@@ -48,13 +48,9 @@ SHOWN = (
     'reward', 'judge', 'mse', 'caption_len', 'caption_truth', 'caption_recall', 'caption_exact',
     'greedy_caption_len', 'greedy_caption_truth', 'greedy_caption_recall', 'greedy_caption_exact',
     't2i_own', 't2i_true')
-PANELS = {                     # title -> fields of the curves
-    'held-out similarity': ('reward', 'judge'),
-    'sampled caption length': ('caption_len',),
-    'truth': ('caption_truth', 'greedy_caption_truth'),
-    'recall': ('caption_recall', 'greedy_caption_recall'),
-    'images read right': ('t2i_own', 't2i_true'),
-}
+# panels of the curves: fields of eval.jsonl
+CURVES = ('reward+judge,caption_len,caption_truth+greedy_caption_truth,'
+          'caption_recall+greedy_caption_recall,t2i_own+t2i_true')
 PACKAGES = ('torch', 'transformers', 'diffusers', 'open_clip_torch', 'numpy')
 PICTURES = 8                   # scenes shown in before_after.png
 NEXT = '''Look at   {out}/report.html
@@ -154,65 +150,16 @@ def read_history(out):
 
 
 # --- pictures and table --------------------------------------------------------------------------
-def plot_field(ax, lines, at, field, **style):
-    """One field of a run's evaluations; the run begins at `at` updates of the whole loop."""
-    steps = [at + line['step'] for line in lines]
-    values = [line[field] for line in lines]
-    ax.plot(steps, values, **style)
-
-
-def plot_curves(history, path):
-    """Held-out measures over updates, stages side by side; the shuffled control dotted."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.4))
-    for ax, (title, fields) in zip(axes, PANELS.items()):
-        at = 0
-        for stage in STAGES:
-            for i, field in enumerate(fields):
-                label = None
-                if stage == 'cold_start':                    # one legend for all stages
-                    label = field.replace('caption_', '')
-                plot_field(ax, history[stage], at, field, color=f'C{i}', label=label)
-                if stage == 'grpo_encoder' and CONTROL in history:
-                    plot_field(ax, history[CONTROL], at, field, color=f'C{i}', ls=':')
-            ax.axvline(at, color='gray', lw=0.5)
-            place = ax.get_xaxis_transform()                 # updates across, the panel's share up
-            ax.text(at, 1.0, f' {stage}', transform=place, fontsize=7, va='bottom')
-            at += history[stage][-1]['step']
-        ax.set_title(title, pad=14)
-        if len(fields) > 1 and 'similarity' not in title:
-            ax.set_ylim(0, 1.03)                             # shares, on one scale
-        ax.set_xlabel('updates')
-        ax.legend(fontsize=7)
-    fig.text(0.995, 0.01, 'dotted: stage 2 with shuffled rewards', ha='right', fontsize=7)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def before_after(held, base, last, path):
+def before_after(held, base, last):
     """Source | reconstruction and caption before | after, for eight held-out scenes."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(4, 6, figsize=(15, 12))
+    items = []
     for i in range(PICTURES):
-        before, after = (torch.tensor(result['images'][i]) for result in (base, last))
-        images = (held['x'][i], before.view(3, 32, 32), after.view(3, 32, 32))
-        texts = ('', base['captions'][i], last['captions'][i])
-        row, left = i % 4, i // 4 * 3                        # two scenes in a row of the figure
-        for ax, image, text in zip(axes[row, left:left + 3], images, texts):
-            ax.imshow((image.permute(1, 2, 0) + 1) / 2, interpolation='nearest')
-            text = '\n'.join(textwrap.wrap(text, 36))
-            ax.text(0.5, -0.04, text, transform=ax.transAxes, ha='center', va='top', fontsize=8)
-            ax.axis('off')
-    for ax, title in zip(axes[0], ('source', 'before: base', 'after: grpo_decoder') * 2):
-        ax.set_title(title, weight='bold')
-    fig.tight_layout()
-    fig.savefig(path, dpi=80)
-    plt.close(fig)
+        items.append(([watch.picture(watch.to_bytes(held['x'][i:i + 1])[0])], ''))
+        for result in (base, last):
+            x_hat = torch.tensor(result['images'][i]).view(1, 3, 32, 32)
+            items.append(([watch.picture(watch.to_bytes(x_hat)[0])], result['captions'][i]))
+    heads = ('source', 'before: base', 'after: grpo_decoder') * 2
+    return watch.sheet(items, len(heads), heads)
 
 
 def table(report):
@@ -289,8 +236,9 @@ def main(argv):
     summary = f'seed {config.seed}, {total:.0f} seconds, {len(held["x"])} held-out scenes'
     text = f'{table(report)}\n\n{summary}\n'
     write_atomic(f'{config.out_dir}/report.md', lambda tmp: write_lines(tmp, [text]))
-    plot_curves(history, f'{config.out_dir}/curves.png')
-    before_after(held, base, results['grpo_decoder'], f'{config.out_dir}/before_after.png')
+    write_curves([f'{config.out_dir}/{name}' for name in history], CURVES, config.out_dir)
+    pictures = before_after(held, base, results['grpo_decoder'])
+    pictures.save(f'{config.out_dir}/before_after.png')
     write_report([config.out_dir], f'{config.out_dir}/report.html')
     print(f'\n{text}\n{NEXT.format(out=config.out_dir)}')
 
