@@ -22,10 +22,11 @@ import textwrap
 
 import common
 import watch
-from bench.unified import backbones, match_files, of_seed, over_seeds, rebuild, score_folder
+from bench.unified import (
+    backbones, image_files, load_picture, match_files, of_seed, over_seeds, rebuild, score_folder)
 from checkpoint import open_uae
 from config import parse
-from data.images import image_files, load_picture, open_data
+from data.images import open_data
 from evaluate import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------

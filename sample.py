@@ -26,9 +26,10 @@ from tqdm import tqdm
 import common
 from checkpoint import open_uae
 from config import parse
-from data.images import ImageError, open_images, save_image
+from data.images import ImageError, open_images
 from evaluate import draw_captions, reconstruct
 from tools.export import export
+from watch import save_image
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
