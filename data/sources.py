@@ -110,7 +110,7 @@ def list_table(path, keys, lost):
     if errors and not entries:
         raise DataError(errors[0])
     if errors:
-        warn(f'left out {len(errors)} rows that cannot be used, the first: {errors[0]}', once=True)
+        warn(f'left out rows that cannot be used: {len(errors)}, the first {errors[0]}', once=True)
     lost += errors
     start = [where[0] for _, where, _ in entries[:100]]
     if start and not any(os.path.exists(name_bytes(file)) for file in start):
@@ -183,7 +183,7 @@ def csv_rows(path, text, delimiter):
     try:
         for row in reader:
             if None in row:                     # an unquoted comma: the caption would be cut
-                row = f'more cells than the header has: {row[None]}'
+                row = f'{len(row[None])} cells more than the header'
             yield f'line {reader.line_num}', row
     except csv.Error as error:
         raise DataError(f'{path} line {reader.line_num}: not CSV ({error})') from None
@@ -212,7 +212,7 @@ def parquet_rows(path, image_key, caption_key):
         elif kind.startswith('struct<') and 'bytes: ' in kind:
             inside = f'{image_key}.bytes'
             columns.append(f'{image_key}.path')
-        else:
+        elif 'binary' not in kind:              # a list of images, say: not into the memory
             columns.append(image_key)
     number = 0
     for batch in open_parquet(path).iter_batches(columns=columns):
@@ -321,7 +321,7 @@ def hub_files(source):
         *config, split = rest or ['train']
         splits = datasets.load_dataset_builder(name, *config).config.data_files
         if split not in splits:
-            raise ValueError(f'no split {split!r}; there are: {" ".join(splits)}')
+            raise ValueError(f'no split {split!r}; there are: {" ".join(map(str, splits))}')
         files = datasets.DownloadManager().download(list(splits[split]))
     except ImportError:
         raise DataError(f'{source}: needs the datasets library (pip install datasets)') from None

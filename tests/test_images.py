@@ -1,12 +1,14 @@
 """data/images.py on files made here: what each source lists, what each kind of picture becomes.
 
-Also which images a step sees, and that bad input is stepped over or refused in one line.
+Also which images a step sees, and that what cannot be used is stepped over or refused in one line.
 """
+import csv
 import io
 import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tarfile
 import types
@@ -15,13 +17,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image, JpegImagePlugin
+from PIL import Image, JpegImagePlugin, TiffImagePlugin
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 import config
-from data import images
-from data.images import DataError, ImageError, open_images
+from conftest import ROOT
+from data import images, sources
+from data.files import name_bytes, printable
+from data.images import DataError, ImageError, open_data, open_images
+from data.shapes import scenes as world
 from running import lines, refusal, script
 
 R = 16
@@ -59,6 +63,13 @@ def encoded(pixels, kind='PNG', **options):
     return f.getvalue()
 
 
+def write(path, content):
+    """Writes bytes or a str to a file, whose folder is made; returns its path as a str."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
 def make_tar(path, members, links=()):
     """members: [(name, bytes)]; links: [(name, target, tarfile type)]"""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,15 +86,9 @@ def make_tar(path, members, links=()):
     return str(path)
 
 
-def write_manifest(path, rows):
-    """Writes rows as .json, or as .jsonl with empty lines between; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == '.json':
-        text = json.dumps(rows)
-    else:
-        text = '\n\n'.join(json.dumps(row) for row in rows) + '\n'
-    path.write_text(text, encoding='utf-8-sig')  # the byte order mark that Windows editors write
-    return str(path)
+def jsonl(rows):
+    """Rows as JSON lines."""
+    return ''.join(json.dumps(row) + '\n' for row in rows)
 
 
 def numbered(folder, n):
@@ -94,15 +99,10 @@ def numbered(folder, n):
 
 
 # --- what was read --------------------------------------------------------------------------------
-def u8(x):
-    """(3, R, R) in [-1, 1] -> (R, R, 3) uint8"""
-    return ((x + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-
-
 def image_of(s, i):
     """Image i of a set -> (R, R, 3) uint8"""
     x, _ = s.get(i)
-    return u8(x)
+    return ((x + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def reds(s, n):
@@ -129,36 +129,110 @@ def refused(match, *args, **keys):
 
 # --- folders --------------------------------------------------------------------------------------
 def test_folder_is_recursive_and_sorted(tmp_path):
-    for name in ['b.png', 'a/z.JPG', 'a/b/c.webp', 'c.bmp', 'd.tiff', 'e.gif', 'f.jpeg', '._b.png']:
+    for name in ['b.png', 'a/z.JPG', 'a/b/c.webp', 'c.bmp', 'd.tiff', 'e.gif', 'f.jpeg', 'g.v2.png',
+                 '._b.png', '.ipynb_checkpoints/b.png', 'a/.cache/b.png', 'a/@eaDir/b.png']:
         save(tmp_path / name, noise())
-    (tmp_path / 'b.txt').write_text(' a red cube \n', encoding='utf-8-sig')
-    (tmp_path / 'notes.md').write_text('no image')
+    write(tmp_path / '._0.tar', b'what macOS adds to 0.tar')
+    write(tmp_path / 'b.txt', '\ufeff a red cube \n')
+    write(tmp_path / 'a/z.TXT', 'upper case')
+    write(tmp_path / 'notes.md', 'no image')
     s = open_images(str(tmp_path), R)
-    assert s.names == ['a/b/c.webp', 'a/z.JPG', 'b.png', 'c.bmp', 'd.tiff', 'e.gif', 'f.jpeg']
-    assert len(s) == 7
-    assert captions_of(s, 3) == [None, None, 'a red cube']
+    assert s.names == ['a/b/c.webp', 'a/z.JPG', 'b.png', 'c.bmp', 'd.tiff', 'e.gif', 'f.jpeg',
+                       'g.v2.png']
+    assert (len(s), s.left_out) == (8, 0)
+    assert captions_of(s, 3) == [None, 'upper case', 'a red cube']
+    matched = open_images(f'{tmp_path}/*.png,{tmp_path}/a/z.JPG', R)
+    assert captions_of(matched, 3) == ['a red cube', None, 'upper case'], 'one by one as well'
+    assert len(open_images(f'{tmp_path}/*', R)) == 8, 'of a glob, what may hold images'
 
 
 def test_sources_that_are_not_there(tmp_path):
     (tmp_path / 'empty').mkdir()
-    (tmp_path / 'x.tar.gz').write_bytes(b'x')
     refused('no such file or folder.*nowhere', str(tmp_path / 'nowhere'), R)
     refused('no such file or folder', '', R)
     refused('empty: no images', str(tmp_path / 'empty'), R)
-    refused('unpack a .tar.gz', str(tmp_path / 'x.tar.gz'), R)
+    refused('x.doc: expected a folder', write(tmp_path / 'x.doc', 'x'), R)
+
+
+def test_a_folder_that_may_not_be_read_is_announced(tmp_path, monkeypatch, capsys):
+    numbered(tmp_path / 'open', 2)
+    numbered(tmp_path / 'shut', 2)
+    scandir = os.scandir
+
+    def guarded(path):
+        if 'shut' in str(path):
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', guarded)
+    s = open_images(str(tmp_path), R)
+    assert (len(s), s.left_out) == (2, 1)
+    assert 'shut' in capsys.readouterr().out
 
 
 def test_comma_and_glob_concatenate_with_unique_names(tmp_path):
     numbered(tmp_path / 'one', 2)
     numbered(tmp_path / 'two', 3)
+    save(tmp_path / 'two' / '00#2.png', plain(50))
     make_tar(tmp_path / 't.tar', [('00.png', encoded(noise()))])
     s = open_images(f'{tmp_path}/one, {tmp_path}/two,{tmp_path}/*.tar', R)
-    assert s.names == ['00.png', '01.png', '00#2.png', '01#2.png', '02.png', 't.tar/00.png']
-    assert reds(s, 5) == [0, 10, 0, 10, 20]
+    assert s.names == ['00.png', '01.png', '00#2.png', '00#2#2.png', '01#2.png', '02.png',
+                       't.tar/00.png']
+    assert reds(s, 6) == [0, 10, 50, 0, 10, 20]
     both = open_images(str(tmp_path), R)         # the images, then the shards
-    assert len(both) == 6
-    folder = numbered(tmp_path / 'a,b', 1)       # a comma that belongs to a name
+    assert len(both) == 7
+    folder = numbered(tmp_path / 'a,b[1]', 1)    # these belong to a name
     assert len(open_images(str(folder), R)) == 1
+
+
+# --- names that are any bytes ---------------------------------------------------------------------
+NAMES = {
+    b'caf\xe9.png': True,                        # Latin-1
+    'été.png'.encode(): True,
+    'é\n\x1b[31m.png'.encode(): False,
+    b'\xff\xfe.png': False,
+}
+LIST_THEM = """
+import sys
+from data.images import open_images
+s = open_images(sys.argv[1], 16)
+rows = open_images(sys.argv[1] + '/m.jsonl', 16)
+print(len(s.first(9)['names']), len(rows.first(9)['names']), sys.stdout.encoding)
+"""
+
+
+def of_any_bytes(folder):
+    """A folder of NAMES, those that are True can be read, and a manifest of them."""
+    os.makedirs(folder)
+    for name, whole in NAMES.items():
+        with open(os.path.join(os.fsencode(folder), name), 'wb') as f:
+            f.write(encoded(plain(10)) if whole else b'broken')
+    write(folder / 'm.jsonl', jsonl(dict(image=os.fsdecode(name)) for name in NAMES))
+    return folder
+
+
+def test_names_of_any_bytes(tmp_path, capsys):
+    s = open_images(str(of_any_bytes(tmp_path / 'd')), R)
+    found = s.first(9)
+    assert [name_bytes(name) for name in found['names']] == sorted(
+        name for name, whole in NAMES.items() if whole)
+    out = capsys.readouterr().out                # a screen of UTF-8 shows no half characters
+    assert out.count('\n') == 2
+    assert 'é\\n\\x1b[31m.png' in out
+    assert '\\udcff\\udcfe.png' in out
+    assert printable('\ud83d') == '\\ud83d'
+    assert name_bytes('\ud83d')
+
+
+def test_names_of_any_bytes_in_a_strict_locale(tmp_path):
+    env = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONPATH=ROOT)
+    env.pop('PYTHONIOENCODING', None)
+    command = [sys.executable, '-c', LIST_THEM, str(of_any_bytes(tmp_path / 'd'))]
+    done = subprocess.run(command, env=env, capture_output=True)
+    said = done.stdout.decode('ascii').splitlines()
+    assert len(said) == 5, done.stderr.decode()
+    assert said[-1] == '2 2 ascii' or said[-1].startswith('2 2 ANSI')
+    assert all(line.startswith('warning: skipped ') for line in said[:-1])
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -249,6 +323,25 @@ def test_transparency_is_laid_on_white(tmp_path):
     assert (got[8:] == (0, 200, 0)).all()
 
 
+def test_deep_grey_and_what_has_no_known_range(tmp_path):
+    """What a TIFF says of its values counts; what no file says is refused by its name."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[262], tags[274] = 0, 3                  # white is zero, upside down
+    grey = noise(channels=1)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    got = one(save(tmp_path / 'white' / 'x.tiff', deep, tiffinfo=tags))
+    assert np.array_equal(got[..., 0], 255 - np.rot90(grey, 2))
+
+    twelve = images.Image.fromarray(grey.astype(np.uint16) * 16)
+    twelve.tag_v2 = {258: (12,)}
+    assert np.array_equal(np.asarray(images.eight_bits(twelve)), grey)
+
+    for mode, dtype in dict(F=np.float32, I=np.int32).items():
+        save(tmp_path / mode / 'x.tiff', Image.fromarray((grey / 255).astype(dtype)))
+        with pytest.raises(ImageError, match=f'mode {mode}: .*convert it to 8 or 16 bits'):
+            one(tmp_path / mode / 'x.tiff')
+
+
 @pytest.mark.parametrize('orientation, turns', [(3, 2), (6, -1), (8, 1)])
 def test_exif_orientation(tmp_path, orientation, turns):
     """turns: how many quarter turns to the left put the picture upright."""
@@ -272,6 +365,7 @@ DAMAGED = {
     'png cut': (encoded(noise(99, 99))[:9000], 'truncated'),
     '1x1': (encoded(noise(1, 1)), 'too small, 1x1'),
     '100x7': (encoded(noise(100, 7)), 'too small, 100x7'),
+    'pointer': (b'version https://git-lfs.github.com/spec/v1\noid 0\n', 'git lfs pull'),
     'postscript': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n', 'cannot identify'),
 }
 
@@ -353,9 +447,14 @@ def test_step_is_a_pure_function(tmp_path):
     assert torch.equal(early['x'], late['x'])
     # not drawn again for each image
     assert images.permutation(3, 0, 9) is images.permutation(3, 0, 9)
+    assert (images.permutation(3, 1, 9) == np.random.default_rng([3, 1]).permutation(9)).all()
     three = [a.batch(3, step, 4)['names'] for step in range(3)]
     four = [a.batch(4, step, 4)['names'] for step in range(3)]
     assert three != four
+    more = [a.batch(3, 0, 9, more=k)['names'] for k in range(3)]
+    assert more[0] == a.batch(3, 0, 9)['names']
+    assert len(set(map(tuple, more))) == 3, 'other images of the same step'
+    assert more[1] == b.batch(3, 0, 9, more=1)['names']
 
 
 @pytest.mark.parametrize('world', [2, 3, 6])
@@ -429,87 +528,275 @@ def test_small_sets_are_decoded_once(tmp_path, monkeypatch):
     assert len(calls) == 3
 
 
-# --- manifests ------------------------------------------------------------------------------------
-@pytest.mark.parametrize('name', ['m.json', 'm.jsonl', 'm.jsonlines'])
-def test_manifest(tmp_path, name):
+# --- captions -------------------------------------------------------------------------------------
+NOTHING = ['', ' \n', '\u200b\ufeff', '\u3164', '\u2800', 'nan', 'None', ' null ', 'N/A']
+NOT_TEXT = ['\ud83d', 'red \udce9']
+
+
+def in_texts(folder, captions):
+    """Captions beside images, in .txt files; returns --data."""
+    for i, caption in enumerate(captions):
+        save(folder / f'{i}.png', noise())
+        raw = (caption or '').encode('utf-8', 'surrogatepass')
+        write(folder / f'{i}.txt', raw)
+    return str(folder)
+
+
+def in_tar_json(folder, captions):
+    """Captions in the .json beside images in a tar."""
+    members = []
+    for i, caption in enumerate(captions):
+        members.append((f'{i}.png', encoded(noise())))
+        members.append((f'{i}.json', json.dumps(dict(caption=caption)).encode()))
+    return make_tar(folder / '0.tar', members)
+
+
+def in_rows(folder, captions):
+    """Captions in the rows of a manifest."""
+    for i in range(len(captions)):
+        save(folder / f'{i}.png', noise())
+    rows = [dict(image=f'{i}.png', caption=caption) for i, caption in enumerate(captions)]
+    return write(folder / 'm.jsonl', jsonl(rows))
+
+
+@pytest.mark.parametrize('lay_out', [in_texts, in_tar_json, in_rows])
+def test_captions_that_say_nothing_or_are_no_text(tmp_path, capsys, lay_out):
+    """The former are no captions; the latter are stepped over, like damaged images."""
+    said = ['None of it', '!', '紅い丸', '🔴']
+    captions = [*said, *NOTHING, None, *NOT_TEXT]
+    s = open_images(lay_out(tmp_path / 'd', captions), R)
+    b = s.first(99)
+    assert b['captions'] == [*said, *[None] * (len(NOTHING) + 1)]
+    assert s.left_out + len(s.skipped) == 2
+    assert 'not UTF-8, or has half a character' in capsys.readouterr().out
+    s.keep_captioned()
+    assert s.first(99)['captions'] == said
+
+
+# --- manifests, CSV, parquet ----------------------------------------------------------------------
+TALK = [
+    {'from': 'human', 'value': '<image>\nwhat is it?'},
+    {'from': 'gpt', 'value': 'a cube'},
+    {'from': 'gpt', 'value': 'no'},
+]
+ROWS = [
+    {'image': 'pics/02.png', 'caption': 'two, "2"'},
+    {'image': 'pics/00.png', 'caption': TALK},
+    {'image': '/pics/01.png'},
+]
+
+
+def as_csv(rows, **options):
+    """The text of a CSV with these rows."""
+    f = io.StringIO()
+    writer = csv.DictWriter(f, ['image', 'caption'], **options)
+    writer.writeheader()
+    writer.writerows(rows)
+    return f.getvalue()
+
+
+FLAT = [ROWS[0], dict(ROWS[1], caption='a cube'), ROWS[2]]
+FORMS = {
+    'm.jsonl': jsonl(ROWS).replace('\n', '\n\n'),
+    'm.jsonlines': '\ufeff' + jsonl(ROWS).replace('\n', '\r\n'),
+    'm.json': json.dumps(ROWS),
+    'lines.json': jsonl(ROWS),
+    'list.jsonl': json.dumps(ROWS, indent=1),
+    'named.json': json.dumps({str(i): row for i, row in enumerate(ROWS)}),
+    'windows.json': json.dumps(ROWS).encode('utf-16'),
+    'm.csv': '\ufeff' + as_csv(FLAT),
+    'm.tsv': as_csv(FLAT, delimiter='\t'),
+}
+
+
+@pytest.mark.parametrize('name', FORMS)
+def test_forms_of_tables(tmp_path, name):
     numbered(tmp_path / 'pics', 3)
-    talk = [
-        {'from': 'human', 'value': '<image>\nwhat is it?'},
-        {'from': 'gpt', 'value': 'a cube'},
-        {'from': 'gpt', 'value': 'no'},
-    ]
-    rows = [
-        {'image': 'pics/02.png', 'caption': 'two'},
-        {'image': 'pics/00.png', 'caption': talk},
-        {'image': str(tmp_path / 'pics/01.png')},
-    ]
-    s = open_images(write_manifest(tmp_path / name, rows), R)
-    assert s.names[:2] == ['pics/02.png', 'pics/00.png']
-    assert len(s) == 3
-    assert captions_of(s, 3) == ['two', 'a cube', None]
+    path = write(tmp_path / name, FORMS[name])
+    s = open_images(path, R, image_root=str(tmp_path))
+    assert s.names == ['pics/02.png', 'pics/00.png', 'pics/01.png']
+    assert captions_of(s, 3) == ['two, "2"', 'a cube', None]
     assert reds(s, 3) == [20, 0, 10]
 
 
 def test_manifest_keys_and_root(tmp_path):
     numbered(tmp_path / 'pics', 2)
     row = {'output_image': '/pics/01.png', 'instruction': 'draw', 'caption': 'no'}
-    path = write_manifest(tmp_path / 'lists' / 'm.jsonl', [row])
+    path = write(tmp_path / 'lists' / 'm.jsonl', jsonl([row]))
     s = open_images(path, R, image_key='output_image', caption_key='instruction',
                     image_root=str(tmp_path))
     assert captions_of(s, 1) == ['draw']
-    assert reds(s, 1) == [10]
     assert s.names == ['pics/01.png']
+    row['output_image'] = str(tmp_path / 'pics/01.png')
+    s = open_images(write(tmp_path / 'lists' / 'm.jsonl', jsonl([row])), R, 'output_image')
+    assert reds(s, 1) == [10]
 
 
-GOOD = b'{"image": "00.png", "text": "t"}\n'
-MANIFEST_ERRORS = [
-    ('a.jsonl', GOOD + b'\n{"image": \n',
-     r'a\.jsonl line 3: not JSON'),
-    ('b.json', b'[\n{"image": "00.png"},\n{"image" "00.png"}]',
-     r'b\.json line 3: not JSON'),
-    ('c.jsonl', GOOD + b'{"file_name": "00.png", "text": "t"}\n',
-     r"c\.jsonl line 2: no path at 'image' \(the image of --data_keys\); "
-     r'the keys there are: file_name text'),
-    ('e.jsonl', GOOD + b'["00.png"]\n',
-     r'e\.jsonl line 2: .*no object but'),
-    ('f.json', b'{"00.png": "t"}',
-     r'f\.json entry 1: .*no object but'),
-    ('g.json', b'3',
-     r'g\.json: not a readable manifest'),
-    ('h.json', b'[]',
-     r'h\.json: no images'),
-    ('i.jsonl', b'\xff\xfe{}',
-     r'i\.jsonl: not a readable manifest'),
-    ('j.jsonl', b'{"image": "00.png", "caption": ["a", "b"]}',
-     r'j\.jsonl line 1: .*neither a string nor a conversation'),
-]
+GOOD = '{"image": "00.png", "caption": "t", "text": "t"}\n'
+BAD_ROWS = {
+    '{"image": \n': r'line 2: no path at .* no object but',
+    '{"file_name": "00.png"}\n':
+        r"line 2: no path at 'image' \(the image of --data_keys\); the keys there are: file_name",
+    '{"image": null, "conversations": []}\n': r'line 2: no path',
+    '{"image": ["00.png"]}\n': r'line 2: no path',
+    '["00.png"]\n': r'line 2: .*no object but',
+    '3\n': r'line 2: .*no object but 3',
+    '{"image": "00.png", "caption": ["a", "b"]}\n': r'line 2: .*neither a string nor a convers',
+    '{"image": "00.png", "caption": "\\ud83d"}\n': r'line 2: .*not UTF-8, or has half a char',
+    '{"image": "gone.png"}\n': r'skipped gone.png: .*No such file',
+    '{"image": "a\\u0000.png"}\n': r'skipped a\\x00.png: embedded null byte',
+    '{"image": "\\ud83d.png"}\n': r'skipped \\ud83d.png: .*No such file',
+}
 
 
-@pytest.mark.parametrize('name, text, message', MANIFEST_ERRORS,
-                         ids=[name for name, _, _ in MANIFEST_ERRORS])
-def test_manifest_errors(tmp_path, name, text, message):
+@pytest.mark.parametrize('row, reason', BAD_ROWS.items())
+def test_a_bad_row_is_stepped_over_and_counted(tmp_path, capsys, row, reason):
+    """A whole table of them is refused."""
     numbered(tmp_path, 1)
-    (tmp_path / name).write_bytes(text)
-    refused(message, str(tmp_path / name), R)
+    s = open_images(write(tmp_path / 'm.jsonl', GOOD + row + GOOD), R)
+    assert s.batch(0, 0, 6)['names'] == s.first(9)['names'] * 3
+    assert s.first(9)['names'] == ['00.png', '00#2.png']
+    assert s.left_out + len(s.skipped) == 1
+    out = capsys.readouterr().out
+    assert out.count('\n') == 1
+    assert re.search(reason, out)
+    if s.left_out:
+        reason = reason.replace('line 2', '(line|entry) .*')
+    else:
+        reason = 'its images are not there'
+    refused(rf'm\.jsonl.*{reason}', write(tmp_path / 'm.jsonl', row * 2), R)
+
+
+def test_what_is_left_out_is_said_by_one_rank(tmp_path, capsys, monkeypatch):
+    numbered(tmp_path, 1)
+    path = write(tmp_path / 'm.jsonl', GOOD + '3\n' * 5)
+    monkeypatch.setenv('RANK', '1')
+    assert open_images(path, R).left_out == 5
+    assert capsys.readouterr().out == ''
+    monkeypatch.setenv('RANK', '0')
+    open_images(path, R)
+    assert capsys.readouterr().out.count('cannot be used: 5, the first') == 1
+
+
+BAD_TABLES = {
+    'b.json': ('[\n{"image": "00.png"},\n{"image" "00.png"}]', r'b\.json line 3: not JSON'),
+    'h.json': ('[]', r'h\.json: no images'),
+    'i.csv': ('image,caption\n00.png,"open\n', r'i\.csv line 2: not CSV'),
+    'j.csv': ('image,caption\n00.png,red, round\n', r'j\.csv line 2: .*1 cells more than'),
+    'k.csv': ('url\nhttps://x.org/00.png\n', r"k\.csv line 2: no path at 'image'.*: url"),
+    'l.csv': ('image\nhttps://x.org/00.png\n', r'l\.csv: its images are not.*img2dataset'),
+    'm.jsonl': ('version https://git-lfs.github.com/spec/v1\noid 0\n', r'm\.jsonl: .*git lfs pull'),
+}
+
+
+@pytest.mark.parametrize('name', BAD_TABLES)
+def test_tables_that_are_refused(tmp_path, name):
+    numbered(tmp_path, 1)
+    text, message = BAD_TABLES[name]
+    refused(message, write(tmp_path / name, text), R)
 
 
 def test_manifest_without_what_data_keys_name(tmp_path):
     numbered(tmp_path, 1)
-    path = tmp_path / 'd.jsonl'
-    path.write_bytes(GOOD)
+    path = write(tmp_path / 'd.jsonl', GOOD)
     refused(r"d\.jsonl line 1: no key 'prompt' \(the caption of --data_keys, or stage 0's "
-            r'--answer_key\); the keys there are: image text', str(path), R, caption_key='prompt')
+            r'--answer_key\); the keys there are: image caption text', path, R,
+            caption_key='prompt')
     refused(r'its images are not there.* is the folder of --data_keys right',
-            str(path), R, image_root=str(tmp_path / 'elsewhere'))
-    assert captions_of(open_images(str(path), R), 1) == [None]      # nobody asked for a caption
+            path, R, image_root=str(tmp_path / 'elsewhere'))
+    path = write(tmp_path / 'e.jsonl', '{"image": "00.png", "text": "t"}\n')
+    assert captions_of(open_images(path, R), 1) == [None]           # nobody asked for a caption
 
 
-def test_manifest_with_one_missing_file(tmp_path):
-    numbered(tmp_path, 1)
-    path = write_manifest(tmp_path / 'm.jsonl', [{'image': 'gone.png'}, {'image': '00.png'}])
-    s = open_images(path, R)
-    assert s.batch(0, 0, 2)['names'] == ['00.png'] * 2
-    assert 'No such file' in s.skipped['gone.png']
+def parquet(path, images, **columns):
+    """A parquet of groups of two rows."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(pyarrow.table(dict(image=images, **columns)), path, row_group_size=2)
+    return str(path)
+
+
+def test_parquet(tmp_path, monkeypatch, capsys):
+    """Images in it, as the hub writes them or bare, or beside it; a row group is read at a time."""
+    pytest.importorskip('pyarrow')
+    raw = [encoded(plain(10 * i)) for i in range(5)]
+    numbered(tmp_path / 'pics', 5)
+    hub = [dict(bytes=raw[i], path=f'{i}.png') for i in range(5)]
+    hub[2] = dict(bytes=raw[2], path=None)
+    hub[3] = None
+    texts = ['a', None, 'c', 'd', 'e']
+    path = parquet(tmp_path / 'set' / '0.parquet', hub, text=texts)
+    s = open_images(path, R, caption_key='text')
+    assert s.names == [f'0.parquet/{name}' for name in ('0.png', '1.png', '000002', '000003',
+                                                       '4.png')]
+    b = s.first(9)
+    assert b['captions'] == ['a', None, 'c', 'e']
+    assert s.skipped == {'0.parquet/000003': 'no image in this row'}
+    assert [image_of(s, i)[0, 0, 0] for i in (4, 0, 2, 1)] == [40, 0, 20, 10], 'in any order'
+    assert captions_of(open_images(path, R), 1) == [None]
+    refused(r"row 0: no key 'say'.*are: image text", path, R, caption_key='say')
+    refused(r"row 0: no path at 'picture'.*are: image text", path, R, 'picture')
+
+    parquet(tmp_path / 'set' / 'b' / '1.parquet', raw)
+    write(tmp_path / 'set' / 'c.parquet', 'cut')
+    both = open_images(str(tmp_path / 'set'), R)
+    assert (len(both), both.left_out) == (10, 1)
+    assert reds(both, 10)[-5:] == [0, 10, 20, 30, 40]
+    paths = open_images(parquet(tmp_path / 'p.parquet', ['pics/03.png', 'pics/01.png']), R)
+    assert reds(paths, 2) == [30, 10]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['p.parquet', 'pics', 'set']
+
+
+def test_parquet_without_its_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    monkeypatch.setitem(sys.modules, 'pyarrow.parquet', None)
+    refused('pip install pyarrow', write(tmp_path / 'x.parquet', 'x'), R)
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    refused('hf:a/b: .*pip install datasets', 'hf:a/b', R)
+
+
+def test_a_set_of_the_hub(tmp_path, monkeypatch):
+    """The datasets library names the files of a split; they are read where the hub keeps them."""
+    folder = numbered(tmp_path / 'pics', 4)
+    shard = make_tar(tmp_path / '0.tar', [('0.png', encoded(plain(70)))])
+    listed = write(folder / 'metadata.csv', 'file_name,text\n01.png,one\n')
+    pictures = [str(folder / f'{i:02d}.png') for i in range(4)]
+    files = dict(train=[shard], validation=pictures[:2], test=[*pictures, listed])
+    opened = []
+
+    class Builder:
+        config = types.SimpleNamespace(data_files=files)
+
+    def builder(*name):
+        opened.append(name)
+        if name[0] == 'a/gone':
+            raise FileNotFoundError('no such\nset')
+        return Builder
+
+    library = types.ModuleType('datasets')
+    library.load_dataset_builder = builder
+    library.DownloadManager = lambda: types.SimpleNamespace(download=lambda files: files)
+    monkeypatch.setitem(sys.modules, 'datasets', library)
+    assert reds(open_images('hf:a/b', R), 1) == [70]
+    both = open_images('hf:a/b:small:validation,hf:a/b', R)
+    assert reds(both, 3) == [0, 10, 70]
+    assert opened[1:] == [('a/b', 'small'), ('a/b',)]
+    s = open_images('hf:a/b:test', R, 'file_name', 'text')
+    assert captions_of(s, len(s)) == ['one']
+    refused("hf:a/b:dev: no split 'dev'; there are: train validation test", 'hf:a/b:dev', R)
+    refused('hf:a/gone: no such set', 'hf:a/gone', R)
+
+
+def test_the_datasets_library_finds_files(tmp_path, monkeypatch):
+    """The library itself, on a folder in place of a set on the hub."""
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    pytest.importorskip('datasets')
+    parquet(tmp_path / 'd' / 'test-00000-of-00001.parquet', [encoded(plain(30))])
+    parquet(tmp_path / 'd' / 'train-00000-of-00001.parquet', [encoded(plain(20))] * 2)
+    assert reds(open_images(f'hf:{tmp_path}/d', R), 2) == [20, 20]
+    assert reds(open_images(f'hf:{tmp_path}/d:test', R), 1) == [30]
+    refused("no split 'dev'; there are: train test", f'hf:{tmp_path}/d:dev', R)
 
 
 # --- tar shards -----------------------------------------------------------------------------------
@@ -520,15 +807,19 @@ def test_tar_members_with_one_stem_belong_together(tmp_path):
         ('x/000.png', encoded(a)),
         ('x/000.txt', b'zero\n'),
         ('x/000.json', b'{"prompt": "0"}'),
+        ('x/000.mask.png', encoded(noise())),    # parts of a sample are no images of their own
+        ('x/000.depth.16.png', encoded(noise())),
         ('x/001.PNG', encoded(b)),
-        ('y/000.webp', encoded(c, 'WEBP', lossless=True)),
+        ('x/001.TXT', b'upper'),
+        ('./y.v1/000.a.webp', encoded(c, 'WEBP', lossless=True)),    # a name with a dot is a name
         ('x/002.cls', b'7'),
         ('x/._000.png', b'?'),
+        ('.thumbs/000.png', encoded(noise())),
     ]
     path = make_tar(tmp_path / '0.tar', members)
     s = open_images(path, R)
-    assert s.names == ['0.tar/x/000.png', '0.tar/x/001.PNG', '0.tar/y/000.webp']
-    assert captions_of(s, 3) == ['zero', None, None]
+    assert s.names == ['0.tar/x/000.png', '0.tar/x/001.PNG', '0.tar/y.v1/000.a.webp']
+    assert captions_of(s, 3) == ['zero', 'upper', None]
     for i, pixels in enumerate([a, b, c]):
         assert np.array_equal(image_of(s, i), pixels)
     prompts = open_images(path, R, caption_key='prompt')
@@ -540,12 +831,12 @@ def test_tar_json_without_the_key(tmp_path):
     path = make_tar(tmp_path / 'a.tar', pictures + [('0.json', b'{"prompt": "p", "width": 3}')])
     refused("no key 'text'.*the keys there are: prompt width", path, R, caption_key='text')
 
-    # only some are bad: skipped as a damaged image is
-    texts = [('0.json', b'{"text": "p"}'), ('1.json', b'{"url": 3}'), ('2.json', b'{"te')]
+    # only some are bad, the first too: skipped as a damaged image is
+    texts = [('0.json', b'{"url": 3}'), ('1.json', b'{"text": "p"}'), ('2.json', b'{"te')]
     path = make_tar(tmp_path / 'b.tar', pictures + texts)
     s = open_images(path, R, caption_key='text')
     assert s.first(3)['captions'] == ['p']
-    assert "no key 'text'" in s.skipped['b.tar/1.png']
+    assert "no key 'text'" in s.skipped['b.tar/0.png']
     assert 'not JSON' in s.skipped['b.tar/2.png']
     assert captions_of(open_images(path, R), 1) == [None]
 
@@ -589,20 +880,117 @@ def test_folder_of_shards(tmp_path):
     assert captions_of(matched, 2) == ['a/0.tar', 'b/c/0.tar']
 
 
-def test_unreadable_tar(tmp_path):
-    members = [(f'{i}.png', encoded(noise(99, 99))) for i in range(2)]
-    path = make_tar(tmp_path / 'a.tar', members)
+def tar_bytes(tmp_path, mode='w'):
+    """The bytes of a tar of two images of 29,954 bytes each."""
+    pictures = np.random.default_rng(1).integers(0, 256, (2, 99, 99, 3), np.uint8)
+    path = make_tar(tmp_path / 'whole' / 'a.tar', [(f'{i}.png', encoded(pictures[i]))
+                                                   for i in range(2)])
     with open(path, 'rb') as f:
-        whole = f.read()
-    (tmp_path / 'cut.tar').write_bytes(whole[:40000])
-    (tmp_path / 'junk.tar').write_bytes(b'junk' * 1000)
-    (tmp_path / 'empty.tar').write_bytes(b'')
-    with tarfile.open(tmp_path / 'gz.tar', 'w:gz') as tar:
+        raw = f.read()
+    if mode == 'w':
+        return raw
+    with tarfile.open(tmp_path / 'packed', mode) as tar:
         tar.add(path, '0.png')
-    for name in ['cut', 'junk', 'empty', 'gz']:
-        refused(f'{name}.tar: not a readable tar', str(tmp_path / f'{name}.tar'), R)
-    path = make_tar(tmp_path / 'none.tar', [('a.txt', b'x')])
-    refused('none.tar: no images', path, R)
+    return (tmp_path / 'packed').read_bytes()
+
+
+BAD_TARS = {
+    'junk.tar': (lambda tmp: b'junk' * 1000, 'not a readable tar'),
+    'empty.tar': (lambda tmp: b'', 'not a readable tar'),
+    'pointer.tar': (lambda tmp: b'version https://git-lfs.github.com/spec/v1\n', 'git lfs pull'),
+    'gz.tar': (lambda tmp: tar_bytes(tmp, 'w:gz'), r'gunzip -c .*gz\.tar > '),
+    'x.tar.gz': (lambda tmp: tar_bytes(tmp, 'w:gz'), r'gunzip -c .*x\.tar\.gz > '),
+    'x.tar.xz': (lambda tmp: tar_bytes(tmp, 'w:xz'), 'unxz -c'),
+    'x.tar.bz2': (lambda tmp: tar_bytes(tmp, 'w:bz2'), 'bunzip2 -c'),
+    'x.tar.zst': (lambda tmp: b'\x28\xb5\x2f\xfd', 'unzstd -c'),
+    'none.tar': (lambda tmp: make_tar(tmp / 'n', [('a.txt', b'x')]) and (tmp / 'n').read_bytes(),
+                 'no images in it'),
+}
+
+
+@pytest.mark.parametrize('name', BAD_TARS)
+def test_a_bad_tar_of_three(tmp_path, capsys, name):
+    """Is refused alone; among others, it is left out with a line."""
+    make, reason = BAD_TARS[name]
+    path = write(tmp_path / 'd' / name, make(tmp_path))
+    refused(reason, path, R)
+    for i in range(2):
+        make_tar(tmp_path / 'd' / f'{i}.tar', [('0.png', encoded(plain(10 * i)))])
+    for data in (f'{tmp_path}/d', f'{tmp_path}/d/*.tar*'):
+        capsys.readouterr()
+        s = open_images(data, R)
+        assert reds(s, len(s)) == [0, 10]
+        assert s.left_out == 1
+        out = capsys.readouterr().out
+        assert re.search(rf'^warning: left out .*{name}: .*{reason}', out)
+        assert out.count('\n') == 1
+
+
+CUTS = {
+    'in an image': lambda raw: raw[:40000],
+    'in a header': lambda raw: raw[:30720 + 100],
+    'behind an image': lambda raw: raw[:30720],
+    'a damaged header': lambda raw: raw[:30720] + b'x' * 512 + raw[30720 + 512:],
+}
+
+
+@pytest.mark.parametrize('cut', CUTS)
+def test_a_cut_tar_gives_what_is_before_the_cut(tmp_path, capsys, cut):
+    raw = CUTS[cut](tar_bytes(tmp_path))
+    s = open_images(write(tmp_path / 'x.tar', raw), R)
+    assert s.first(9)['names'] == ['x.tar/0.png']
+    assert s.left_out == 1
+    assert 'x.tar: cut or damaged behind' in capsys.readouterr().out
+
+
+# --- what is trained on ---------------------------------------------------------------------------
+def opened(data, training=True, **keys):
+    """open_data of a run."""
+    c = config.parse({}, {}, [f'--data={data}', '--eval_images=2'], 'x.py')
+    vars(c).update(resolution=R, **keys)
+    return open_data(c, types.SimpleNamespace(world=1), training)
+
+
+def test_nothing_below_held_out_is_trained_on(tmp_path, capsys):
+    """The embedded world's list, its folder, a glob of its folders, and a list of their images."""
+    root = tmp_path / 'w'
+    world.write(root, train=6, held_out=3)
+    held = [f'held_out/{i:05d}.png' for i in range(3)]
+    rows = [dict(image=str(root / name), file=name) for name in [*held, 'train/00000.png',
+                                                                 'train/00001.png']]
+    listed = write(tmp_path / 'm.jsonl', jsonl(rows))
+    keys = ('file', 'caption', '')
+    for data, n, data_keys in [(root / 'scenes.jsonl', 6, keys), (root, 6, ('image', 'caption', '')),
+                               (f'{root}/*', 6, ('image', 'caption', '')),
+                               (listed, 2, ('image', 'caption', ''))]:
+        train, evaluated = opened(data, data_keys=data_keys)
+        assert len(train) == n
+        assert all('/train/' in os.path.abspath(image[0]) for image, _ in train.sources)
+        assert len(evaluated['names']) == 2
+        assert '3 images of ' in capsys.readouterr().out
+        train, _ = opened(data, data_keys=data_keys, held_out=str(numbered(tmp_path / 'own', 3)))
+        assert len(train) == n
+    with pytest.raises(DataError, match='no image of it is left to train on'):
+        opened(root / 'held_out')
+    _, evaluated = opened(root / 'held_out', training=False)
+    assert len(evaluated['names']) == 2
+
+
+def test_left_out_rows_are_counted_with_the_held_out_set(tmp_path):
+    numbered(tmp_path, 1)
+    path = write(tmp_path / 'm.jsonl', GOOD * 4 + '3\n' * 5)
+    train, held = opened(path)
+    assert (len(train), held['skipped']) == (2, 5)
+    other = write(tmp_path / 'other.jsonl', GOOD + '3\n')
+    train, held = opened(path, held_out=other)
+    assert (len(train), held['skipped']) == (4, 6)
+
+
+def test_held_out_beside_the_embedded_world(tmp_path):
+    train, held = opened('shapes', held_out=str(numbered(tmp_path, 3)))
+    assert len(train) == 4096
+    assert held['names'] == ['00.png', '01.png']
+    assert held['scenes'] is None
 
 
 # --- sample.py: captions for a whole folder -------------------------------------------------------
@@ -810,11 +1198,11 @@ def lay_out_manifests(sets):
 
         save(sets / 'hf' / f'{i}.png', picture)
         rows['hf'].append(dict(file_name=f'{i}.png', text=f'hf {i}'))
-    write_manifest(echo / 'Instruction-Following-Image.jsonl', rows['echo'])
-    write_manifest(share / 'text_to_image.json', rows['share'])
-    write_manifest(docci / 'docci_descriptions.jsonlines', rows['docci'])
-    write_manifest(llava / 'blip_laion_cc_sbu_558k.json', rows['llava'])
-    write_manifest(sets / 'hf' / 'metadata.jsonl', rows['hf'])
+    write(echo / 'Instruction-Following-Image.jsonl', jsonl(rows['echo']))
+    write(share / 'text_to_image.json', json.dumps(rows['share']))
+    write(docci / 'docci_descriptions.jsonlines', jsonl(rows['docci']))
+    write(llava / 'blip_laion_cc_sbu_558k.json', json.dumps(rows['llava']))
+    write(sets / 'hf' / 'metadata.jsonl', jsonl(rows['hf']))
 
 
 def commands_of(text, sets):
