@@ -37,9 +37,13 @@ def warn(text, once=False):
 
 def read_bytes(path, offset=0, size=-1):
     """-> `size` bytes of a file, -1 = all to its end. Raises OSError, ValueError."""
-    with open(name_bytes(path), 'rb') as f:
-        f.seek(offset)
-        raw = f.read(size)
+    try:
+        with open(name_bytes(path), 'rb') as f:
+            f.seek(offset)
+            raw = f.read(size)
+    except OSError as error:
+        error.filename = path                   # as it was given, not as bytes
+        raise
     if raw.startswith(LFS_POINTER):
         raise ValueError('a Git LFS pointer and not the file itself; git lfs pull fetches it')
     return raw

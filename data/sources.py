@@ -184,9 +184,9 @@ def csv_rows(path, text, delimiter):
         for row in reader:
             if None in row:                     # an unquoted comma: the caption would be cut
                 row = f'{len(row[None])} cells more than the header'
-            yield f'line {reader.line_num}', row
+            yield f'line {reader.reader.line_num}', row
     except csv.Error as error:
-        raise DataError(f'{path} line {reader.line_num}: not CSV ({error})') from None
+        raise DataError(f'{path} line {reader.reader.line_num}: not CSV ({error})') from None
 
 
 @lru_cache(maxsize=8)
