@@ -19,13 +19,13 @@ import sys
 
 from PIL import Image
 
-from lib import ranks
-from lib.files import write_json
-from lib import watch
-from bench.unified import backbones, match_files, of_seed, over_seeds, rebuild, score_folder
-from lib.checkpoint import open_uae
+from bench.unified import (
+    backbones, image_files, match_files, of_seed, over_seeds, rebuild, score_folder)
 from config import parse
-from data.images import image_files, open_data
+from data.images import open_data
+from lib import ranks, watch
+from lib.checkpoint import open_uae
+from lib.files import write_json
 from lib.scores import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------

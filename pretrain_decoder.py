@@ -82,8 +82,7 @@ def open_captioned(config, run, key):
         from data.shapes import scenes as world
         root = os.path.dirname(world.__file__)
         images = open_images(f'{root}/images/scenes.jsonl', config.resolution, 'file', key)
-        kept_apart = sum(name.startswith('held_out/') for name in images.names)
-        images.split_off(kept_apart)                        # they are its last lines
+    images.split_held_out()                                 # scenes.jsonl lists these too
     whole = len(images)
     gone = images.keep_captioned()
     if gone == whole:

@@ -27,9 +27,10 @@ from lib import ranks
 from lib.files import write_atomic, write_lines
 from lib.checkpoint import open_uae
 from config import parse
-from data.images import ImageError, open_images, save_image
+from data.images import ImageError, open_images
 from lib.scores import draw_captions, images_at_once, reconstruct, warn_of_losses
 from tools.export import export
+from lib.watch import save_image
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(

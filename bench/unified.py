@@ -11,15 +11,20 @@ import os
 import pathlib
 import statistics
 
+import numpy as np
+import torch
+from PIL import Image
 from tqdm import tqdm
 
+from data.images import FORMATS, complaint
 from lib import ranks
-from lib.files import write_json
 from lib.checkpoint import find_checkpoint, open_uae
-from data.images import image_files, load_picture, save_image
+from lib.files import write_json
 from lib.scores import draw_captions, reconstruct, warn_of_losses
+from lib.watch import save_image
 from reward import backbone, clip_reward
 
+BENCH_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tiff', '.webp')    # of the official script
 # what the images in an out_dir depend on
 CLAIMED = (
     'encoder', 'decoder', 'lora_rank', 'captions', 'resolution', 'caption_prompt', 'caption_len',
@@ -31,6 +36,41 @@ CLAIMED = (
 def of_seed(name, k):
     """The name of a file or folder of seed k; the first seed's is plain, as officially."""
     return f'{name}_{k}' if k else name
+
+
+def image_files(folder):
+    """[(file name, path)] of the images at any depth below a folder, as the official script does.
+
+    Its suffixes, its order.
+    """
+    paths = []
+    for path in glob.glob(f'{glob.escape(folder)}/**', recursive=True):
+        if path.lower().endswith(BENCH_SUFFIXES):
+            paths.append(path)
+    if not paths:
+        why = 'no images in it' if os.path.isdir(folder) else 'no such folder'
+        raise SystemExit(f'{folder}: {why}')
+    return [(os.path.basename(path), path) for path in sorted(paths)]
+
+
+def load_picture(path, area=0):
+    """-> x (1, 3, H, W) in [-1, 1] as the official script reads it, RGB by PIL alone.
+
+    At its own size, or scaled to about `area` pixels.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            image = file.convert('RGB')
+        if max(image.size) > 100 * min(image.size):
+            raise ValueError(f'{image.width} x {image.height} is too long and thin')
+    except Exception as error:                  # on damaged bytes decoders raise nearly anything
+        raise SystemExit(f'{path}: not a usable image ({complaint(error)})')
+    scale = 1
+    if area:
+        scale = math.sqrt(area / (image.width * image.height))
+    size = [max(1, round(side * scale)) for side in image.size]
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def match_files(items, references, what):

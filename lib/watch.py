@@ -18,6 +18,8 @@ import textwrap
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from lib.files import write_atomic
+
 WATCHED = 8                    # held-out images whose pictures each evaluation keeps
 LARGEST = 256                  # pixels of a picture's side, as it is kept
 SHOWN = 160                    # the same on a sheet
@@ -42,6 +44,16 @@ def save_picture(pixels, out_dir, name):
     path = f'samples/{name}.png'
     picture(pixels).save(f'{out_dir}/{path}')
     return path
+
+
+def save_image(x, path):
+    """x (3, R, R) in [-1, 1] -> an image file in the format of its name; whole or not there."""
+    pixels = ((x + 1) * 127.5).round().byte().cpu()
+    suffix = os.path.splitext(path)[1].lower()
+    kind = Image.registered_extensions()[suffix]
+    options = dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True)).get(kind, {})
+    image = picture(pixels)
+    write_atomic(path, lambda temporary: image.save(temporary, kind, **options))
 
 
 def fitted(image, side):

@@ -20,7 +20,6 @@ from lib import scores
 import reward
 from bench import unified
 from conftest import new_uae, shared_config
-from data import images
 from data.shapes import scenes as world
 from running import refusal
 from test_reward import structured
@@ -406,8 +405,8 @@ def test_references_of_any_shape_are_seen_whole_and_a_jpeg_stays_one(tmp_path, m
     """Scaled to the area the encoder was trained at; 2:1 stays 2:1; scored at its own size."""
     root = tmp_path / 'b' / 'Image'
     folder_of(root, {'wide.jpg': picture(0, 60, 120), 'tall.webp': picture(1, 90, 45)})
-    assert images.load_picture(root / 'wide.jpg', 32 * 32).shape == (1, 3, 23, 45)
-    assert images.load_picture(root / 'wide.jpg').shape == (1, 3, 60, 120)
+    assert unified.load_picture(root / 'wide.jpg', 32 * 32).shape == (1, 3, 23, 45)
+    assert unified.load_picture(root / 'wide.jpg').shape == (1, 3, 60, 120)
     shapes, really = [], unified.reconstruct
 
     def watched(uae, x, *args, **how):
