@@ -238,13 +238,17 @@ class Encoder(nn.Module):
         y = torch.full((len(texts), T), self.end)
         mask = torch.zeros(len(texts), T)
         lost = dict(cut=0, unknown=0)
+        unknown = self.tokenizer.unk_token_id               # None where all can be spelt
+        control = set(self.tokenizer.all_special_ids) - {unknown}
         for i, text in enumerate(texts):
             text = text.encode('utf-8', 'replace').decode()         # a lone surrogate
             token_ids = self.tokenizer(text, add_special_tokens=False,
                                        split_special_tokens=True).input_ids
+            # a vocabulary of whole words holds the control tokens' names too
+            token_ids = [unknown if token in control else token for token in token_ids]
+            lost['unknown'] += token_ids.count(unknown)
+            token_ids = [token for token in token_ids if token is not None]
             lost['cut'] += len(token_ids) >= T
-            if self.tokenizer.unk_token_id is not None:
-                lost['unknown'] += token_ids.count(self.tokenizer.unk_token_id)
             row = (token_ids + [self.end])[:T]
             y[i, :len(row)] = torch.tensor(row)
             mask[i, :len(row)] = 1
