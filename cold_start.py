@@ -24,7 +24,7 @@ import sys
 import torch
 
 from config import parse
-from data.images import open_data
+from data.images import keep_captioned, open_data
 from lib import checkpoint, ranks
 from lib.log import Log, Stats, caption_fields, count_skipped
 from lib.optimiser import Optimiser
@@ -87,6 +87,8 @@ def main(argv):
     P = ranks.per_rank('batch', config.batch, run.world)
     start_step = checkpoint.open_out_dir(config, run)
     train, held_out = open_data(config, run)
+    if config.captions == 'given':
+        keep_captioned(train, config, run)
     uae = checkpoint.open_uae(config, run.device)
     if uae.encoder.text_encoder:
         raise SystemExit(f'{config.init_from} has a text encoder of its own, which stage 1 would '

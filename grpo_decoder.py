@@ -40,7 +40,7 @@ import sys
 import torch
 
 from config import parse
-from data.images import open_data
+from data.images import keep_captioned, open_data
 from lib import checkpoint, ranks, watch
 from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
 from lib.optimiser import Optimiser
@@ -195,6 +195,8 @@ def main(argv):
     P, G = ranks.per_rank('batch', config.batch, run.world), config.group
     start_step = checkpoint.open_out_dir(config, run)
     train, held_out = open_data(config, run)
+    if config.captions == 'given':
+        keep_captioned(train, config, run)
     uae = checkpoint.open_uae(config, run.device)
     params = uae.train_only('decoder')
     reference = None

@@ -32,7 +32,7 @@ import sys
 import torch
 
 from config import parse
-from data.images import open_data, open_images
+from data.images import keep_captioned, open_data, open_images
 from lib import checkpoint, ranks
 from lib.log import Log, Stats, count_skipped
 from lib.optimiser import Optimiser
@@ -83,15 +83,7 @@ def open_captioned(config, run, key):
         root = os.path.dirname(world.__file__)
         images = open_images(f'{root}/images/scenes.jsonl', config.resolution, 'file', key)
     images.split_held_out()                                 # scenes.jsonl lists these too
-    whole = len(images)
-    gone = images.keep_captioned()
-    if gone == whole:
-        raise SystemExit(f'{config.data}: none of the {gone} images has a caption, stage 0 needs '
-                         'them (data/README.md)')
-    if gone and run.master:
-        print(f'warning: {gone} of the {whole} images of {config.data} have no caption and are '
-              'left out', flush=True)
-    return images, gone, held_out
+    return images, keep_captioned(images, config, run), held_out
 
 
 def flow_loss(uae, z0, y, mask, s, eps, vision=None, drop=None):

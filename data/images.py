@@ -391,6 +391,22 @@ def open_data(config, run, training=True):
     return train, dict(images, scenes=None, skipped=len(held.skipped) + left_out)
 
 
+def keep_captioned(images, config, run):
+    """Leaves out the images that come without a caption, and says so -> how many.
+
+    Raises SystemExit where none is left.
+    """
+    whole = len(images)
+    gone = images.keep_captioned()
+    if gone == whole:
+        raise SystemExit(f'{config.data}: none of the {gone} images has a caption '
+                         '(data/README.md)')
+    if gone and run.master:
+        print(f'warning: {gone} of the {whole} images of {config.data} have no caption and are '
+              'left out', flush=True)
+    return gone
+
+
 def open_shapes(config):
     """`open_data` of the embedded world."""
     from data.shapes import scenes as world
