@@ -27,6 +27,7 @@ from lib import ranks
 from lib.files import write_atomic, write_lines
 from lib.checkpoint import open_uae
 from config import parse
+from data.files import name_bytes
 from data.images import ImageError, open_images
 from lib.scores import draw_captions, images_at_once, reconstruct, warn_of_losses
 from tools.export import export
@@ -134,7 +135,7 @@ def caption_batch(uae, config, images, wanted, pictures):
     if not found:
         return {}
     x = torch.stack(list(found.values())).to(uae.device)
-    rows = [config.seed << 32 | zlib.crc32(images.names[i].encode()) for i in found]
+    rows = [config.seed << 32 | zlib.crc32(name_bytes(images.names[i])) for i in found]
     texts, _, x_hat = reconstruct(uae, x, rows, config.temperature, config.draw)
     if config.draw:
         side_by_side = torch.cat([x, x_hat], 3).clamp(-1, 1)

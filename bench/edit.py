@@ -13,7 +13,6 @@ that the user gives.
 """
 import os
 
-from lib import ranks
 from lib.files import write_json
 from bench.gedit import gedit_scorer, read_gedit, write_tables
 from bench.judges import Judge, Unusable, ask_all, file_bytes, kept_replies

@@ -13,7 +13,6 @@ import os
 import re
 import types
 
-from lib import ranks
 from lib.files import write_atomic, write_json, write_lines
 from bench.answers import last_object
 from bench.judges import Judge, Unusable, api_keys, ask_all, file_bytes, kept_replies

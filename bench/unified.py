@@ -28,7 +28,7 @@ BENCH_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tiff', '.webp')    # of the
 # what the images in an out_dir depend on
 CLAIMED = (
     'encoder', 'decoder', 'lora_rank', 'captions', 'resolution', 'caption_prompt', 'caption_len',
-    'negative_prompt', 'condition', 'text_encoder', 'cond_len', 'guidance', 'eval_denoise_steps',
+    'negative_prompt', 'condition', 'cond_len', 'guidance', 'eval_denoise_steps',
     'temperature', 'dtype', 'seed')
 
 

@@ -154,7 +154,7 @@ def write_csv(path, *rows):
     ([row(1, 0, 'w', 'a'), 'a1,"two' + ' dogs' * 30000], 3, 'malformed')])
 def test_malformed_rows_are_named_with_file_and_line(tmp_path, rows, line, word):
     path = write_csv(tmp_path / 'p.csv', *rows)
-    argv = ['--bench=dpg', f'--batch={path}', f'--out_dir={tmp_path}/out']
+    argv = ['--bench=dpg', f'--prompts={path}', f'--out_dir={tmp_path}/out']
     message = refusal(eval_t2i.main, argv)
     assert f'{path}:{line}: ' in message and word in message
 
@@ -205,7 +205,7 @@ def grids(tmp_path):
     os.makedirs(tmp_path / 'grids')
     for name in ('a1', 'b1'):
         grid.save(tmp_path / 'grids' / f'{name}.png')
-    return ['--bench=dpg', f'--batch={path}', '--generate=False', f'--images={tmp_path}/grids',
+    return ['--bench=dpg', f'--prompts={path}', '--generate=False', f'--images={tmp_path}/grids',
             f'--out_dir={tmp_path}/out', '--vqa=stand-in', '--device=cpu']
 
 
@@ -255,14 +255,14 @@ def test_dpg_with_every_image_left_out_is_one_line(grids, asked, tmp_path):
     """The official bug leaves out an item whose one question it drops."""
     path = write_csv(tmp_path / 'one.csv', DPG_ROWS[0])
     argv = [flag for flag in grids if not flag.startswith('--prompts')]
-    argv += [f'--batch={path}', '--official_row_bug=True']
+    argv += [f'--prompts={path}', '--official_row_bug=True']
     assert 'every image is left out' in refusal(eval_t2i.main, argv)
 
 
 def test_dpg_draws_its_grids(tmp_path, capsys):
     (tmp_path / 'texts').mkdir()
     (tmp_path / 'texts' / 'x7.txt').write_text(SHAPES[0]['prompt'] + '\n')
-    eval_t2i.main(['--bench=dpg', f'--batch={tmp_path}/texts', f'--out_dir={tmp_path}/out',
+    eval_t2i.main(['--bench=dpg', f'--prompts={tmp_path}/texts', f'--out_dir={tmp_path}/out',
                    '--eval_denoise_steps=2', '--device=cpu'])
     assert 'no score: ' in capsys.readouterr().out
     images = f'{tmp_path}/out/dpg/base/images'

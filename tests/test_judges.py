@@ -461,7 +461,7 @@ def judged(tmp_path, server):
         path = tmp_path / 'p.jsonl'
         path.write_text(''.join(json.dumps(meta) + '\n' for meta in metas))
         eval_t2i.main([
-            '--bench=geneval++', f'--batch={path}', '--generate=False',
+            '--bench=geneval++', f'--prompts={path}', '--generate=False',
             f'--images={tmp_path}/theirs', f'--out_dir={tmp_path}/out', '--judge_timeout=0.5',
             '--judge_tries=3', '--judge_model=m', f'--judge_url={url or server.url}',
             '--device=cpu'])

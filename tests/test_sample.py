@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import ranks
+from lib import ranks, scores
 from data.images import open_images
 from running import lines, refusal, script
 
@@ -23,7 +23,7 @@ def save(path):
 def sample(folder, out, *extra):
     """Captions of a folder by sample.py: {name: caption} of what stands in `out`."""
     script('sample', f'--image={folder}', f'--out_dir={out}', '--device=cpu',
-           '--eval_temperature=1', '--eval_denoise_steps=1', *extra)
+           '--temperature=1', '--eval_denoise_steps=1', *extra)
     captions = {}
     for row in lines(out / 'captions.jsonl'):
         captions[os.path.relpath(row['image'], folder)] = row['caption']
@@ -37,7 +37,7 @@ def photos(folder, n=5):
     return folder
 
 
-def test_captions_of_a_folder_do_not_depend_on_the_batch(tmp_path):
+def test_captions_of_a_folder_do_not_depend_on_the_batch(tmp_path, monkeypatch):
     """Nor on what else lies there; images with one stem have pictures of their own.
 
     The result is a manifest that opens.
@@ -45,11 +45,13 @@ def test_captions_of_a_folder_do_not_depend_on_the_batch(tmp_path):
     folder = photos(tmp_path / 'in')
     save(folder / '0' / '00.bmp')
     (folder / '0' / '03.png').write_bytes(b'broken')
-    one_by_one = sample(folder, tmp_path / 'one', '--batch=1')
+    monkeypatch.setattr(scores, 'images_at_once', lambda config: 1)
+    one_by_one = sample(folder, tmp_path / 'one')
     names = ['0/00.bmp', '0/00.png', '0/02.png', '0/04.png', '1/01.png', '1/03.png']
     assert sorted(one_by_one) == names
     assert len(set(one_by_one.values())) == 6, 'noise of its own each'
-    assert sample(folder, tmp_path / 'all', '--batch=4') == one_by_one
+    monkeypatch.setattr(scores, 'images_at_once', lambda config: 4)
+    assert sample(folder, tmp_path / 'all') == one_by_one
     for name in names:
         if '/00.' in name:
             file = f'{name}.png'                 # two with the stem 00: the whole name
@@ -71,14 +73,15 @@ def test_captions_of_a_folder_do_not_depend_on_the_batch(tmp_path):
     assert s.first(9)['captions'] == list(less.values())
 
 
-def test_captions_resume_after_a_kill(tmp_path, capsys):
+def test_captions_resume_after_a_kill(tmp_path, capsys, monkeypatch):
     """A last line that was cut, in the middle of a letter too, is written anew.
 
     Whole ones stay, and nothing is there twice.
     """
     folder = photos(tmp_path / 'in')
     out = tmp_path / 'out'
-    want = sample(folder, out, '--draw=False', '--batch=2')
+    monkeypatch.setattr(scores, 'images_at_once', lambda config: 2)
+    want = sample(folder, out, '--draw=False')
     path = out / 'captions.jsonl'
     whole = path.read_bytes()
     second = whole.index(b'\n') + 20             # in the second line
@@ -115,7 +118,6 @@ def test_folders_that_sample_refuses(tmp_path):
         tar.add(folder / '0' / '00.png', '0.png')
     assert 'inside a tar' in refusal(sample, tmp_path / 'a.tar', out)
     assert 'lies in --image' in refusal(sample, folder, folder / 'out')
-    assert '--batch: expected 1' in refusal(sample, folder, out, '--batch=0')
 
 
 def test_captions_on_two_ranks_are_those_of_one(tmp_path, monkeypatch):
@@ -128,11 +130,12 @@ def test_captions_on_two_ranks_are_those_of_one(tmp_path, monkeypatch):
     (folder / '1' / '03.png').write_bytes(b'broken')
     want = sample(folder, tmp_path / 'one', '--draw=False')
     sent = []
+    monkeypatch.setattr(scores, 'images_at_once', lambda config: 2)
 
     def start(rank):
         """Makes the next run one of two ranks."""
         run = types.SimpleNamespace(rank=rank, world=2, master=rank == 0, device='cpu')
-        monkeypatch.setattr(common, 'start', lambda config: run)
+        monkeypatch.setattr(ranks, 'start', lambda config: run)
 
     def send(items, run):
         sent.append(items)
@@ -141,18 +144,18 @@ def test_captions_on_two_ranks_are_those_of_one(tmp_path, monkeypatch):
     def receive(items, run):
         return items + sent.pop(0)
 
-    monkeypatch.setattr(common, 'total', lambda value, run: value)
+    monkeypatch.setattr(ranks, 'total', lambda value, run: value)
     start(1)
-    monkeypatch.setattr(common, 'gather_objects', send)
-    script('sample', f'--image={folder}', f'--out_dir={out}', '--eval_temperature=1',
-           '--draw=False', '--batch=2')
+    monkeypatch.setattr(ranks, 'gather_objects', send)
+    script('sample', f'--image={folder}', f'--out_dir={out}', '--temperature=1',
+           '--draw=False')
     assert sum(len(part) for part in sent) == 2
     assert len(sent) == 2
     assert not (out / 'captions.jsonl').exists()
 
     start(0)
-    monkeypatch.setattr(common, 'gather_objects', receive)
-    assert sample(folder, out, '--draw=False', '--batch=2') == want
+    monkeypatch.setattr(ranks, 'gather_objects', receive)
+    assert sample(folder, out, '--draw=False') == want
     order = [row['image'] for row in lines(out / 'captions.jsonl')]
     assert len(order) == 4
     assert order == sorted(order)

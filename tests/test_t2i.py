@@ -165,7 +165,7 @@ def with_clause(**changes):
 def test_malformed_metadata_is_named_with_file_and_line(tmp_path, bad, word):
     path = tmp_path / 'p.jsonl'
     path.write_text('\n'.join([json.dumps(GOOD), bad, json.dumps(GOOD)]) + '\n')
-    argv = ['--bench=geneval', f'--batch={path}', f'--out_dir={tmp_path}/out']
+    argv = ['--bench=geneval', f'--prompts={path}', f'--out_dir={tmp_path}/out']
     message = refusal(eval_t2i.main, argv)
     assert f'{path}:2: ' in message and word in message
     assert not (tmp_path / 'out').exists()
@@ -182,7 +182,7 @@ def test_marks_and_line_ends_of_other_systems(tmp_path, start, end, close):
         return str(path)
 
     meta = json.dumps(dict(GOOD, prompt='two d\u00f6gs'), ensure_ascii=False)
-    items = prompts.read_items(keys_of('--bench=geneval', f'--batch={write(meta, meta)}'))
+    items = prompts.read_items(keys_of('--bench=geneval', f'--prompts={write(meta, meta)}'))
     assert [(item['id'], item['prompt']) for item in items] == [
         ('00000', 'two d\u00f6gs'), ('00001', 'two d\u00f6gs')]
     columns = ','.join(prompts.DPG_COLUMNS) + ','
@@ -194,14 +194,14 @@ def test_marks_and_line_ends_of_other_systems(tmp_path, start, end, close):
 @pytest.mark.parametrize('argv, word', [
     (['--bench=genevall'], 'geneval++'),
     (['--bench=geneval'], '--prompts'),
-    (['--bench=dpg', '--batch=no/such.csv'], 'no/such.csv'),
+    (['--bench=dpg', '--prompts=no/such.csv'], 'no/such.csv'),
     (['--condition=image'], 'condition'),
     (['--samples=0'], 'samples'),
-    (['--bench=dpg', '--samples=2', '--batch=x'], 'samples'),
-    (['--bench=geneval++', '--batch=x', '--judge_url=ftp://a'], 'judge_url'),
+    (['--bench=dpg', '--samples=2', '--prompts=x'], 'samples'),
+    (['--bench=geneval++', '--prompts=x', '--judge_url=ftp://a'], 'judge_url'),
     (['--resolution=64'], '32'),
     (['--init_from=a/x,b/x'], 'several checkpoints need other names'),
-    (['--bench=dpg', '--batch=README.md'], 'README.md:1')])
+    (['--bench=dpg', '--prompts=README.md'], 'README.md:1')])
 def test_keys_that_mean_nothing(argv, word):
     assert word in refusal(eval_t2i.main, argv)
 
@@ -217,7 +217,7 @@ def test_the_oracle_gives_drawings_of_the_prompts_full_marks(uae):
         assert geneval_correct(seen(scene_of(m['prompt']), m), m), m
         colours = tuple(world.COLOURS)
         assert prompts.parse_metadata(json.dumps(m), 'x:1', world.SHAPES, colours) == m
-    y, mask, cut = uae.encoder.vlm.tokens([m['prompt'] for m in SHAPES])
+    y, mask, cut = uae.encoder.tokens([m['prompt'] for m in SHAPES])
     assert not cut, 'all prompts fit'
     assert not (y == uae.encoder.vlm.tokenizer.unk_token_id).any(), 'in words that the tiny models know'
     positions = [m['include'][1]['position'] for m in SHAPES if m['tag'] == 'position']
@@ -278,7 +278,7 @@ def few(tmp_path):
     """Three prompts of the embedded world in a file, and the flags of a quick run over them."""
     path = tmp_path / 'p.jsonl'
     path.write_text(''.join(json.dumps(m) + '\n' for m in FEW))
-    return [f'--batch={path}', f'--out_dir={tmp_path}/out', '--samples=2', '--batch=4',
+    return [f'--prompts={path}', f'--out_dir={tmp_path}/out', '--samples=2',
             '--eval_denoise_steps=2', '--device=cpu']
 
 
@@ -326,6 +326,7 @@ def test_every_item_and_every_sample_has_its_own_noise(few):
 
 
 def test_resume_and_world_size(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_t2i, 'images_at_once', lambda config: 4)
     eval_t2i.main(few)
     images = tmp_path / 'out' / 'shapes' / 'base' / 'images'
     whole = contents(images)
@@ -337,7 +338,7 @@ def test_resume_and_world_size(few, tmp_path, monkeypatch):
     assert again.pop('00000/samples/00000.png') == b'mine'
     assert whole.items() >= again.items() and len(again) == 8
     # two ranks write the very files of one
-    monkeypatch.setattr(common, 'gather_objects', lambda items, run: items)
+    monkeypatch.setattr(ranks, 'gather_objects', lambda items, run: items)
     for number, written in ((0, 6), (1, 9)):
         generate(few, tmp_path / 'two', rank(number, 2))
         assert len(contents(tmp_path / 'two')) == written, 'each rank draws its own share'

@@ -16,7 +16,7 @@ from PIL import Image
 
 import config
 import eval_unified
-from lib import scores
+from lib import scores as lib_scores
 import reward
 from bench import unified
 from conftest import new_uae, shared_config
@@ -299,7 +299,7 @@ CLIP = '--backbones=clip,judge'
 def test_what_is_written_and_that_it_is_ours(bench, tmp_path, capsys):
     """Official layout, captions by our encoder, images by its decoder; scored are the files."""
     out = tmp_path / 'out'
-    sampled = ['--eval_temperature=0.7', '--seed=5']
+    sampled = ['--temperature=0.7', '--seed=5']
     found, report = run(out, bench, CLIP, *sampled)
     names = ['0.png', '1.png', '2.png']
     assert sorted(os.listdir(out / 'example_image')) == names
@@ -308,7 +308,7 @@ def test_what_is_written_and_that_it_is_ours(bench, tmp_path, capsys):
     tower = reward.backbone('judge', c)
     for i, name in enumerate(names):
         x = tensor_of(bench / 'Image' / name)
-        texts, _, x_hat = evaluate.reconstruct(uae, x, [i], 0.7, seed=(5,))
+        texts, _, x_hat = lib_scores.reconstruct(uae, x, [i], 0.7, seed=(5,))
         assert report['captions'][name] == texts[0]
         made = tensor_of(out / 'example_image' / name)
         assert (made - x_hat).abs().max() < 0.6 / 127.5
@@ -316,7 +316,7 @@ def test_what_is_written_and_that_it_is_ours(bench, tmp_path, capsys):
         assert abs(score - reward.clip_reward(x, made, tower).item()) < 1e-5
     told = []
     for seed in ((5,), (6,), (5,)):
-        texts, _, _ = evaluate.reconstruct(uae, x, [0], 3.0, drawn=False, seed=seed)
+        texts, _, _ = lib_scores.reconstruct(uae, x, [0], 3.0, drawn=False, seed=seed)
         told.append(texts)
     assert told[0] == told[2] != told[1], 'another seed samples another caption'
     sheet = np.array(Image.open(out / 'contact_sheet.png').convert('RGB'))
@@ -327,13 +327,13 @@ def test_what_is_written_and_that_it_is_ours(bench, tmp_path, capsys):
 
 
 def test_seeds_give_mean_and_standard_error_and_images_are_drawn_once(bench, tmp_path, monkeypatch):
-    out, drawn, really = tmp_path / 'out', [], evaluate.draw_captions
+    out, drawn, really = tmp_path / 'out', [], lib_scores.draw_captions
 
     def counted(uae, y, mask, rows, *args):
         drawn.append(rows)
         return really(uae, y, mask, rows, *args)
 
-    monkeypatch.setattr(evaluate, 'draw_captions', counted)
+    monkeypatch.setattr(lib_scores, 'draw_captions', counted)
     _, one = run(out, bench, CLIP)
     assert drawn == [[0], [1], [2]]
     before = (out / 'example_image' / '1.png').read_bytes()
@@ -353,7 +353,7 @@ def test_seeds_give_mean_and_standard_error_and_images_are_drawn_once(bench, tmp
     assert three['standard_error']['clip'] > 0
     drawn.clear()
     assert run(out, bench, CLIP, '--seeds=3')[1] == three and not drawn
-    for flag in ('--eval_denoise_steps=3', '--seed=4', '--eval_temperature=1'):
+    for flag in ('--eval_denoise_steps=3', '--seed=4', '--temperature=1'):
         message = refusal(run, out, bench, CLIP, flag)
         assert str(out) in message and flag[2:].split('=')[0] in message
 
@@ -375,9 +375,9 @@ def test_other_people_s_captions_through_our_decoder(bench, tmp_path, monkeypatc
     assert report['captions'] == {f'{i}.png': line['caption'] for i, line in enumerate(lines)}
     c = config.parse(eval_unified.keys, {}, [*QUICK, '--caption_len=12'], 'x.py')
     uae = new_uae(c)
-    y, mask, _ = uae.encoder.vlm.tokens([lines[1]['caption']])
+    y, mask, _ = uae.encoder.tokens([lines[1]['caption']])
     made = tensor_of(tmp_path / 'out' / 'example_image' / '1.png')
-    drawn = evaluate.draw_captions(uae, y, mask, [1], seed=(c.seed,))
+    drawn = lib_scores.draw_captions(uae, y, mask, [1], seed=(c.seed,))
     assert (made - drawn).abs().max() < 0.6 / 127.5
 
 
@@ -455,32 +455,42 @@ def test_damaged_pictures_are_named_and_what_was_drawn_stays(bench, tmp_path):
 def test_towers_that_are_there_are_not_loaded_again(monkeypatch):
     loaded = []
 
-    def load(source, c, device):
-        loaded.append(source)
-        return f'a new {source}'
+    class Tower(torch.nn.Module):
+        def part(self, name):
+            return None
 
-    for module in (evaluate, reward):
-        monkeypatch.setattr(module, 'backbone', load)
+    def load(config, device):
+        loaded.append(config.reward)
+        return Tower()
+
+    def load_judge(name, config, device):
+        loaded.append(name)
+        return Tower()
+
+    monkeypatch.setattr(lib_scores, 'reward_tower', load)
+    monkeypatch.setattr(lib_scores, 'backbone', load_judge)
     c, here = shared_config('--reward=dinov2'), types.SimpleNamespace(device='cpu')
-    for towers, missing in ((None, ['dinov2', 'judge']), (dict(reward='mine'), ['judge']),
-                            (dict(judge='mine'), ['dinov2']), (dict(reward='a', judge='b'), [])):
+    for towers, missing in ((None, ['dinov2', 'judge']), (dict(reward=Tower()), ['judge']),
+                            (dict(judge=Tower()), ['dinov2']),
+                            (dict(reward=Tower(), judge=Tower()), [])):
         loaded.clear()
         given = dict(towers or {})
-        found = evaluate.Evaluator(None, {}, c, here, towers).towers
+        evaluate = lib_scores.Evaluator(None, {}, c, here, towers)
+        evaluate.open_towers()
+        found = evaluate.towers
         assert loaded == missing and set(found) == {'reward', 'judge'}
         assert all(found[name] is tower for name, tower in given.items())
         assert towers is None or towers == given, "the caller's dict is left alone"
 
 
-def test_images_in_several_chunks_score_like_all_at_once(uae, x):
+def test_images_in_several_chunks_score_like_all_at_once(uae, x, monkeypatch):
     """Every image once and in order, its randomness its own."""
     c = types.SimpleNamespace(**dict(vars(uae.config), reward='clip', eval_denoise_steps=2))
     here = types.SimpleNamespace(rank=0, world=1, device='cpu', master=True)
     held = dict(x=x, names=list('abcd'), scenes=None)
-    at_once, _ = evaluate.Evaluator(uae, held, c, here)()
-    assert len(x) <= c.eval_batch
-    c.eval_batch = 3
-    summary, records = evaluate.Evaluator(uae, held, c, here)()
+    at_once, _ = lib_scores.Evaluator(uae, held, c, here)()
+    monkeypatch.setattr(lib_scores, 'images_at_once', lambda config: 3)
+    summary, records = lib_scores.Evaluator(uae, held, c, here)()
     assert [record['name'] for record in records] == list('abcd')
     assert summary.keys() == at_once.keys()
     assert all(abs(summary[name] - at_once[name]) < 1e-4 for name in summary)
