@@ -219,7 +219,7 @@ def test_the_oracle_gives_drawings_of_the_prompts_full_marks(uae):
         assert prompts.parse_metadata(json.dumps(m), 'x:1', world.SHAPES, colours) == m
     y, mask, cut = uae.encoder.tokens([m['prompt'] for m in SHAPES])
     assert not any(cut.values()), 'all prompts fit'
-    assert not (y == uae.encoder.vlm.tokenizer.unk_token_id).any(), 'in words that the tiny models know'
+    assert not (y == uae.encoder.tokenizer.unk_token_id).any(), 'in words that the tiny models know'
     positions = [m['include'][1]['position'] for m in SHAPES if m['tag'] == 'position']
     assert {relation for relation, _ in positions} == set(prompts.RELATIONS)
     counts = [m['include'][0]['count'] for m in SHAPES if m['tag'] == 'counting']
