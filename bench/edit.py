@@ -8,8 +8,8 @@ that the user gives.
     an answer without a score: left    asked again, then left out  a guess says nothing about
     out (ImgEdit), guessed (GEdit)     and counted as failed       the image
     a missing image: a failed item     no score at all             a mean over others is no score
-    ImgEdit has no overall, RecA's     `overall` is the mean of    the leaderboard's is; RecA's
-    script has the mean of all items   types, `over_items` RecA's  3.38 -> 3.75 is over items
+    ImgEdit has no overall, RecA's     `overall` is the mean of    types differ in size; RecA's
+    script has the mean of all items   types, `over_items` RecA's  3.75 is probably over items
 """
 import os
 

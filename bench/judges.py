@@ -164,11 +164,11 @@ class Judge:
     def send(self, messages):
         """One request -> (status, headers, bytes)."""
         body = dict(model=self.config.judge_model, messages=messages)
-        seconds = self.config.judge_timeout
-        answer = post(self.url, dict(body, **self.optional), seconds, self.key)
+        seconds, optional = self.config.judge_timeout, self.optional
+        answer = post(self.url, dict(body, **optional), seconds, self.key)
         status, _, raw = answer
-        if status == 400 and b'temperature' in raw and self.optional:
-            self.optional = {}
+        if status == 400 and b'temperature' in raw and optional:
+            self.optional = {}               # other threads may have sent it as well by now
             answer = post(self.url, body, seconds, self.key)
         return answer
 
@@ -181,7 +181,7 @@ def chat_address(server):
         good = parts.scheme in ('http', 'https') and parts.hostname and (parts.port or True)
     except ValueError:                       # a port that is no number
         good = False
-    if not good or len(url.split()) > 1:
+    if not good or len(url.split()) > 1 or not url.isascii():
         raise SystemExit(f'--judge_url={server}: expected http://SERVER/v1')
     return url
 
@@ -211,7 +211,10 @@ def api_keys():
     """The keys of the servers, from the environment alone; without line ends, which http.client
     would refuse and quote.
     """
-    return ''.join(os.environ.get('OPENAI_API_KEY', '').split()).split(',')
+    text = ''.join(os.environ.get('OPENAI_API_KEY', '').split())
+    if not text.isascii():
+        raise SystemExit('OPENAI_API_KEY: expected plain letters, digits and signs')
+    return text.split(',')
 
 
 def post(url, body, seconds, key):
@@ -252,6 +255,10 @@ def ask_all(config, run, jobs, scorer):
     -> the records in the jobs' order, on rank 0, where they are also in folder/results.jsonl.
     There is no score over fewer images than asked: an Unusable one ends the run in one line.
     """
+    if config.judge_threads < 1 or config.judge_tries < 1:
+        raise SystemExit(f'--judge_threads={config.judge_threads} '
+                         f'--judge_tries={config.judge_tries}: expected 1 or more')
+
     def one(number):
         try:
             return number, scorer(jobs[number]), ''

@@ -177,7 +177,8 @@ def small_set(folder):
     for n in range(60):
         name = f'animal/{n % 12}.jpg'
         Image.new('RGB', (16, 16), (n, 9, 9)).save(folder / name)
-        items[f'{n}'] = dict(id=name, prompt=f'edit {n}', edit_type='add style extract'.split()[n % 3])
+        kind = ('add', 'style', 'extract')[n % 3]
+        items[f'{n}'] = dict(id=name, prompt=f'edit {n}', edit_type=kind)
     return write(folder / 'basic_edit.json', json.dumps(items))
 
 

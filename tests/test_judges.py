@@ -526,8 +526,12 @@ def test_an_answer_that_cannot_come_stops_the_run_and_nothing_is_lost(judged, be
     ('http://127.0.0.1:9/v1', 'refused'),
     ('http://127.0.0.1:port/v1', '--judge_url'),
     ('http://a b/v1', '--judge_url'),
-    ('http:///v1', '--judge_url')])
-def test_no_server_at_all(judged, url, words):
+    ('http:///v1', '--judge_url'),
+    ('http://127.0.0.1:9/\u2026', '--judge_url'),
+    ('http://127.0.0.1:9', 'OPENAI_API_KEY')])
+def test_no_server_at_all(judged, monkeypatch, url, words):
+    if words == 'OPENAI_API_KEY':
+        monkeypatch.setenv('OPENAI_API_KEY', 'sk-\u2026')
     with pytest.raises(SystemExit, match=words) as stop:
         judged('fine', url=url)
     assert '\n' not in stop.value.code
@@ -569,7 +573,8 @@ def test_files_go_as_they_are_and_other_kinds_as_png(tmp_path, name):
 
 
 def test_what_the_judge_is_sent(judged, server, tmp_path):
-    _, _, ((_, _, body),) = judged('fine', url=server.url + '/chat/completions/')
+    _, _, ((path, _, body),) = judged('fine', url=server.url + '/chat/completions/')
+    assert path == '/v1/chat/completions'
     assert set(body) == {'model', 'temperature', 'messages'}, 'nothing that a server may not know'
     assert (body['model'], body['temperature']) == ('m', 0)
     assert body['messages'][0]['role'] == 'system'

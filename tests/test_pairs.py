@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import threading
 import types
 
 import numpy as np
@@ -190,6 +191,8 @@ def test_several_judges_that_misbehave_and_a_run_that_is_resumed(scenes, tmp_pat
     (dict(judge_model='a,a'), '', 'different names'),
     (dict(judge_model='a,b', judge_url='http://a/v1,http://b/v1'), 'one', 'OPENAI_API_KEY'),
     (dict(judge_url='localhost'), '', 'judge_url'),
+    (dict(judge_threads=0), '', 'judge_threads'),
+    (dict(judge_tries=0), '', 'judge_tries'),
     (dict(against='no/such.jsonl'), '', 'no/such.jsonl'),
     (dict(captions='README.md'), '', 'README.md:1')])
 def test_keys_that_cannot_be_meant(scenes, monkeypatch, change, key, word):
@@ -208,6 +211,20 @@ def test_a_judge_that_refuses_us_is_not_asked_forty_times(scenes, tmp_path):
     with serving(None) as server:
         message = refusal(pairs.judge_pairs, keys(server), RUN)
         assert '1 of 40 images' in message and '7.png' in message
+
+
+def test_threads_that_send_what_a_model_refuses_at_the_same_time(scenes):
+    _, keys = scenes
+    together = threading.Barrier(4)
+
+    def respond(body):
+        if 'temperature' not in body:
+            return FactJudge()(body)
+        together.wait(20)
+        return response('{"error": {"message": "no temperature, please"}}', 400)
+    with serving(respond) as server:
+        assert pairs.judge_pairs(keys(server), RUN)['judges']['m']['win'] == 1
+        assert len(server.seen) == 80 + 4
 
 
 def test_a_caption_without_a_counterpart_is_no_pair(scenes, tmp_path):
