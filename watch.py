@@ -58,7 +58,7 @@ def sheet(items, columns, heads=(), side=SHOWN, lines=5):
     items: [(Pillow images, text)]; heads: what stands above the columns; lines: of a text at most.
     -> a Pillow image.
     """
-    images_across = max(len(images) for images, _ in items)
+    images_across = max(1, *(len(images) for images, _ in items))
     width = images_across * (side + GAP) + GAP
     height = side + lines * LINE + 2 * GAP
     head = 2 * GAP + bool(heads) * LINE

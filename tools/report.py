@@ -271,7 +271,7 @@ def write_curves(folders, panels, out_dir):
             draw_curves(axes, runs, panel.split('+'))
             if not axes.lines:
                 raise SystemExit(f'--curves: no run here measured {panel}')
-            axes.set_title(panel.replace('+', ', dashed '), fontsize=10)
+            axes.set_title(panel.replace('+', ', dashed '), fontsize=9)
             axes.set_xlabel('updates')
         figure.axes[0].legend(fontsize=8)
         figure.savefig(f'{out_dir}/curves.png')
