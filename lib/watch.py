@@ -74,19 +74,22 @@ def sheet(items, columns, heads=(), side=SHOWN, lines=5):
     images_across = max(1, *(len(images) for images, _ in items))
     width = images_across * (side + GAP) + GAP
     height = side + lines * LINE + 2 * GAP
-    head = 2 * GAP + bool(heads) * LINE
-    page = Image.new('RGB', (columns * width, head + -(-len(items) // columns) * height), 'white')
+    head = 2 * GAP
+    if heads:
+        head += LINE
+    rows = -(-len(items) // columns)
+    page = Image.new('RGB', (columns * width, head + rows * height), 'white')
     draw = ImageDraw.Draw(page)
     for column, text in enumerate(heads):
         draw.text((column * width + GAP, GAP), text, fill='black', font_size=13)
     for place, (images, text) in enumerate(items):
-        left, top = place % columns * width + GAP, head + place // columns * height
-        for image in images:
-            page.paste(fitted(image, side), (left, top))
-            left += side + GAP
+        row, column = divmod(place, columns)
+        left, top = column * width + GAP, head + row * height
+        for k, image in enumerate(images):
+            page.paste(fitted(image, side), (left + k * (side + GAP), top))
+        most = side // LINE                     # without images the text has their place
         if images:
-            left, top = place % columns * width + GAP, top + side + 2
-        most = lines if images else side // LINE
+            most, top = lines, top + side + 2
         wrapped = textwrap.wrap(text, (width - GAP) // LETTER, max_lines=most, placeholder=' ...')
         draw.text((left, top), '\n'.join(wrapped), fill='black', font_size=11)
     return page

@@ -260,22 +260,21 @@ def curves_svg(runs, fields, least=None, most=None):
 
 
 def write_curves(folders, panels, out_dir):
-    """Writes out_dir/curves.png -> its path. panels: as the key `curves`."""
+    """Writes out_dir/curves.png; panels: as the key `curves`."""
     runs, _ = read_runs(folders)
     panels = panels.split(',')
     for run in runs:
         run.log = {line['step']: line for line in read_steps(f'{run.folder}/log.jsonl')}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.4 * len(panels), 3), layout='constrained')
+        figure = Figure(figsize=(3.4 * len(panels), 3.2), layout='constrained')
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             draw_curves(axes, runs, panel.split('+'))
             if not axes.lines:
                 raise SystemExit(f'--curves: no run here measured {panel}')
-            axes.set_title(panel.replace('+', ', dashed '), fontsize=10)
+            axes.set_title(panel.replace('+', ', dashed '), fontsize=9)
             axes.set_xlabel('updates')
         figure.axes[0].legend(fontsize=8)
         figure.savefig(f'{out_dir}/curves.png')
-    return f'{out_dir}/curves.png'
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -310,7 +309,7 @@ def write_pictures(folders, png, gif):
 
 # --- the page ------------------------------------------------------------------------------------
 def write_report(folders, out_dir):
-    """Writes out_dir/report.html -> its path."""
+    """Writes the page as out_dir/report.html."""
     runs, stops = read_runs(folders)
     # the demo's report.json has a table of final scores
     tables = [read_json(read_text(f'{folder}/report.json')) for folder in folders]
@@ -320,7 +319,6 @@ def write_report(folders, out_dir):
         runs=runs, stops=stops, scenes=scenes_of(stops), tables=tables, number=number,
         caption_html=caption_html, data_uri=data_uri, curves_svg=curves_svg)
     Path(f'{out_dir}/report.html').write_text(page, encoding='utf-8')
-    return f'{out_dir}/report.html'
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -343,9 +341,11 @@ def main(argv):
     if values['png'] or values['gif']:
         write_pictures(folders, values['png'], values['gif'])
     elif values['curves']:
-        print(write_curves(folders, values['curves'], out_dir))
+        write_curves(folders, values['curves'], out_dir)
+        print(f'{out_dir}/curves.png')
     else:
-        print(write_report(folders, out_dir))
+        write_report(folders, out_dir)
+        print(f'{out_dir}/report.html')
 
 
 if __name__ == '__main__':

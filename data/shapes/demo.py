@@ -159,7 +159,7 @@ def before_after(held, base, last):
             x_hat = torch.tensor(result['images'][i]).view(1, 3, 32, 32)
             items.append(([watch.picture(watch.to_bytes(x_hat)[0])], result['captions'][i]))
     heads = ('source', 'before: base', 'after: grpo_decoder') * 2
-    return watch.sheet(items, len(heads), heads)
+    return watch.sheet(items, len(heads), heads, lines=7)
 
 
 def table(report):
@@ -239,7 +239,7 @@ def main(argv):
     write_curves([f'{config.out_dir}/{name}' for name in history], CURVES, config.out_dir)
     pictures = before_after(held, base, results['grpo_decoder'])
     pictures.save(f'{config.out_dir}/before_after.png')
-    write_report([config.out_dir], f'{config.out_dir}/report.html')
+    write_report([config.out_dir], config.out_dir)
     print(f'\n{text}\n{NEXT.format(out=config.out_dir)}')
 
 
