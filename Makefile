@@ -1,7 +1,9 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: setup demo test base bench bench-gpu rounds
+.PHONY: setup demo test test-versions test-oldest test-newest base bench bench-gpu rounds
+# one at a time: two suites would wait for each other's cores
+.NOTPARALLEL:
 setup: .venv/.done
 
 .venv/.done: requirements.txt
@@ -13,8 +15,23 @@ demo: setup
 	$(PY) data/shapes/demo.py
 
 # a thread each: more of them than cores wait for each other
+SUITE = -m pytest -q -n 2 --dist=loadfile tests
+test test-oldest test-newest: export OMP_NUM_THREADS = 1
+test test-oldest test-newest: export OMP_WAIT_POLICY = passive
 test: setup
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n 2 --dist=loadfile tests
+	$(PY) $(SUITE)
+
+# the suite in the oldest environment of requirements.txt, then in the newest that there is;
+# where the wheels come from is pip's own: make test-versions PIP_INDEX_URL=...
+test-versions: test-oldest test-newest
+test-oldest: VERSIONS = s/>=([^,]*),.*/==\1/
+test-newest: VERSIONS = s/>=.*//
+test-oldest test-newest: test-%:
+	$(PYTHON) -m venv --clear .venv-$*
+	sed -E '$(VERSIONS)' requirements.txt > .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -r .venv-$*/requirements.txt
+	.venv-$*/bin/python $(SUITE)
 
 base: setup
 	$(PY) data/shapes/pretrain.py

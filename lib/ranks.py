@@ -1,9 +1,12 @@
 """Who does which part of the work: ranks, micro-batches, and randomness that depends on neither."""
 import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import inspect
 import os
 import random
+import sys
 import types
 from datetime import timedelta
 
@@ -30,6 +33,8 @@ def start(config):
         dist.init_process_group(backend, store=dist.PrefixStore(life, store), rank=rank,
                                 world_size=world, timeout=timedelta(hours=2))
     quiet()
+    if rank == 0:
+        say_unseen()
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -47,6 +52,33 @@ def pick_device(device):
         device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
         torch.cuda.set_device(device)
     return device
+
+
+def unseen(requirements):
+    """['torch 2.15.0', ...]: installed versions outside the ranges of a requirements.txt."""
+    from packaging.requirements import Requirement
+    found = []
+    for line in requirements:
+        line = line.partition('#')[0].strip()
+        if '>=' not in line:
+            continue
+        asked = Requirement(line)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):   # peft: LoRA alone
+            version = importlib.metadata.version(asked.name)
+            if not asked.specifier.contains(version, prereleases=True):
+                found.append(f'{asked.name} {version}')
+    return found
+
+
+@functools.cache                # once a process, however many runs it starts
+def say_unseen():
+    """One line with the versions that nobody has seen to pass, if there are any."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    with open(os.path.join(folder, 'requirements.txt'), encoding='utf-8') as f:
+        found = unseen(f)
+    if found:
+        print(f'not seen to pass: {", ".join(found)}; requirements.txt has the versions that were',
+              file=sys.stderr)
 
 
 def quiet():

@@ -135,6 +135,19 @@ def test_one_more_token_is_the_language_model_s_own_forward(uae, seen, dtype):
             assert (a - b).abs().max() < 0.03 * b.abs().max()
 
 
+@pytest.mark.parametrize('name', ['cache', 'past_key_values'])
+def test_the_cache_goes_by_the_name_that_the_library_knows(name):
+    def new(cache=None, **others):
+        return SimpleNamespace(last_hidden_state=cache)
+
+    def old(past_key_values=None, **others):
+        return SimpleNamespace(last_hidden_state=past_key_values)
+
+    language_model = torch.nn.Module()
+    language_model.forward = dict(cache=new, past_key_values=old)[name]
+    assert cached_states(language_model, None, None, 'keys and values') == 'keys and values'
+
+
 def test_compiled_blocks_are_the_plain_ones(tmp_path, monkeypatch):
     """--compile=True hands every transformer block to the compiler and changes nothing else.
 

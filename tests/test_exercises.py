@@ -171,6 +171,7 @@ def copy(target, *folders):
         for name in os.listdir(f'{ROOT}/{folder}'):
             if name.endswith('.py'):
                 shutil.copy(f'{ROOT}/{folder}/{name}', f'{target}/{folder}/{name}')
+    shutil.copy(f'{ROOT}/requirements.txt', target)
     for name in ('base', 'images'):
         if os.path.exists(f'{ROOT}/data/shapes/{name}'):
             os.symlink(f'{ROOT}/data/shapes/{name}', f'{target}/data/shapes/{name}')

@@ -1,8 +1,11 @@
 """Every script as a user runs it, two steps each, in this process; each stage starts from the one
 before."""
 import builtins
+import importlib.metadata
 import json
 import os
+import re
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +16,10 @@ from PIL import Image
 from lib import optimiser
 from lib import log
 from comparing import BASE, optimizer_state, timeless, without_step
+from conftest import shared_config
 from data.images import ImageSet
 from data.shapes import scenes as world
-from running import STAGES, arguments, distance, lines, script, tiny, weights
+from running import STAGES, arguments, distance, lines, python, script, tiny, weights
 
 EVERY = {'step', 'reward', 'loss', 'grad_norm', 'lr', 'caption_len', 'sec', 'peak_gb'}
 GRPO = EVERY | {'reward_std', 'zero_var', 'ratio_max', 'logp_diff', 'clip_frac'}
@@ -340,3 +344,38 @@ def test_offload_parks_what_is_idle_and_changes_nothing(tmp_path, monkeypatch, n
     out_and_back = [TOWERS[idle], TOWERS['vae']] * 2
     assert to_cpu[-4:] == out_and_back, 'out before the update, back after it'
     assert timeless(plain) == timeless(parked)
+
+
+# --- versions -------------------------------------------------------------------------------------
+@pytest.mark.parametrize('kind', [FutureWarning, DeprecationWarning])
+def test_a_warning_of_what_will_change_is_an_error(kind):
+    """Here, and in the processes that tests start."""
+    with pytest.raises(kind):
+        warnings.warn('soon', kind)
+    done = python('-c', f'import warnings; warnings.warn("soon", {kind.__name__})')
+    assert done.returncode == 1, done.stdout
+
+
+def test_versions_out_of_the_ranges_are_found():
+    here = importlib.metadata.version('torch')
+    newest = here.partition('+')[0]
+    seen = ['# ranges', f'torch>=2,<={newest}   # why', 'numpy', 'nosuch>=1,<=2']
+    assert common.unseen(seen) == []
+    assert common.unseen([*seen, 'torch>=90,<=91', 'torch>=1,<=2']) == [f'torch {here}'] * 2
+
+
+def test_a_run_names_unseen_versions_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(common, 'unseen', lambda requirements: ['torch 90.0', 'peft 9.0'])
+    common.say_unseen.cache_clear()
+    for _ in range(2):
+        common.start(shared_config())
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1
+    assert 'torch 90.0, peft 9.0' in said
+
+
+def test_every_range_says_the_oldest_and_the_newest():
+    with open('requirements.txt') as f:
+        lines = [line for line in f if '>=' in line]
+    names = [re.match(r'(\w+)>=[\d.]+,<=[\d.]+$', line)[1] for line in lines]
+    assert names == ['torch', 'transformers', 'diffusers', 'open_clip_torch', 'peft']
