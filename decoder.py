@@ -12,7 +12,9 @@ import math
 
 import torch
 import torch.nn as nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from lib.files import load
 from lib.ranks import by_rows
 
 
@@ -81,17 +83,25 @@ class Decoder(nn.Module):
     """Stable Diffusion 3's transformer, its VAE and its noise schedule.
 
     transformer, vae, scheduler: diffusers' own. pooled (1, n): the constant in place of the pooled
-    text embedding. Another transformer overrides `network` and `unreachable` (docs/exchange.md).
+    text embedding, zero until lib.checkpoint fills it. Another transformer overrides what is SD3's
+    here and has an entry in DECODERS: docs/exchange.md.
     """
+    # diffusers' classes beside the transformer, and the pipeline that reads its LoRA files
+    vae_class = 'AutoencoderKL'
+    scheduler_class = 'FlowMatchEulerDiscreteScheduler'
+    pipeline_class = 'StableDiffusion3Pipeline'
+    # the attention projections that Flow-GRPO adapts
+    lora_targets = r'.*\.attn\.(add_[qkv]_proj|to_add_out|to_[qkv]|to_out\.0)'
 
-    def __init__(self, config, transformer, vae, scheduler, pooled):
+    def __init__(self, config, transformer, vae, scheduler):
         super().__init__()
         self.config = config
         self.transformer = transformer
         self.vae = vae
         self.scheduler = scheduler
         self.noise_levels = {}                  # S -> the scheduler's, see `sigmas`
-        self.register_buffer('pooled', pooled, persistent=False)
+        pooled_width = getattr(transformer.config, 'pooled_projection_dim', 0)
+        self.register_buffer('pooled', torch.zeros(1, pooled_width), persistent=False)
 
     @property
     def device(self):
@@ -120,12 +130,28 @@ class Decoder(nn.Module):
     def unreachable(self, key):
         """Whether no loss reaches this parameter of the transformer.
 
-        The last block drops what text queries attend to; the tiny pooled embedding is zero.
+        SD3's last block drops what text queries attend to; the tiny pooled embedding is zero.
         """
-        last = f'transformer_blocks.{self.transformer.config.num_layers - 1}.attn.'
+        blocks = self.transformer.transformer_blocks
+        last = f'transformer_blocks.{len(blocks) - 1}.attn.'
         if key.startswith((last + 'add_q', last + 'norm_added_q')):
-            return True
+            return blocks[-1].attn.context_pre_only
         return 'text_embedder.linear_1.w' in key and not self.pooled.any()
+
+    @torch.no_grad()
+    def pooled_of_nothing(self, source):
+        """(1, n): the pooled CLIP-L and CLIP-G embeddings of the empty string, joined.
+
+        source: the folder or hub id that the text encoders are in.
+        """
+        parts = []
+        for number in ('', '_2'):
+            tokenizer = load(CLIPTokenizer, source, subfolder=f'tokenizer{number}')
+            token_ids = tokenizer('', padding='max_length', return_tensors='pt').input_ids
+            text_encoder = load(CLIPTextModelWithProjection, source,
+                                subfolder=f'text_encoder{number}')
+            parts.append(text_encoder(token_ids).text_embeds)
+        return torch.cat(parts, -1).float()
 
     def compile_blocks(self):
         """Compiles each transformer block by itself, once for blocks of a kind and all sizes."""
@@ -270,3 +296,7 @@ class Decoder(nn.Module):
         mean = by_rows(lambda part: self.vae.encode(part).latent_dist.mean.float(),
                        self.config.micro_batch, x.to(self.vae.dtype))
         return (mean - (vae.shift_factor or 0)) * vae.scaling_factor
+
+
+# _class_name of a transformer's config.json -> what drives it
+DECODERS = dict(SD3Transformer2DModel=Decoder)

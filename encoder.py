@@ -135,9 +135,13 @@ class Encoder(nn.Module):
 
     vlm: the library's model, processor: its tokenizer, chat template and image processor.
     text_encoder: the frozen language model that re-encodes captions, None where the captioner does
-    it itself. Another family of models overrides `language_model`, `see`, `positions`,
-    `positions_after`, `next_state` and `check_resolution` (docs/exchange.md).
+    it itself. Another family of models overrides what is Qwen's here and has an entry in ENCODERS:
+    docs/exchange.md.
     """
+    # every linear layer of the language model, never the vision tower, lm_head or projector
+    lora_targets = r'.*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj'
+    # the name of a parameter as transformers 5 has it -> as the hub has it
+    hub_names = {'model.language_model.': 'model.', 'model.visual.': 'visual.'}
 
     def __init__(self, config, vlm, processor):
         super().__init__()
@@ -147,7 +151,7 @@ class Encoder(nn.Module):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.end = self.tokenizer.eos_token_id
-        self.image_token = self.vlm.config.image_token_id
+        self.image_token = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         # transformers 5.17 knows past_key_values alone, 5.40 will know cache alone
         known = inspect.signature(self.language_model.forward).parameters
         self.cache_name = 'cache' if 'cache' in known else 'past_key_values'
@@ -155,7 +159,7 @@ class Encoder(nn.Module):
         # tokenizer mean nothing
         forbidden = torch.arange(self.head.weight.shape[0]) >= len(self.tokenizer)
         special = [token for token in self.tokenizer.all_special_ids if token != self.end]
-        forbidden[special] = True
+        forbidden[[*special, self.image_token]] = True
         self.register_buffer('forbidden', forbidden, persistent=False)
         self.read_templates()
 
@@ -292,6 +296,10 @@ class Encoder(nn.Module):
         """Positions (3, B, T) of T text tokens, the first at `start`."""
         return (start + torch.arange(T, device=self.device)).expand(3, B, T)
 
+    def caption_cache(self, prompt, G, room):
+        """The library's cache of P prompts -> one of G captions each, for `next_state`."""
+        return CaptionCache(prompt, G, room)
+
     def next_state(self, token, position, cache):
         """The last-layer state (B, 1, d) of one more token (B, 1) of each caption."""
         return next_state(self.language_model, self.embed(token), position, cache)
@@ -324,7 +332,7 @@ class Encoder(nn.Module):
         Returns its cache, the last state (P, 1, d), and the position of the next token.
         """
         embedded, positions = self.prompt(vision)
-        cache = DynamicCache(config=self.vlm.config.text_config)
+        cache = DynamicCache(config=self.language_model.config)
         states = self.run(embedded, positions, cache)
         return cache, states[:, -1:], positions.max().item() + 1
 
@@ -337,7 +345,7 @@ class Encoder(nn.Module):
         logp (B, T), recorded while sampling.
         """
         parts = []
-        for images, rows, _ in group_slices(len(vision['grid']), G, CAPTIONS_AT_ONCE):
+        for images, rows, _ in group_slices(len(vision['features']), G, CAPTIONS_AT_ONCE):
             shown = {name: rows_of[images] for name, rows_of in vision.items()}
             own = uniforms[rows] if uniforms is not None else None
             parts.append(self.sample_together(shown, G, temperature, own))
@@ -347,14 +355,14 @@ class Encoder(nn.Module):
     def sample_together(self, vision, G, temperature, uniforms):
         """`sample` of captions that are written at the same time."""
         T = self.config.caption_len
-        B = len(vision['grid']) * G
+        B = len(vision['features']) * G
         y = torch.full((B, T), self.end, device=self.device)
         mask = torch.zeros(B, T, device=self.device)
         logp = torch.zeros(B, T, device=self.device)
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
         with self.autocast():
             cache, states, start = self.prefill(vision)
-            cache = CaptionCache(cache, G, T)
+            cache = self.caption_cache(cache, G, T)
             states = states.repeat_interleave(G, 0)             # (B, 1, d)
             for t in range(T):
                 logits = self.head(states[:, -1]).float()
@@ -391,11 +399,11 @@ class Encoder(nn.Module):
         State t has read y[:, :t] and predicts y[:, t].
         """
         B, T = y.shape
-        G = B // len(vision['grid'])
+        G = B // len(vision['features'])
         if self.config.checkpointing:    # recomputation forbids the cache: one prompt per caption
             embedded, positions = self.prompt(vision)
             embedded = embedded.repeat_interleave(G, 0)
-            return self.states_after(embedded, positions.repeat_interleave(G, 1), y)
+            return self.states_after(embedded, positions.repeat_interleave(G, -2), y)
         cache, states, start = self.prefill(vision)
         cache.batch_repeat_interleave(G)
         others = self.run(self.embed(y), self.positions_after(start, B, T), cache)
@@ -464,3 +472,7 @@ class Encoder(nn.Module):
         with self.autocast():
             states = self.run(embedded, positions)
         return states[:, start:start + N]
+
+
+# model_type of a config.json -> what drives such a model
+ENCODERS = dict(qwen2_5_vl=Encoder)

@@ -13,33 +13,28 @@ import shutil
 import signal
 import threading
 
+import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from decoder import Decoder
-from encoder import Encoder
+from decoder import DECODERS
+from encoder import ENCODERS
 from lib import ranks
-from lib.files import load, write_atomic, write_json, write_lines
+from lib.files import load, load_whole, read_config, write_atomic, write_json, write_lines
 from model import Projector, UAE, frozen_copy
 
-# every linear layer of the language model, never the vision tower, lm_head or projector; in the
-# decoder the attention projections that Flow-GRPO adapts
-ENCODER_LORA = r'.*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj'
-DECODER_LORA = r'.*\.attn\.(add_[qkv]_proj|to_add_out|to_[qkv]|to_out\.0)'
 # keys without which a checkpoint's weights mean nothing, and those whose change it can live with
 FIXED = ('encoder', 'decoder', 'lora_rank', 'cond_len')
-TOLD = ('condition', 'resolution', 'caption_prompt', 'negative_prompt')
-ADAPTERS = dict(encoder='encoder/adapter_model.safetensors',
-                decoder='decoder/pytorch_lora_weights.safetensors')
+TOLD = ('condition', 'resolution', 'caption_prompt', 'negative_prompt', 'guidance', 'caption_len')
 TEXT_ENCODER = 'text_encoder/model.safetensors'
 
 
 # --- finding one ---------------------------------------------------------------------------------
 def checkpoints(out_dir):
-    """[(step, path)] of the whole checkpoints in a folder, oldest first; half-written ones are .tmp.
-    """
+    """[(step, path)] of the whole checkpoints in a folder, oldest first; a half-written is .tmp."""
     found = []
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
     for name in names:
@@ -74,19 +69,16 @@ def find_checkpoint(config, need_projector=True):
     folder = folder or newest(config.init_from) or config.init_from
     if not os.path.isdir(folder):
         raise SystemExit(f'--init_from={config.init_from}: no such folder')
-    for name in ('projector.safetensors', 'meta.json'):
-        if not os.path.exists(f'{folder}/{name}'):
-            raise SystemExit(f'{folder}: no checkpoint here ({name} expected)')
-    saved = read_meta(folder)['config']
-    for key in FIXED:
-        if saved[key] != getattr(config, key):
-            raise SystemExit(f'{folder} was trained with {key}={saved[key]!r}, this run has '
-                             f'{getattr(config, key)!r}; its preset was {saved["preset"]!r}')
-    for key in TOLD:
-        if saved.get(key, getattr(config, key)) != getattr(config, key):
-            print(f'warning: {folder} was trained with {key}={saved[key]!r}, this run has '
-                  f'{getattr(config, key)!r}', flush=True)
-    check_whole(folder, config.lora_rank)
+    meta = read_meta(folder)
+    for key in FIXED + TOLD:
+        old, new = meta['config'].get(key), getattr(config, key)
+        if old == new or (old is None and key in TOLD):     # a key that came later
+            continue
+        line = f'{folder} was trained with {key}={old!r}, this run has {new!r}'
+        if key in FIXED:
+            raise SystemExit(f'{line}; its preset was {meta["config"]["preset"]!r}')
+        print(f'warning: {line}', flush=True)
+    check_whole(folder, meta, config.lora_rank)
     return folder
 
 
@@ -108,16 +100,16 @@ def read_meta(folder):
         with open(f'{folder}/meta.json') as f:
             return json.load(f)
     except (OSError, ValueError) as error:
-        raise SystemExit(f'{folder}/meta.json is missing or damaged: {error}')
+        raise SystemExit(f'{folder}: no checkpoint here, or half of one: meta.json: {error}')
 
 
-def check_whole(folder, lora_rank):
+def check_whole(folder, meta, lora_rank):
     """Refuses a checkpoint with a part missing or cut short; a base model would take its place."""
-    parts = ('encoder/config.json', 'decoder/transformer/config.json')
+    parts = ['projector.safetensors', 'encoder/config.json', 'decoder/transformer/config.json']
     if lora_rank:
-        parts = ADAPTERS.values()
-    parts = list(parts)
-    if read_meta(folder).get('text_encoder'):   # the captioner would take its place
+        from lib import lora
+        parts[1:] = lora.FILES.values()
+    if meta.get('text_encoder'):                # the captioner would take its place
         parts.append(TEXT_ENCODER)
     for part in parts:
         if not os.path.exists(f'{folder}/{part}'):
@@ -153,28 +145,97 @@ def open_uae(config, device='cpu', new_projector=False):
 
     new_projector: a fresh projector where no trained one is at hand, as stage 0 begins.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-    from transformers import AutoProcessor
     start = find_checkpoint(config, need_projector=not new_projector)
-    release = find_release(start)
-    vlm, transformer, projector = load_towers(config, start, release)
+    release = find_release(start)               # its checkpoints' adapters stand on it
+    source = config.encoder                     # of tokenizer, chat template and image processor
+    if release and os.path.isdir(f'{release}/llm_processor'):
+        source = f'{release}/llm_processor'
+    vlm = open_model('encoder', config, start)
+    encoder = ENCODERS[vlm.config.model_type](config, vlm, load(AutoProcessor, source))
+    decoder = open_decoder(config, start)
+    projector = Projector(encoder.width, decoder.width)
+    load_projector(projector, start)
     if config.lora_rank:
-        add_lora(vlm, config.lora_rank, ENCODER_LORA)
-        add_lora(transformer, config.lora_rank, DECODER_LORA)
-        load_adapter(vlm, f'{start}/{ADAPTERS["encoder"]}')
-        load_adapter(transformer, f'{start}/{ADAPTERS["decoder"]}')
-    dtype = getattr(torch, config.dtype)
-    vae = load(AutoencoderKL, config.decoder, subfolder='vae', torch_dtype=dtype)
-    scheduler = load(FlowMatchEulerDiscreteScheduler, config.decoder, subfolder='scheduler')
-    source = processor_source(config, release)
-    encoder = Encoder(config, vlm, load(AutoProcessor, source))
-    pooled = pooled_of_nothing(config, transformer.config.pooled_projection_dim)
-    uae = UAE(config, encoder, projector, Decoder(config, transformer, vae, scheduler, pooled))
-    uae.release = release                       # its checkpoints' adapters stand on that release
+        from lib import lora
+        for tower, model in ((encoder, vlm), (decoder, decoder.transformer)):
+            lora.add(model, config.lora_rank, tower.lora_targets)
+        lora.read(vlm, f'{start}/{lora.FILES["encoder"]}')
+        lora.read(decoder.transformer, f'{start}/{lora.FILES["decoder"]}')
+    uae = UAE(config, encoder, projector, decoder)
+    uae.release = release
     uae.source = source
     check_sizes(uae)
-    load_text_encoder(uae, f'{start}/{TEXT_ENCODER}')
+    load_text_encoder(encoder, f'{start}/{TEXT_ENCODER}')
     return uae.to(device)
+
+
+def open_model(part, config, start):
+    """The model of 'encoder' or 'decoder': a full checkpoint's, else what adapters stand on.
+
+    Its class is what its config.json says. In full fine-tuning it is float32: what a checkpoint
+    holds is not rounded on the way in.
+    """
+    def load_model(source, subfolder='', elsewhere=None):
+        about = read_config(source, subfolder)
+        if part == 'encoder':
+            kind, known = about.get('model_type'), ENCODERS
+            cls, name_of_dtype = AutoModelForImageTextToText, 'dtype'
+        else:
+            kind, known = about.get('_class_name'), DECODERS
+            cls, name_of_dtype = getattr(diffusers, str(kind), None), 'torch_dtype'
+        if kind not in known:
+            raise SystemExit(f'{source}: its config.json says {kind}, expected one of '
+                             f'{" ".join(known)}; another takes a class of its own: '
+                             'docs/exchange.md')
+        dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
+        return load_whole(cls, source, elsewhere, subfolder=subfolder, **{name_of_dtype: dtype})
+
+    release = find_release(start)
+    full = os.path.exists(f'{start}/meta.json') and os.path.exists(f'{start}/encoder/config.json')
+    if release and not full:
+        from lib.release import open_release
+        return open_release(part, release, load_model)
+    source = f'{start}/{part}' if full else getattr(config, part)
+    return load_model(source, 'transformer' if part == 'decoder' else '')
+
+
+def open_decoder(config, start):
+    """The decoder, with the VAE and the noise schedule of config.decoder."""
+    transformer = open_model('decoder', config, start)
+    kind = DECODERS[type(transformer).__name__]
+    vae = load_whole(getattr(diffusers, kind.vae_class), config.decoder, subfolder='vae',
+                     torch_dtype=getattr(torch, config.dtype))
+    scheduler = load(getattr(diffusers, kind.scheduler_class), config.decoder,
+                     subfolder='scheduler')
+    decoder = kind(config, transformer, vae, scheduler)
+    # a constant, computed once and cached; zeros where no text encoders come with the decoder
+    local = os.path.isdir(config.decoder)
+    if not local or os.path.isdir(f'{config.decoder}/text_encoder'):
+        name = config.decoder.strip('/').replace('/', '--')
+        cache = os.path.join('out', f'pooled-{name}.safetensors')
+        if not os.path.exists(cache):
+            pooled = decoder.pooled_of_nothing(config.decoder)
+            write_atomic(cache, lambda path: save_file(dict(pooled=pooled), path))
+        decoder.pooled = load_file(cache)['pooled']
+    return decoder
+
+
+def load_projector(projector, start):
+    """Loads the weights that a run starts from; without a start it stays as it is."""
+    if not start:
+        return
+    if start.startswith('uae:'):
+        from lib.release import open_projector
+        d, D = projector.up.in_features, projector.down.out_features
+        weights = open_projector(find_release(start), d, D)
+    else:
+        weights = load_file(f'{start}/projector.safetensors')
+    try:
+        projector.load_state_dict(weights)
+    except RuntimeError as error:
+        last = str(error).splitlines()[-1].strip()
+        raise SystemExit(f'{start}: its projector does not fit between the encoder and the '
+                         f'decoder: {last}')
 
 
 def check_sizes(uae):
@@ -190,91 +251,6 @@ def check_sizes(uae):
         raise SystemExit(f'--resolution={config.resolution}: {wrong}')
 
 
-def loaded_dtype(config):
-    """In full fine-tuning what a checkpoint holds is not rounded on the way in."""
-    if config.lora_rank:
-        return getattr(torch, config.dtype)
-    return torch.float32
-
-
-def load_vlm(config, start):
-    """The encoder's model: the full weights of a checkpoint, else those it stands on."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-    folder = config.encoder
-    if is_full(start):
-        folder = f'{start}/encoder'
-    return load(Qwen2_5_VLForConditionalGeneration, folder, dtype=loaded_dtype(config))
-
-
-def load_transformer(config, start):
-    """The same of the decoder."""
-    from diffusers import SD3Transformer2DModel
-    folder = config.decoder
-    if is_full(start):
-        folder = f'{start}/decoder'
-    return load(SD3Transformer2DModel, folder, subfolder='transformer',
-                torch_dtype=loaded_dtype(config))
-
-
-def load_towers(config, start, release):
-    """The models of encoder and decoder, and the projector, as a run starts with them."""
-    weights = None
-    if release and not is_full(start):
-        from lib.release import load_release
-        vlm, transformer, weights = load_release(release, loaded_dtype(config))
-    else:
-        vlm, transformer = load_vlm(config, start), load_transformer(config, start)
-    projector = Projector(vlm.config.text_config.hidden_size,
-                          transformer.config.joint_attention_dim)
-    if start and not start.startswith('uae:'):
-        weights = load_file(f'{start}/projector.safetensors')
-    if weights:
-        try:
-            projector.load_state_dict(weights)
-        except RuntimeError as error:
-            last = str(error).splitlines()[-1].strip()
-            raise SystemExit(f'{start}: its projector does not fit between {config.encoder} and '
-                             f'{config.decoder}: {last}')
-    return vlm, transformer, projector
-
-
-def is_full(start):
-    """Whether a checkpoint of full fine-tuning is there, and not adapters or the shipped base."""
-    return all(os.path.exists(f'{start}/{name}') for name in ('meta.json', 'encoder/config.json'))
-
-
-def processor_source(config, release):
-    """The folder or hub id of tokenizer, chat template and image processor."""
-    if release and os.path.isdir(f'{release}/llm_processor'):
-        return f'{release}/llm_processor'
-    return config.encoder
-
-
-def pooled_of_nothing(config, width):
-    """pooled_projections (1, width): the pooled CLIP-L + CLIP-G embedding of the empty string.
-
-    A constant, computed once by the decoder's own text encoders and cached. Zeros where the
-    decoder comes without text encoders, as the tiny one does.
-    """
-    if os.path.isdir(config.decoder) and not os.path.isdir(f'{config.decoder}/text_encoder'):
-        return torch.zeros(1, width)
-    name = config.decoder.strip('/').replace('/', '--')
-    cache = os.path.join('out', f'pooled-{name}.safetensors')
-    if not os.path.exists(cache):
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-        parts = []
-        for i in ('', '_2'):
-            tokenizer = load(CLIPTokenizer, config.decoder, subfolder=f'tokenizer{i}')
-            ids = tokenizer('', padding='max_length', return_tensors='pt').input_ids
-            model = load(CLIPTextModelWithProjection, config.decoder,
-                                subfolder=f'text_encoder{i}')
-            with torch.no_grad():
-                parts.append(model(ids).text_embeds)
-        pooled = torch.cat(parts, -1).float()
-        write_atomic(cache, lambda path: save_file(dict(pooled=pooled), path))
-    return load_file(cache)['pooled']
-
-
 def open_reference(uae, parts, config):
     """A UAE whose `parts` are frozen as the stage began with them: the reference policy.
 
@@ -285,22 +261,15 @@ def open_reference(uae, parts, config):
         return twin
     begun = argparse.Namespace(**dict(vars(config), resume=False))
     start = find_checkpoint(begun)
-    release = find_release(start)
-    towers = dict(encoder=twin.encoder.vlm, decoder=twin.decoder.transformer,
-                  projector=twin.projector)
-    fresh = None
+    models = dict(encoder=twin.encoder.vlm, decoder=twin.decoder.transformer)
     for part in parts:
-        tower = towers[part]
-        if config.lora_rank and part != 'projector':
-            for key, p in tower.named_parameters():
-                if 'lora_B' in key:
-                    p.zero_()                   # a fresh adapter, for a start without one
-            load_adapter(tower, f'{start}/{ADAPTERS[part]}')
-            continue
-        if fresh is None:
-            names = ('encoder', 'decoder', 'projector')
-            fresh = dict(zip(names, load_towers(begun, start, release)))
-        tower.load_state_dict(fresh[part].state_dict())
+        if part == 'projector':
+            load_projector(twin.projector, start)
+        elif config.lora_rank:
+            from lib import lora
+            lora.read(models[part], f'{start}/{lora.FILES[part]}')
+        else:
+            models[part].load_state_dict(open_model(part, begun, start).state_dict())
     return twin
 
 
@@ -318,73 +287,28 @@ def choose_text_encoder(uae, kind):
         encoder.text_encoder = frozen_copy(encoder.language_model)
 
 
-def load_text_encoder(uae, path):
+def load_text_encoder(encoder, path):
     """The text encoder of a checkpoint, if it has one."""
     if not os.path.exists(path):
         return
     weights = load_file(path)
-    language_model = uae.encoder.language_model
+    language_model = encoder.language_model
     for name, p in language_model.named_parameters():
         p.requires_grad_(name in weights)       # what it has of its own; the rest is shared
-    uae.encoder.text_encoder = frozen_copy(language_model)
+    encoder.text_encoder = frozen_copy(language_model)
     language_model.requires_grad_(False)
-    uae.encoder.text_encoder.load_state_dict(weights, strict=False)
+    encoder.text_encoder.load_state_dict(weights, strict=False)
 
 
-def save_text_encoder(encoder, folder):
+def save_text_encoder(encoder, path):
     """Writes what the text encoder does not share with the captioner."""
-    os.makedirs(f'{folder}/text_encoder', exist_ok=True)
     shared = {id(p) for p in encoder.language_model.parameters()}
     own = {}
     for name, p in encoder.text_encoder.named_parameters():
         if id(p) not in shared:
             own[name] = p.data
-    save_file(own, f'{folder}/{TEXT_ENCODER}')
-
-
-# --- LoRA ----------------------------------------------------------------------------------------
-def add_lora(tower, rank, targets):
-    """Puts fresh LoRA adapters (alpha = 2 rank, gaussian) on the linear layers that match.
-
-    They are float32 from the start, so that nothing that is loaded into them is rounded.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights='gaussian',
-                        target_modules=targets)
-    inject_adapter_in_model(lora, tower)
-    for key, p in tower.named_parameters():
-        if 'lora_' in key:
-            p.data = p.data.float()
-
-
-def load_adapter(tower, path):
-    """Loads the adapters saved at `path`, if there are any, into those of a tower."""
-    if not os.path.exists(path):
-        return
-    from peft import set_peft_model_state_dict
-    saved = {}
-    for key, tensor in load_file(path).items():
-        key = key.removeprefix('base_model.model.').removeprefix('transformer.')
-        saved[key] = tensor
-    result = set_peft_model_state_dict(tower, saved)
-    if result.unexpected_keys:
-        raise SystemExit(f'{path}: not an adapter of this model; first unknown key '
-                         f'{result.unexpected_keys[0]}')
-
-
-def save_lora(vlm, transformer, folder):
-    """Writes both towers' adapters, the decoder's with its alpha as load_lora_weights reads it."""
-    from diffusers import StableDiffusion3Pipeline
-    from peft import get_peft_model_state_dict
-    os.makedirs(f'{folder}/encoder', exist_ok=True)
-    adapter = {}
-    for key, tensor in get_peft_model_state_dict(vlm).items():
-        adapter[f'base_model.model.{key}'] = tensor
-    save_file(adapter, f'{folder}/{ADAPTERS["encoder"]}')
-    vlm.peft_config['default'].save_pretrained(f'{folder}/encoder')
-    StableDiffusion3Pipeline.save_lora_weights(
-        f'{folder}/decoder', get_peft_model_state_dict(transformer),
-        transformer_lora_adapter_metadata=transformer.peft_config['default'].to_dict())
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    save_file(own, path)
 
 
 # --- a run's own checkpoints ---------------------------------------------------------------------
@@ -480,14 +404,14 @@ def save_models(uae, folder):
     """Writes projector, encoder and decoder: full weights, or with LoRA the adapters alone."""
     os.makedirs(folder, exist_ok=True)
     save_file(uae.projector.state_dict(), f'{folder}/projector.safetensors')
-    vlm, transformer = uae.encoder.vlm, uae.decoder.transformer
     if uae.config.lora_rank:
-        save_lora(vlm, transformer, folder)
+        from lib import lora
+        lora.save(uae.encoder, uae.decoder, folder)
     else:
-        vlm.save_pretrained(f'{folder}/encoder')
-        transformer.save_pretrained(f'{folder}/decoder/transformer')
+        uae.encoder.vlm.save_pretrained(f'{folder}/encoder')
+        uae.decoder.transformer.save_pretrained(f'{folder}/decoder/transformer')
     if uae.encoder.text_encoder:
-        save_text_encoder(uae.encoder, folder)
+        save_text_encoder(uae.encoder, f'{folder}/{TEXT_ENCODER}')
 
 
 def restore(config, optimiser):

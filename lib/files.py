@@ -1,18 +1,43 @@
-"""Files that are whole or not there, and models from them."""
+"""Files that are whole or not there, and models from folders and hub ids."""
 import json
 import os
 
 from safetensors import SafetensorError
 
 
-def load(cls, path, **kwargs):
+def load(cls, source, **kwargs):
     """cls.from_pretrained with one clear line when the folder or hub id cannot be had."""
     try:
-        return cls.from_pretrained(path, **kwargs)
+        return cls.from_pretrained(source, **kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        where = os.path.join(path, kwargs.get('subfolder', ''))
+        where = os.path.join(source, kwargs.get('subfolder', ''))
         lines = str(error).strip().splitlines() or ['']
         raise SystemExit(f'cannot load {cls.__name__} from {where!r}: {lines[0][:160]}')
+
+
+def load_whole(cls, source, elsewhere=None, **kwargs):
+    """`load` of a model, refused where weights are missing, or there and not the model's.
+
+    The libraries go on with random ones. elsewhere(key): whether somebody else reads that key.
+    """
+    model, info = load(cls, source, output_loading_info=True, **kwargs)
+    unknown = [key for key in info['unexpected_keys'] if not (elsewhere and elsewhere(key))]
+    where = os.path.join(source, kwargs.get('subfolder', ''))
+    for kind, keys in (('missing', info['missing_keys']), ('unknown', unknown)):
+        if keys:
+            raise SystemExit(f'{where}: {len(keys)} {kind} keys, first {min(keys)!r}')
+    return model
+
+
+def read_config(source, subfolder=''):
+    """The config.json of a model's folder or hub id, a dict."""
+    from transformers.utils import cached_file
+    try:
+        with open(cached_file(source, 'config.json', subfolder=subfolder)) as f:
+            return json.load(f)
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or ['']
+        raise SystemExit(f'no config.json in {os.path.join(source, subfolder)!r}: {lines[0][:160]}')
 
 
 def write_atomic(path, write):

@@ -6,15 +6,12 @@
     DIR/dit_lora   optional: its adapter in peft's layout, added in
     DIR/llm_processor   optional: tokenizer, chat template and image processor
 """
-import glob
 import json
 import os
 import re
 
 import torch
 from safetensors import SafetensorError, safe_open
-
-from lib.files import load
 
 DEFAULT_SCALE = 2.0     # alpha / rank of adapters without a configuration: the release's 64 / 32
 
@@ -40,19 +37,20 @@ def released_key(key):
     return key, factor
 
 
-def shards(folder):
+def tensors_of(folder):
     """Yields (place, key, read) of every tensor in a folder's safetensors.
 
     Where the folder has an index, these are the files of the index. read() -> the tensor.
     """
-    paths = sorted(glob.glob(f'{folder}/*.safetensors'))
-    for index in glob.glob(f'{folder}/*.safetensors.index.json'):
-        with open(index) as f:
-            names = set(json.load(f)['weight_map'].values())
-        paths = sorted(os.path.join(folder, name) for name in names)
-    if not paths:
+    names = os.listdir(folder)
+    files = {name for name in names if name.endswith('.safetensors')}
+    for name in names:
+        if name.endswith('.safetensors.index.json'):
+            with open(f'{folder}/{name}') as f:
+                files = set(json.load(f)['weight_map'].values())
+    if not files:
         raise SystemExit(f'{folder}: no safetensors here')
-    for path in paths:
+    for path in (os.path.join(folder, name) for name in sorted(files)):
         try:
             with safe_open(path, 'pt') as f:
                 for key in f.keys():
@@ -79,14 +77,16 @@ def lora_scale(folder):
 
 
 @torch.no_grad()
-def overlay(state, folder):
-    """Writes a folder's tensors over `state`, {our name: tensor}, in place.
+def overlay(state, folder, wanted):
+    """Writes a folder's tensors over `state`, {our name: tensor}, in place, if wanted(key).
 
     Whole weights replace, LoRA pairs are added as alpha / rank B A. No tensor has to be there, but
     what is there has to fit: else SystemExit in one line.
     """
     pairs = {}
-    for place, key, read in shards(folder):
+    for place, key, read in tensors_of(folder):
+        if not wanted(key):
+            continue
         name, factor = released_key(key)
         if name not in state:
             raise SystemExit(f'{place}: unknown key, the model has no {name!r}')
@@ -110,53 +110,38 @@ def overlay(state, folder):
         state[name].add_(update.to(state[name].device))
 
 
-def load_release(folder, dtype):
-    """Reads the release -> encoder, decoder, {name: tensor} of the projector."""
-    from diffusers import SD3Transformer2DModel
-    from transformers import Qwen2_5_VLForConditionalGeneration
-    for part in ('llm', 'dit'):
-        if not os.path.isdir(f'{folder}/{part}'):
-            raise SystemExit(f'--init_from=uae:{folder}: no folder {part} in it (llm, dit and, if '
-                             'there, llm_lora, dit_lora, llm_processor are read)')
-    encoder, llm = load(Qwen2_5_VLForConditionalGeneration, f'{folder}/llm', dtype=dtype,
-                               output_loading_info=True)
-    decoder, dit = load(SD3Transformer2DModel, f'{folder}/dit', torch_dtype=dtype,
-                               output_loading_info=True)
-    extra = [k for k in llm['unexpected_keys']
-             if not released_key(k)[0].startswith('projector.')]
-    refuse_keys(f'{folder}/llm', 'missing', llm['missing_keys'])
-    refuse_keys(f'{folder}/llm', 'unknown', extra)
-    refuse_keys(f'{folder}/dit', 'missing', dit['missing_keys'])
-    refuse_keys(f'{folder}/dit', 'unknown', dit['unexpected_keys'])
-    projector = read_projector(f'{folder}/llm', encoder.config.text_config.hidden_size,
-                               decoder.config.joint_attention_dim)
-    if os.path.isdir(f'{folder}/llm_lora'):
-        state = dict(encoder.state_dict())
-        for name, tensor in projector.items():
-            state[f'projector.{name}'] = tensor
-        overlay(state, f'{folder}/llm_lora')
-    if os.path.isdir(f'{folder}/dit_lora'):
-        overlay(decoder.state_dict(), f'{folder}/dit_lora')
-    return encoder, decoder, projector
+def of_projector(key):
+    return released_key(key)[0].startswith('projector.')
 
 
-def refuse_keys(folder, kind, keys):
-    if keys:
-        raise SystemExit(f'{folder}: {len(keys)} {kind} keys, first {min(keys)!r}')
+def open_release(part, folder, load_model):
+    """The model of 'encoder' or 'decoder' in a release; load_model(source, elsewhere=...).
+
+    elsewhere(key): whether it is no tensor of that model, but the projector's.
+    """
+    name = dict(encoder='llm', decoder='dit')[part]
+    if not os.path.isdir(f'{folder}/{name}'):
+        raise SystemExit(f'--init_from=uae:{folder}: no folder {name} in it (llm, dit and, if '
+                         'there, llm_lora, dit_lora, llm_processor are read)')
+    model = load_model(f'{folder}/{name}', elsewhere=of_projector)
+    if os.path.isdir(f'{folder}/{name}_lora'):
+        overlay(model.state_dict(), f'{folder}/{name}_lora', lambda key: not of_projector(key))
+    return model
 
 
-def read_projector(folder, d, D):
-    """The projector's float32 tensors in the shards of llm, for widths d -> 2 D -> D."""
-    projector = {}
-    for _, key, read in shards(folder):
-        name = released_key(key)[0]
-        if name.startswith('projector.'):
-            projector[name.removeprefix('projector.')] = read().float()
-    need = {'up.weight': (2 * D, d), 'up.bias': (2 * D,),
-            'down.weight': (D, 2 * D), 'down.bias': (D,)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in projector.items()}
+def open_projector(folder, d, D):
+    """The projector's float32 tensors among those of llm and llm_lora, of widths d -> 2 D -> D."""
+    state = {}
+    for _, key, read in tensors_of(f'{folder}/llm'):
+        if of_projector(key):
+            state[released_key(key)[0]] = read().float()
+    need = {'projector.up.weight': (2 * D, d), 'projector.up.bias': (2 * D,),
+            'projector.down.weight': (D, 2 * D), 'projector.down.bias': (D,)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if shapes != need:
         found = ', '.join(f'{name} {shape}' for name, shape in sorted(shapes.items()))
-        raise SystemExit(f'{folder}: expected projector.0 and projector.2 that take {d} to '
+        raise SystemExit(f'{folder}/llm: expected projector.0 and projector.2 that take {d} to '
                          f'{2 * D} to {D} dimensions, found {found or "none"}')
-    return projector
+    if os.path.isdir(f'{folder}/llm_lora'):
+        overlay(state, f'{folder}/llm_lora', of_projector)
+    return {name.removeprefix('projector.'): tensor for name, tensor in state.items()}
