@@ -73,8 +73,8 @@ def unseen(requirements):
 @functools.cache                # once a process, however many runs it starts
 def say_unseen():
     """One line with the versions that nobody has seen to pass, if there are any."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    with open(os.path.join(folder, 'requirements.txt'), encoding='utf-8') as f:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with open(os.path.join(root, 'requirements.txt'), encoding='utf-8') as f:
         found = unseen(f)
     if found:
         print(f'not seen to pass: {", ".join(found)}; requirements.txt has the versions that were',
