@@ -56,7 +56,7 @@ PICTURES = 8                   # scenes shown in before_after.png
 NEXT = '''Look at   {out}/report.html
 Then try  python sample.py --init_from={out}/grpo_decoder --prompt="small red circle top-left ."
           make bench
-          python docs/exercises/ablations.py function'''
+          python docs/exercises/ablations.py length'''
 
 
 # --- stages and their scores ---------------------------------------------------------------------

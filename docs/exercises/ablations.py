@@ -1,4 +1,4 @@
-"""Twelve ablations and three mistakes, each a fork: a few named edits to one file of the project.
+"""Eleven ablations and three mistakes, each a fork: a few named edits to one file of the project.
 
     python docs/exercises/ablations.py                  # the forks, and what each changes
     python docs/exercises/ablations.py length           # makes the edits in the working tree
@@ -15,17 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = 'docs/exercises/ablations.md'
 
-REWARDS = '    r = torch.cat(rewards).view(P, G)\n'
-ADVANTAGE = "group_advantage(mine, config.adv_std)"
-WINDOW = '    (begin, _), trained = window(step, config, uae.decoder.sigmas(config.denoise_steps))\n'
-PIXEL_REWARD = '''def own_reward(texts, x, x_hat):
-    """Any function of B captions and images (B, 3, R, R) -> (B,); here minus the pixels' error."""
-    return -(x - x_hat).square().flatten(1).mean(1)
-
-
-@torch.no_grad()
-def rollout('''
-IMAGE = '        return torch.cat([self.vae.decode(part).sample.float() for part in parts])\n'
+ADVANTAGE = 'group_advantage(r, config.adv_std)'
+IMAGE = '''        return by_rows(lambda part: self.vae.decode(part).sample.float(),
+                       self.config.micro_batch, z.to(self.vae.dtype))
+'''
 
 # name -> [(file, old text, new text)]
 FORKS = dict(
@@ -39,43 +32,33 @@ FORKS = dict(
     no_kl=[
         ('grpo_encoder.py', '    kl = 0.03, ', '    kl = 0.0,  ')],
     live=[
-        ('grpo_encoder.py', "tiny=dict(text_encoder='start'), ",
-         "tiny=dict(text_encoder='live'),  ")],
+        ('grpo_encoder.py', "text_encoder = 'start',", "text_encoder = 'live', ")],
     judge=[
         ('config.py', "reward = 'clip', ", "reward = 'judge',")],
-    function=[
-        ('grpo_encoder.py', '@torch.no_grad()\ndef rollout(', PIXEL_REWARD),
-        ('grpo_encoder.py', '        rewards.append(clip_reward(x[images], x_hat, tower))',
-         "        texts = uae.encoder.texts(batch['y'][rows], batch['mask'][rows])\n"
-         '        sources = x[images].repeat_interleave(G, 0)\n'
-         '        rewards.append(own_reward(texts, sources, x_hat))')],
     length=[
-        ('grpo_encoder.py', REWARDS,
-         REWARDS + "    r = r - 0.02 * batch['mask'].sum(1).view(P, G)\n")],
+        ('grpo_encoder.py', 'r.view(P, G), vision',
+         '(r - 0.02 * mask.sum(1)).view(P, G), vision')],
     answer=[
         ('config.py', "condition = 'text',  ", "condition = 'answer',")],
     g2=[
-        ('grpo_encoder.py', 'prompts = 8, ', 'prompts = 32,'),
+        ('grpo_encoder.py', 'batch = 8, ', 'batch = 32,'),
         ('grpo_encoder.py', 'group = 8,', 'group = 2,')],
     cps=[
         ('grpo_decoder.py', "sde = 'flow',     ", "sde = 'cps_exact',"),
         ('grpo_decoder.py', 'noise_level = 0.7,', 'noise_level = 0.8,')],
     projector=[
-        ('grpo_decoder.py',
-         '        parts.append(dict(path, cond=cond, y=caption, z_0=z_0, r=r))\n',
-         '        tokens = torch.stack([y[images], mask[images]], 1).repeat_interleave(G, 0)\n'
-         '        parts.append(dict(path, cond=tokens, y=caption, z_0=z_0, r=r))\n'),
-        ('grpo_decoder.py', WINDOW,
-         WINDOW + "    tokens = batch['cond']              # the condition anew, with a gradient\n"
-         '    cond = uae.condition(tokens[:, 0].long(), tokens[:, 1])\n'),
-        ('grpo_decoder.py', "steps=trained, c=batch['cond'], ", 'steps=trained, c=cond, '),
+        ('grpo_decoder.py', 'return dict(path, c=c, z_0=z_0)',
+         'y_of, mask_of = y.repeat_interleave(G, 0), mask.repeat_interleave(G, 0)\n'
+         '    return dict(path, y=y_of, mask=mask_of, c=c, z_0=z_0)'),
+        ('grpo_decoder.py', "c=part['c'],",
+         "\n                                  c=uae.condition(part['y'], part['mask']),"),
         ('grpo_decoder.py', "train_only('decoder')", "train_only('decoder', 'projector')")],
     blind=[
-        ('model.py', IMAGE,
+        ('decoder.py', IMAGE,
          IMAGE.replace('return', 'x_hat =')
          + '        return x_hat[:, :1].expand(-1, 3, -1, -1)\n')],
     axis=[
-        ('grpo_encoder.py', REWARDS, '    r = torch.cat(rewards).view(G, P).T\n'),
+        ('grpo_encoder.py', 'r.view(P, G), vision', 'r.view(G, P).T, vision'),
         ('grpo_encoder.py', f'{ADVANTAGE}.flatten()', f'{ADVANTAGE}.T.flatten()')],
     bf16=[
         ('grpo_encoder.py', '@torch.no_grad()\ndef rollout(',
