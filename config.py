@@ -6,6 +6,7 @@ A script adds its own keys to `shared`; the two dicts together are the whole con
 """
 import argparse
 import ast
+import importlib.util
 import inspect
 import os
 import re
@@ -82,11 +83,15 @@ NOT_NEGATIVE = (0, 1e9)
 RENAMED = dict(
     prompts='batch', updates='epochs', sample_steps='denoise_steps',
     eval_steps='eval_denoise_steps', sde_window='noisy_steps', train_steps='trained_steps',
-    wandb='tracker=wandb:PROJECT', tensorboard='tracker=tensorboard', eval_batch='micro_batch',
-    caption_batch='micro_batch', eval_temperature='temperature',
+    wandb='--tracker=wandb:PROJECT', tensorboard='--tracker=tensorboard',
+    eval_temperature='temperature, of eval_unified.py and sample.py',
+    text_encoder='of grpo_encoder.py alone, its checkpoints bring their own',
+    old_logp='decided by dtype: replayed in bfloat16',
+    caption_temperature='0, a constant', cold_temperature='0, a constant',
     grad_clip='a constant, lib/optimiser.GRAD_CLIP', patience='a constant, lib/optimiser.PATIENCE',
-    watch='a constant, lib/watch.WATCHED', caption_temperature='a constant, 0',
-    cold_temperature='a constant, 0', old_logp='decided by dtype: see Encoder.logp')
+    watch='a constant, lib/watch.WATCHED', caption_batch='a constant, encoder.CAPTIONS_AT_ONCE',
+    batch='a constant, lib/scores.images_at_once', eval_batch='a constant, '
+    'lib/scores.images_at_once')
 
 
 class ConfigError(SystemExit):
@@ -126,7 +131,7 @@ def literal(key, old, text):
 
 
 def check(values, limits):
-    """Refuses a value out of its limits, and an out_dir that is a file."""
+    """Refuses a value out of its limits, a tracker or an out_dir that cannot be."""
     for key, value in values.items():
         limit = limits.get(key, NOT_NEGATIVE)
         if isinstance(limit[0], str):
@@ -141,6 +146,12 @@ def check(values, limits):
     if not values['cond_len'] and ('lr' in values or values['condition'] == 'text+image'):
         raise ConfigError('--cond_len=0: conditions of many lengths cannot be trained on or '
                           'joined, it is for the evaluation of released weights')
+    kind, _, project = values['tracker'].partition(':')
+    if kind not in ('', 'wandb', 'tensorboard') or (kind == 'wandb' and not project):
+        raise ConfigError(f'--tracker={values["tracker"]}: expected wandb:PROJECT or tensorboard')
+    if kind and not importlib.util.find_spec(kind):
+        raise ConfigError(f'--tracker={values["tracker"]}: there is no {kind} here; '
+                          f'pip install {kind}')
     folder = values['out_dir']
     while folder and not os.path.isdir(folder):
         if os.path.exists(folder):

@@ -181,7 +181,8 @@ def test_tensorboard_gets_fields_and_sheets(tmp_path, monkeypatch):
     writer = Writer(tmp_path)
     fake = SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', fake)
-    config = shared_config(f'--out_dir={tmp_path}', '--tracker=tensorboard', '--device=cpu')
+    config = shared_config(f'--out_dir={tmp_path}', '--device=cpu')
+    config.tracker = 'tensorboard'              # on the command line it has to be installed
     log = Log(config, SimpleNamespace(master=True))
     log(3, loss=0.5)
     assert ('loss', 0.5, 3) in writer.scalars

@@ -214,7 +214,7 @@ def run_all(config, held):
 
 
 def main(argv):
-    config = parse(keys, {}, argv, __file__)
+    config = parse(keys, {}, argv, __file__, dict(scenes=(1, 1e6)))
     run = ranks.start(config)
     config.eval_images = config.scenes
     os.makedirs(config.out_dir, exist_ok=True)

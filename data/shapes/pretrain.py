@@ -40,6 +40,9 @@ keys = dict(
     full_share = 0.75,         # of the decoder's conditions are full captions, the others terse
     most_phrases = 0,          # most phrases of a caption the captioner is ever taught; 0 = all
 )
+least_one = ('vae_steps', 'clip_steps', 'judge_steps', 'encoder_steps', 'decoder_steps',
+             'decoder_images')
+limits = dict(dict.fromkeys(least_one, (1, 1e9)), full_share=(0, 1))
 # -------------------------------------------------------------------------------------------------
 
 
@@ -379,7 +382,7 @@ PARTS = dict(vae=pretrain_vae, clip=pretrain_clip, judge=pretrain_judge, encoder
 
 
 def main(argv):
-    config = parse(keys, {}, argv, __file__)
+    config = parse(keys, {}, argv, __file__, limits)
     if config.out_dir == 'out/pretrain':
         config.out_dir = 'data/shapes/base'
     config.encoder = f'{config.out_dir}/encoder'
