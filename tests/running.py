@@ -4,6 +4,7 @@ The latter may be killed or refused.
 """
 import json
 import math
+import operator
 import os
 import runpy
 import subprocess
@@ -12,6 +13,10 @@ import types
 
 import torch
 from safetensors.torch import load_file
+
+import reward
+from lib import checkpoint
+from lib.optimiser import Optimiser
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
@@ -52,6 +57,70 @@ def tiny(name, out_dir, *extra, **how):
     """script(name) with the arguments of a tiny run; returns the lines of its log."""
     script(name, *arguments(name, out_dir, *extra, **how))
     return lines(f'{out_dir}/log.jsonl')
+
+
+class Recorder:
+    """Watches a stage that runs in this process: functions that every stage calls report to it.
+
+    uae, before: the model as it was opened, and its weights then. towers: [(image tower, its
+    weights)]. passes: [(part, training, autograd on, rows)], the forward passes of PARTS since the
+    last update. updates: of each its weights `before` and `after`, `grads`, `passes`, the ids of
+    what is `optimised`, and the log fields `taken`. spoil: the number of an update whose gradients
+    are made non-finite.
+    """
+    PARTS = ('encoder.language_model', 'encoder.vlm.model.visual', 'decoder.transformer',
+             'decoder.vae.encoder', 'decoder.vae.decoder')
+
+    def __init__(self, monkeypatch, spoil=None):
+        self.towers, self.passes, self.updates = [], [], []
+        open_uae, step = checkpoint.open_uae, Optimiser.step
+        open_tower = reward.Backbone.__init__
+
+        def opened(*args, **options):
+            self.uae = open_uae(*args, **options)
+            self.before = state_of(self.uae)
+            for part in self.PARTS:
+                module = operator.attrgetter(part)(self.uae)
+                module.register_forward_pre_hook(self.hook(part), with_kwargs=True)
+            return self.uae
+
+        def opened_tower(tower, *args):
+            open_tower(tower, *args)
+            self.towers.append((tower, state_of(tower)))
+
+        def watched_step(optimiser, number):
+            update = types.SimpleNamespace(before=state_of(self.uae), passes=self.passes)
+            self.passes = []
+            self.updates.append(update)
+            if spoil == len(self.updates) - 1:
+                optimiser.params[0].grad.mul_(math.inf)
+            update.grads = {name: p.grad.clone() for name, p in self.uae.named_parameters()
+                            if p.grad is not None}
+            groups = optimiser.adamw.param_groups
+            update.optimised = {id(p) for group in groups for p in group['params']}
+            update.taken = step(optimiser, number)
+            update.after = state_of(self.uae)
+            return update.taken
+
+        monkeypatch.setattr(checkpoint, 'open_uae', opened)
+        monkeypatch.setattr(Optimiser, 'step', watched_step)
+        monkeypatch.setattr(reward.Backbone, '__init__', opened_tower)
+
+    def hook(self, part):
+        def note(module, args, kwargs):
+            first = next(iter((*args, *kwargs.values())))
+            self.passes.append((part, module.training, torch.is_grad_enabled(), len(first)))
+        return note
+
+    def back_to(self, update):
+        """Gives the model the weights that an update began with, and no gradients."""
+        self.uae.load_state_dict(update.before)
+        self.uae.zero_grad()
+
+
+def state_of(module):
+    """A copy of its weights."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def lines(path):

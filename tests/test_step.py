@@ -1,70 +1,68 @@
 """Rollout and update as a whole, against a plain recomputation: one sample at a time, in loops.
 
-Whose noise is whose, whose reward is whose, when the stored unconditional branch is used, what a
-bad gradient may change, and what t2i of true captions is drawn from.
+Whose noise is whose, whose reward is whose, which equation goes into the loss and with what weight,
+what a bad gradient may change, and what t2i of true captions is drawn from.
 """
 import copy
-import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import G, P, at
-from running import arguments
+from conftest import G, P, at, uniforms
+from PIL import Image
+from running import ALONE, Recorder, arguments, lines, refusal, tiny
 
-from lib import optimiser, ranks
-import config
+import cold_start
+import encoder
 import grpo_decoder
 import grpo_encoder
+from config import parse
 from data.images import open_data
 from data.shapes import scenes
+from decoder import sde_step
+from lib import ranks
 from lib.scores import Evaluator
-from model import sde_step
 from reward import backbone, clip_reward
 
-STAGES = (grpo_encoder, grpo_decoder)
 INDEX = torch.tensor([5, 2, 9, 4])               # positions of the P images in the global batch
 STEP = 3
+IMAGES, GROUP = 2, 3                             # where it is recomputed one by one
+# a short chain: few denoising steps are noisy, and of these one is trained
+SHORT = ('--denoise_steps=6', '--noisy_steps=2', '--trained_steps=1')
+CLOSE = dict(atol=2e-5, rtol=1e-4)
 
 
 # --- how the project is called here ---------------------------------------------------------------
 def stage_config(stage, *argv):
-    return config.parse(stage.keys, stage.own_presets, list(argv), f'{stage.__name__}.py')
+    limits = stage.limits
+    return parse(stage.keys, stage.own_presets, list(argv), f'{stage.__name__}.py', limits)
 
 
-def encoder_rollout(uae, tower, x, index, step, c):
-    """Stage 2's rollout by name: y, mask, old_logp (B, T), r (P, G)."""
-    _, batch, r = grpo_encoder.rollout(uae, tower, x, index, step, c)
-    return dict(y=batch['y'], mask=batch['mask'], old_logp=batch['recorded'], r=r)
+def as_stage(uae, stage, *argv):
+    """The shared model as a stage uses it, and the configuration."""
+    config = stage_config(stage, *argv)
+    return at(uae, **vars(config)), config
 
 
-def decoder_rollout(uae, tower, x, index, step, c):
-    """Stage 3's rollout by name: cond, z, z_next (B, W, C, H, W), old_logp (B, W), r (P, G).
-
-    With guidance also v0, like z.
-    """
-    neg = None
-    if c.guidance != 1:
-        neg = uae.negative()
-    batch, r, _ = grpo_decoder.rollout(uae, tower, x, index, step, c, neg)
-    return dict(batch, old_logp=batch['recorded'], r=r)
+def batch(x, index, captions=None):
+    return dict(x=x, index=index, captions=captions)
 
 
-def replayed(uae, found, c, step):
-    """Mean and standard deviation of every noisy step of a stage 3 rollout without guidance."""
-    noisy, _ = grpo_decoder.window(step, c)
-    path = dict(z=found['z'], z_next=found['z_next'])
-    steps = list(range(noisy[1] - noisy[0]))
-    how = (c.denoise_steps, c.sde, c.noise_level, noisy[0])
-    _, mean, std = uae.decoder.step_logp(path, steps, found['cond'], *how)
-    return mean, std
+def decoder_rollout(u, tower, images, step, config):
+    """Stage 3's rollout -> what it stores, with the rewards r and the captions y."""
+    negative = u.negative() if config.guidance != 1 else None
+    found, r, (y, _) = grpo_decoder.rollout(u, tower, images, step, config, negative)
+    return dict(found, r=r, y=y)
 
 
-def new_evaluator(uae, held, c):
-    towers = {name: backbone(name, c) for name in ('clip', 'judge')}
-    named = dict(reward=towers['clip'], judge=towers['judge'])
-    run = types.SimpleNamespace(rank=0, world=1, device='cpu', master=True)
-    return Evaluator(uae, held, c, run, named)
+def window(u, step, config):
+    sigmas = u.decoder.sigmas(config.denoise_steps)
+    return grpo_decoder.window(step, config, sigmas)
+
+
+@pytest.fixture(scope='module')
+def tower(uae):
+    return backbone('clip', uae.config)
 
 
 # --- addressed randomness, a row at a time --------------------------------------------------------
@@ -83,134 +81,145 @@ def independent(rows):
     return bool((torch.pdist(rows) > 0.7 * usual).all())
 
 
+def told_apart(r):
+    """Whether no two rewards are so near that one could stand for the other."""
+    return torch.pdist(r.reshape(-1, 1)).min() > 1e-4
+
+
 # --- a stage, plainly -----------------------------------------------------------------------------
 @torch.no_grad()
-def plain_captions(uae, tower, x, index, step, c):
-    """Stage 2's rollout, a caption at a time: [(image seen, y, mask, old_logp, r)] in B's order."""
+def plain_captions(uae, tower, images, step, config):
+    """Stage 2's rollout, a caption at a time: [(vision, y, mask, logp, r)] in B's order."""
     samples = []
-    for i, place in enumerate(index.tolist()):
-        image = x[i:i + 1]
-        seen = uae.encoder.see(image)
-        z = normal_at(uae.decoder.latent_shape(), c.seed, 'start', step, place)
-        for j in range(c.group):
-            u = uniform_at((c.caption_len,), c.seed, 'token', step, place * c.group + j)
-            y, mask, logp = uae.encoder.sample(seen, 1, c.temperature, u)
-            x_hat = uae.decoder.to_image(uae.draw(z, uae.condition(y, mask, seen), c.denoise_steps))
-            samples.append((seen, y, mask, logp, clip_reward(image, x_hat, tower)))
+    for i, place in enumerate(images['index'].tolist()):
+        x = images['x'][i:i + 1]
+        vision = uae.encoder.see(x)
+        z = normal_at(uae.decoder.latent_shape(), config.seed, 'start', step, place)
+        for j in range(config.group):
+            member = place * config.group + j
+            u = uniform_at((config.caption_len,), config.seed, 'token', step, member)
+            y, mask, logp = uae.encoder.sample(vision, 1, config.temperature, u)
+            x_hat = uae.draw(z, uae.condition(y, mask, vision), config.denoise_steps)
+            samples.append((vision, y, mask, logp, clip_reward(x, x_hat, tower)))
     return samples
 
 
-def guided(v, v0, guidance):
-    return v0 + guidance * (v - v0)
+def plain_velocity(uae, z, s, c, v0, config):
+    """v_theta under guidance, whose unconditional branch is v0."""
+    return v0 + config.guidance * (uae.decoder.velocity(z, s, c) - v0)
 
 
 @torch.no_grad()
-def plain_drawing(uae, z, cond, noise, noisy, c):
-    """One drawing, a step at a time: z_0, and [(z, z_next, v0, logp)] of its noisy steps."""
-    sig, neg = uae.decoder.sigmas(c.denoise_steps), uae.negative()
-    path = []
-    for s in range(c.denoise_steps):
-        v0 = uae.decoder.velocity(z, sig[s], neg)
-        v = guided(uae.decoder.velocity(z, sig[s], cond), v0, c.guidance)
-        if noisy[0] <= s < noisy[1]:
-            fresh = noise[:, s - noisy[0]]
+def plain_drawing(uae, z, c, noise, noisy, config):
+    """One drawing, a step at a time: z_0, and of its noisy steps {i: (z, z_next, v0, logp)}."""
+    sigmas, negative = uae.decoder.sigmas(config.denoise_steps), uae.negative()
+    path = {}
+    for i in range(config.denoise_steps):
+        v0 = uae.decoder.velocity(z, sigmas[i], negative)
+        v = plain_velocity(uae, z, sigmas[i], c, v0, config)
+        z_next = z + (sigmas[i + 1] - sigmas[i]) * v
+        if noisy[0] <= i < noisy[1]:
+            fresh = noise[:, i - noisy[0]]
             z_next, logp, _, _ = sde_step(
-                z, v, sig[s], sig[s + 1], c.sde, c.noise_level, noise=fresh)
-            path.append((z, z_next, v0, logp))
-        else:
-            z_next = z + (sig[s + 1] - sig[s]) * v
+                z, v, sigmas[i], sigmas[i + 1], config.sde, config.noise_level, noise=fresh)
+            path[i] = (z, z_next, v0, logp)
         z = z_next
     return z, path
 
 
 @torch.no_grad()
-def plain_drawings(uae, tower, x, index, step, c):
-    """Stage 3's rollout, a drawing at a time: [(cond, path, r)] in B's order."""
-    noisy, _ = grpo_decoder.window(step, c)
+def plain_drawings(uae, tower, images, step, config):
+    """Stage 3's rollout, a drawing at a time: [(c, path, r)] in B's order."""
+    noisy, _ = window(uae, step, config)
     shape, W = uae.decoder.latent_shape(), noisy[1] - noisy[0]
     samples = []
-    for i, place in enumerate(index.tolist()):
-        image = x[i:i + 1]
-        seen = uae.encoder.see(image)
-        u = uniform_at((c.caption_len,), c.seed, 'token', step, place)
-        y, mask, _ = uae.encoder.sample(seen, 1, c.caption_temperature, u)
-        cond = uae.condition(y, mask, seen)
-        for j in range(c.group):
-            member = place * c.group + j
-            start = place if c.same_noise else member
-            z = normal_at(shape, c.seed, 'start', step, start)
-            noise = normal_at((W, *shape), c.seed, 'sde', step, member)
-            z0, path = plain_drawing(uae, z, cond, noise, noisy, c)
-            r = clip_reward(image, uae.decoder.to_image(z0), tower)
-            samples.append((cond, path, r))
+    for i, place in enumerate(images['index'].tolist()):
+        x = images['x'][i:i + 1]
+        vision = uae.encoder.see(x)
+        y, mask, _ = uae.encoder.sample(vision, 1, 0.0)
+        c = uae.condition(y, mask, vision)
+        for j in range(config.group):
+            member = place * config.group + j
+            z = normal_at(shape, config.seed, 'start', step, place if config.same_noise else member)
+            noise = normal_at((W, *shape), config.seed, 'sde', step, member)
+            z_0, path = plain_drawing(uae, z, c, noise, noisy, config)
+            samples.append((c, path, clip_reward(x, uae.decoder.to_image(z_0), tower)))
     return samples
 
 
-def plain_advantages(rewards, group):
+def plain_advantages(samples, step, config):
     """(R - mean) / (std + 1e-4) in each group, a list in B's order."""
+    rewards = torch.cat([r for *_, r in samples])
+    assert told_apart(rewards)
+    if config.shuffle_reward:
+        rewards = ranks.permuted(rewards, config.seed, 'shuffle', step)
     advantages = []
-    for first in range(0, len(rewards), group):
-        r = torch.cat(rewards[first:first + group])
-        advantages += ((r - r.mean()) / (r.std() + 1e-4)).tolist()
+    for r in rewards.split(config.group):
+        std = r.std() + 1e-4 if getattr(config, 'adv_std', True) else 1
+        advantages += ((r - r.mean()) / std).tolist()
     return advantages
 
 
-def surrogate(logp, old_logp, adv, clip):
-    ratio = (logp - old_logp).exp()
-    return torch.min(ratio * adv, ratio.clamp(1 - clip[0], 1 + clip[1]) * adv)
+def plain_gain(logp, old_logp, adv, config):
+    """min(ratio A, clip(ratio) A) of one sample's tokens or steps (n,)."""
+    log_ratio = logp - old_logp
+    if config.ratio == 'sequence':
+        log_ratio = log_ratio.mean().expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    low, high = config.clip_range
+    return torch.min(ratio * adv, ratio.clamp(1 - low, 1 + high) * adv)
 
 
-def plain_encoder_loss(uae, samples, c):
-    """Minus the mean over the step's tokens of the clipped surrogate."""
-    advantages = plain_advantages([r for *_, r in samples], c.group)
-    total = count = 0
-    for (seen, y, mask, old_logp, _), adv in zip(samples, advantages):
-        logp = uae.encoder.logp(seen, y, c.temperature)
-        total = total + (surrogate(logp, old_logp, adv, c.clip_range) * mask).sum()
-        count += mask.sum()
-    return -total / count
+def plain_encoder_loss(uae, reference, samples, step, config):
+    """Minus the mean over tokens, as loss_mean has it, of the surrogate without its k3."""
+    of_captions = []
+    advantages = plain_advantages(samples, step, config)
+    for (vision, y, mask, old_logp, _), adv in zip(samples, advantages):
+        n = int(mask.sum())
+        logp = uae.encoder.logp(vision, y, config.temperature)[0, :n]
+        with torch.no_grad():
+            ref_logp = reference.encoder.logp(vision, y, config.temperature)[0, :n]
+        k3 = (ref_logp - logp).exp() - (ref_logp - logp) - 1
+        of_captions.append(plain_gain(logp, old_logp[0, :n], adv, config) - config.kl * k3)
+    if config.loss_mean == 'caption':
+        return -torch.stack([gain.mean() for gain in of_captions]).mean()
+    tokens = torch.cat(of_captions)
+    count = len(tokens) if config.loss_mean == 'token' else len(samples) * config.caption_len
+    return -tokens.sum() / count
 
 
-def plain_decoder_loss(uae, samples, step, c, stale=False):
-    """Minus the mean over drawings and trained steps of the clipped surrogate.
+def plain_decoder_loss(uae, reference, samples, step, config, stale=False):
+    """Minus the mean over drawings and trained steps of the surrogate without the Gaussian KL.
 
     The unconditional branch is that of the present weights; stale: of the rollout's.
     """
-    advantages = plain_advantages([r for *_, r in samples], c.group)
-    noisy, trained = grpo_decoder.window(step, c)
-    sig, neg = uae.decoder.sigmas(c.denoise_steps), uae.negative()
-    gains = []
-    for (cond, path, _), adv in zip(samples, advantages):
-        for t in trained:
-            z, z_next, v0, old_logp = path[t]
-            s, s_next = sig[noisy[0] + t], sig[noisy[0] + t + 1]
+    _, trained = window(uae, step, config)
+    sigmas, negative = uae.decoder.sigmas(config.denoise_steps), uae.negative()
+    terms = []
+    for (c, path, _), adv in zip(samples, plain_advantages(samples, step, config)):
+        logps, kls = [], []
+        for i in trained:
+            z, z_next, v0, _ = path[i]
             if not stale:
                 with torch.no_grad():
-                    v0 = uae.decoder.velocity(z, s, neg)
-            v = guided(uae.decoder.velocity(z, s, cond), v0, c.guidance)
-            _, logp, _, _ = sde_step(z, v, s, s_next, c.sde, c.noise_level, z_next=z_next)
-            gains.append(surrogate(logp, old_logp, adv, c.clip_range))
-    return -torch.cat(gains).mean()
+                    v0 = uae.decoder.velocity(z, sigmas[i], negative)
+            v = plain_velocity(uae, z, sigmas[i], c, v0, config)
+            at_step = (sigmas[i], sigmas[i + 1], config.sde, config.noise_level)
+            _, logp, mean, std = sde_step(z, v, *at_step, z_next=z_next)
+            with torch.no_grad():
+                v0 = reference.decoder.velocity(z, sigmas[i], negative)
+                v = plain_velocity(reference, z, sigmas[i], c, v0, config)
+            ref_mean = sde_step(z, v, *at_step)[2]
+            kls.append((mean - ref_mean).square().mean() / (2 * std.squeeze() ** 2))
+            logps.append(logp[0])
+        old_logp = torch.stack([path[i][3][0] for i in trained])
+        gain = plain_gain(torch.stack(logps), old_logp, adv, config)
+        terms.append(gain - config.kl * torch.stack(kls))
+    return -torch.cat(terms).mean()
 
 
 # --- rollout: noise -------------------------------------------------------------------------------
-@pytest.fixture(scope='module')
-def tower(uae):
-    return backbone('clip', uae.config)
-
-
-def stage_2(uae, *argv):
-    """The shared model as stage 2 uses it, and the configuration."""
-    c = stage_config(grpo_encoder, f'--group={G}', *argv)
-    return at(uae, **vars(c)), c
-
-
-def stage_3(uae, *argv):
-    c = stage_config(grpo_decoder, f'--group={G}', *argv)
-    return at(uae, **vars(c)), c
-
-
-def encoder_start_noise(uae, tower, x, index, step, c):
+def encoder_start_noise(uae, tower, x, step, config):
     """The start noise that a rollout of stage 2 draws from: (P, G, C, H, W)."""
     u, starts = copy.copy(uae), []
 
@@ -219,196 +228,157 @@ def encoder_start_noise(uae, tower, x, index, step, c):
         return uae.draw(z, *rest)
 
     u.draw = draw
-    encoder_rollout(u, tower, x, index, step, c)
-    return torch.cat(starts).unflatten(0, (len(x), c.group))
+    grpo_encoder.rollout(u, tower, batch(x, INDEX), step, config)
+    return torch.cat(starts).unflatten(0, (len(x), config.group))
 
 
 def test_stage_2_has_one_start_noise_per_image_which_its_group_shares(uae, x, tower):
-    u, c = stage_2(uae)
-    z = encoder_start_noise(u, tower, x, INDEX, STEP, c)
+    u, config = as_stage(uae, grpo_encoder, f'--group={G}')
+    z = encoder_start_noise(u, tower, x, STEP, config)
     assert torch.equal(z, z[:, :1].expand_as(z)), 'the group shares it'
-    later = encoder_start_noise(u, tower, x, INDEX, STEP + 1, c)
+    later = encoder_start_noise(u, tower, x, STEP + 1, config)
     assert independent(torch.cat([z[:, 0], later[:, 0]])), 'every image and every step its own'
     for i, place in enumerate(INDEX.tolist()):
-        own = normal_at(u.latent_shape(), c.seed, 'start', STEP, place)
+        own = normal_at(u.decoder.latent_shape(), config.seed, 'start', STEP, place)
         assert torch.equal(z[i, :1], own)
 
 
-def decoder_noises(uae, tower, x, index, step, c):
+@torch.no_grad()
+def decoder_noises(uae, tower, x, step, *argv):
     """Start noise (P, G, C, H, W) of a rollout of stage 3, and that of its steps (P, G, W, ...)."""
-    found = decoder_rollout(uae, tower, x, index, step, c)
-    first = grpo_decoder.window(step, c)[0][0]
-    assert first == 0, 'the first stored latent is the start noise'
-    with torch.no_grad():
-        mean, std = replayed(uae, found, c, step)
+    u, config = as_stage(uae, grpo_decoder, f'--group={G}', *argv)
+    found = decoder_rollout(u, tower, batch(x, INDEX), step, config)
+    (begin, end), trained = window(u, step, config)
+    assert begin == 0 and trained == list(range(end)), 'the first stored latent is the start noise'
+    S, kind, noise_level = config.denoise_steps, config.sde, config.noise_level
+    _, mean, std = u.decoder.step_logp(
+        found['z'], found['z_next'], trained, found['c'], S, kind, noise_level)
     noise = (found['z_next'] - mean) / std
-    groups = (len(x), c.group)
-    return found['z'][:, 0].unflatten(0, groups), noise.unflatten(0, groups)
+    return found['z'][:, 0].unflatten(0, (P, G)), noise.unflatten(0, (P, G))
 
 
-def test_stage_3_has_its_own_start_noise_for_every_member(uae, x, tower):
-    u, c = stage_3(uae)
-    z, _ = decoder_noises(u, tower, x, INDEX, STEP, c)
-    later, _ = decoder_noises(u, tower, x, INDEX, STEP + 1, c)
-    assert independent(torch.cat([z, later]).flatten(0, 1))
+def test_stage_3_has_its_own_noise_for_every_member_and_step(uae, x, tower):
+    z, noise = decoder_noises(uae, tower, x, STEP)
+    later_z, later = decoder_noises(uae, tower, x, STEP + 1)
+    assert noise.shape[2] > 2
+    every = [z.flatten(0, 1), later_z.flatten(0, 1), noise.flatten(0, 2), later.flatten(0, 2)]
+    assert independent(torch.cat(every))
 
 
 def test_stage_3_with_same_noise_shares_the_start_alone(uae, x, tower):
-    u, c = stage_3(uae, '--same_noise=True')
-    z, noise = decoder_noises(u, tower, x, INDEX, STEP, c)
+    z, noise = decoder_noises(uae, tower, x, STEP, '--same_noise=True')
     assert torch.equal(z, z[:, :1].expand_as(z))
     assert independent(z[:, 0])
     assert independent(noise.flatten(0, 2)), 'or the group would hold one drawing G times'
 
 
-def test_stage_3_has_its_own_noise_for_every_step(uae, x, tower):
-    u, c = stage_3(uae)
-    z, noise = decoder_noises(u, tower, x, INDEX, STEP, c)
-    _, later = decoder_noises(u, tower, x, INDEX, STEP + 1, c)
-    assert noise.shape[2] == min(c.noisy_steps, c.denoise_steps - 1) > 2
-    every = torch.cat([z.flatten(0, 1), noise.flatten(0, 2), later.flatten(0, 2)])
-    assert independent(every)
-
-
-# a short chain: few denoising steps are noisy, and of these one is trained
-SHORT = ('--denoise_steps=6', '--noisy_steps=2', '--trained_steps=1')
-
-
 # --- rollout: whose reward is whose ---------------------------------------------------------------
-CLOSE = dict(atol=2e-5, rtol=1e-4)
-
-
-def told_apart(r):
-    """Whether no two rewards are so near that one could stand for the other."""
-    return torch.pdist(r.reshape(-1, 1)).min() > 1e-4
-
-
-def test_all_captions_are_sampled_in_one_call_or_in_those_asked_for(uae, x, tower, monkeypatch):
-    """Drawing goes by micro_batch, sampling by caption_batch: the captions are the same."""
+def test_captions_are_sampled_together_or_in_whole_groups(uae, vision, sampled, monkeypatch):
+    """Whatever micro_batch is, by CAPTIONS_AT_ONCE: the captions are the same."""
     sizes = []
-    sample = type(uae).sample_captions
+    together = encoder.Encoder.sample_together
 
-    def spied(self, seen, G, *rest):
-        sizes.append(len(seen[0]) * G)
-        return sample(self, seen, G, *rest)
+    def spied(self, vision, G, *rest):
+        sizes.append(len(vision['grid']) * G)
+        return together(self, vision, G, *rest)
 
-    monkeypatch.setattr(type(uae), 'sample_captions', spied)
-    found = []
-    for argv in (['--micro_batch=1'], [f'--caption_batch={G}']):
-        u, c = stage_2(uae, *argv)
-        found.append(encoder_rollout(u, tower, x, INDEX, STEP, c))
-    assert sizes == [P * G] + P * [G]
-    assert torch.equal(found[0]['y'], found[1]['y'])
+    monkeypatch.setattr(encoder.Encoder, 'sample_together', spied)
+    u = at(uae, micro_batch=1)
+    for most in (encoder.CAPTIONS_AT_ONCE, 2 * G + 1, 1):
+        monkeypatch.setattr(encoder, 'CAPTIONS_AT_ONCE', most)
+        y, _, _ = u.encoder.sample(vision, G, 1.0, uniforms(P * G, uae.config.caption_len))
+        assert torch.equal(y, sampled[0])
+    assert sizes == [P * G] + P // 2 * [2 * G] + P * [G]
 
 
 def test_rewards_of_stage_2_belong_to_their_image_and_caption(uae, x, tower):
-    u, c = stage_2(uae, '--temperature=2')       # captions that differ, hence rewards
-    found = encoder_rollout(u, tower, x, INDEX, STEP, c)
-    samples = plain_captions(u, tower, x, INDEX, STEP, c)
-    assert found['r'].shape == (P, G)
-    assert told_apart(found['r'])
-    for b, (_, y, mask, logp, r) in enumerate(samples):
+    hot = '--temperature=2'                      # captions that differ, hence rewards
+    u, config = as_stage(uae, grpo_encoder, f'--group={GROUP}', hot, '--micro_batch=4')
+    images = batch(x[:IMAGES], INDEX[:IMAGES])
+    found, r, _ = grpo_encoder.rollout(u, tower, images, STEP, config)
+    assert r.shape == (IMAGES, GROUP)
+    assert told_apart(r)
+    for b, (_, y, mask, logp, own) in enumerate(plain_captions(u, tower, images, STEP, config)):
         assert torch.equal(found['y'][b:b + 1], y)
         assert torch.equal(found['mask'][b:b + 1], mask)
-        torch.testing.assert_close(found['old_logp'][b:b + 1], logp, **CLOSE)
-        torch.testing.assert_close(found['r'][b // G, b % G], r[0], **CLOSE)
-    part = encoder_rollout(u, tower, x[2:], INDEX[2:], STEP, c)
-    assert torch.equal(part['y'], found['y'][2 * G:]), 'a micro-batch of the images'
-    torch.testing.assert_close(part['r'], found['r'][2:], **CLOSE)
+        torch.testing.assert_close(found['recorded'][b:b + 1], logp, **CLOSE)
+        torch.testing.assert_close(r[b // GROUP, b % GROUP], own[0], **CLOSE)
+    part, part_r, _ = grpo_encoder.rollout(u, tower, batch(x[1:2], INDEX[1:2]), STEP, config)
+    assert torch.equal(part['y'], found['y'][GROUP:]), 'some of the images, as on another rank'
+    torch.testing.assert_close(part_r, r[1:], **CLOSE)
 
 
-@pytest.mark.parametrize('same_noise', [False, True])
-@pytest.mark.parametrize('guidance', [1.0, 2.0])
-def test_rewards_of_stage_3_belong_to_their_image_and_drawing(
-        uae, x, tower, guidance, same_noise):
-    argv = [f'--guidance={guidance}', f'--same_noise={same_noise}', '--caption_temperature=1.0']
-    u, c = stage_3(uae, *argv, *SHORT)
-    assert grpo_decoder.window(STEP, c)[0] == (1, 3), 'steps without noise on both sides'
-    found = decoder_rollout(u, tower, x, INDEX, STEP, c)
-    samples = plain_drawings(u, tower, x, INDEX, STEP, c)
-    assert found['r'].shape == (P, G)
+@pytest.mark.parametrize('argv', [
+    ('--guidance=1.0', '--same_noise=True', *SHORT),
+    ('--guidance=2.0', '--same_noise=False', '--micro_batch=4', *SHORT),
+    ('--sde=cps', '--noisy_steps=4', '--trained_steps=2', '--micro_batch=4'),
+], ids=' '.join)
+def test_rewards_of_stage_3_belong_to_their_image_and_drawing(uae, x, tower, argv):
+    """And its stored steps are the trained ones."""
+    u, config = as_stage(uae, grpo_decoder, f'--group={GROUP}', *argv)
+    images = batch(x[:IMAGES], INDEX[:IMAGES])
+    (begin, end), trained = window(u, STEP, config)
+    assert len(trained) < end - begin
+    found = decoder_rollout(u, tower, images, STEP, config)
+    assert found['r'].shape == (IMAGES, GROUP)
     assert told_apart(found['r'])
-    for b, (cond, path, r) in enumerate(samples):
-        z, z_next, v0, logp = zip(*path)
-        torch.testing.assert_close(found['cond'][b:b + 1], cond, **CLOSE)
-        torch.testing.assert_close(found['z'][b], torch.cat(z), **CLOSE)
-        torch.testing.assert_close(found['z_next'][b], torch.cat(z_next), **CLOSE)
-        torch.testing.assert_close(found['old_logp'][b], torch.cat(logp), **CLOSE)
-        torch.testing.assert_close(found['r'][b // G, b % G], r[0], **CLOSE)
-        if guidance != 1:
-            torch.testing.assert_close(found['v0'][b], torch.cat(v0), **CLOSE)
-    part = decoder_rollout(u, tower, x[2:], INDEX[2:], STEP, c)
-    torch.testing.assert_close(part['z'], found['z'][2 * G:], **CLOSE)
-    torch.testing.assert_close(part['r'], found['r'][2:], **CLOSE)
+    for b, (c, path, r) in enumerate(plain_drawings(u, tower, images, STEP, config)):
+        steps = (torch.cat(column) for column in zip(*(path[i] for i in trained)))
+        expected = dict(zip(('z', 'z_next', 'v0', 'recorded'), steps), c=c[0])
+        if config.guidance == 1:
+            assert expected.pop('v0') is not None and 'v0' not in found
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name][b], value, **CLOSE)
+        torch.testing.assert_close(found['r'][b // GROUP, b % GROUP], r[0], **CLOSE)
+    part = decoder_rollout(u, tower, batch(x[1:2], INDEX[1:2]), STEP, config)
+    torch.testing.assert_close(part['z'], found['z'][GROUP:], **CLOSE)
+    torch.testing.assert_close(part['r'], found['r'][1:], **CLOSE)
+
+
+# --- captions that come with the images -----------------------------------------------------------
+TEXTS = ['large red circle', 'small blue square top-left', '', 'cyan cross']
+
+
+def test_given_captions_are_what_is_drawn(uae, x, tower):
+    y, mask, _ = uae.encoder.tokens(TEXTS)
+    images = batch(x, INDEX, TEXTS)
+    u, config = as_stage(uae, cold_start, '--captions=given')
+    sampled, _ = cold_start.rollout(u, images, STEP, config)
+    assert torch.equal(sampled['y'], y) and torch.equal(sampled['mask'], mask)
+    u, config = as_stage(uae, grpo_decoder, '--captions=given', f'--group={G}', *SHORT)
+    found = decoder_rollout(u, tower, images, STEP, config)
+    assert torch.equal(found['y'], y)
+    with torch.no_grad():
+        c = u.condition(y, mask).repeat_interleave(G, 0)
+    torch.testing.assert_close(found['c'], c, **CLOSE)
+
+
+@pytest.mark.parametrize('name', ['cold_start', 'grpo_decoder'])
+def test_given_captions_of_a_manifest(tmp_path, name):
+    """Images without one are left out; where none has one, a line says so."""
+    scene = scenes.random_scene(np.random.default_rng(0))
+    manifest = tmp_path / 'images.jsonl'
+    rows = []
+    for i in range(8):
+        Image.fromarray(scenes.draw(scene)).save(tmp_path / f'{i}.png')
+        caption = ', "caption": "large red circle"' if i % 2 else ''
+        rows.append(f'{{"image": "{tmp_path}/{i}.png"{caption}}}\n')
+    manifest.write_text(''.join(rows))
+    flags = ['--captions=given', f'--data={manifest}', '--eval_images=2']
+    log = tiny(name, tmp_path / 'out', *flags)
+    assert [line['caption_len'] for line in log] == [3, 3]
+    said = refusal(tiny, name, tmp_path / 'none', '--captions=given')
+    assert 'none of the' in said and 'has a caption' in said
 
 
 # --- a training step ------------------------------------------------------------------------------
-class Recorder:
-    """Stands in for two functions that every stage calls, and keeps what the updates saw.
-
-    uae: the model. updates: of each update the trained weights before and after it, their
-    gradients, and `passes`, one entry per forward pass of the decoder before it: is autograd on?
-    spoil: the number of an update whose gradients are made non-finite, or None.
-    """
-
-    def __init__(self, monkeypatch, spoil=None):
-        self.updates, self.passes, self.spoil = [], [], spoil
-        self.real_parallel, self.real_step = ranks.parallel, optimiser.Optimiser.step
-        monkeypatch.setattr(common, 'parallel', self.at_start)
-        monkeypatch.setattr(optimiser.Optimiser, 'step', self.updating())
-
-    def at_start(self, uae, run):
-        self.uae = uae
-        self.trained = {key: p for key, p in uae.named_parameters() if p.requires_grad}
-        uae.decoder.transformer.register_forward_hook(self.count_pass)
-        next(iter(self.trained.values())).register_hook(self.spoil_gradient)
-        return self.real_parallel(uae, run)
-
-    def count_pass(self, *_):
-        self.passes.append(torch.is_grad_enabled())
-
-    def spoil_gradient(self, grad):
-        if len(self.updates) == self.spoil:
-            return grad * float('inf')
-        return grad
-
-    def state(self):
-        return {key: value.clone() for key, value in self.uae.state_dict().items()}
-
-    def updating(self):
-        def step(optimiser, number):
-            update = types.SimpleNamespace(before=self.state(), passes=self.passes)
-            update.grads = {key: p.grad.clone() for key, p in self.trained.items()}
-            self.passes = []
-            update.taken = self.real_step(optimiser, number)
-            update.after = self.state()
-            self.updates.append(update)
-            return update.taken
-        return step
-
-    def back_to(self, update):
-        """Gives the model the weights that an update began with, and no gradients."""
-        self.uae.load_state_dict(update.before)
-        self.uae.zero_grad()
-
-
-IMAGES, GROUP = 2, 3                             # of a training step
-
-
 def train(stage, monkeypatch, out_dir, *extra, steps=1, spoil=None):
-    """A real run of the stage's script in this process -> Recorder, its configuration."""
-    own = (f'--group={GROUP}', '--warmup=0', *extra)
-    argv = arguments(stage.__name__, out_dir, *own, steps=steps, images=IMAGES)
+    """A real run of the stage's script in this process -> Recorder, its configuration, its log."""
+    argv = arguments(stage.__name__, out_dir, f'--group={GROUP}', '--warmup=0', *extra,
+                     steps=steps, images=IMAGES)
     recorder = Recorder(monkeypatch, spoil)
     stage.main(argv)
-    return recorder, stage_config(stage, *argv)
-
-
-def first_batch(c):
-    """The images of step 0 and their positions in the global batch."""
-    run = types.SimpleNamespace(rank=0, world=1, device='cpu', master=True)
-    batch = open_data(c, run)[0].batch(c.seed, 0, c.batch)
-    return batch['x'], batch['index']
+    return recorder, stage_config(stage, *argv), lines(out_dir / 'log.jsonl')
 
 
 def gradient_error(recorder, update, loss):
@@ -416,138 +386,204 @@ def gradient_error(recorder, update, loss):
     recorder.uae.zero_grad()
     loss.backward()
     off = size = 0
-    for key, p in recorder.trained.items():
-        off += (update.grads[key] - p.grad).square().sum().item()
-        size += p.grad.square().sum().item()
+    for name, p in recorder.uae.named_parameters():
+        if p.requires_grad:
+            off += (update.grads[name] - p.grad).square().sum().item()
+            size += p.grad.square().sum().item()
     assert size > 0
     return (off / size) ** 0.5
 
 
-MICRO_BATCHES = [0, GROUP, 2]                    # all at once, whole groups, parts of a group
-micro_batches = pytest.mark.parametrize('micro_batch', MICRO_BATCHES)
+def check_updates(recorder, config, log, rollout, loss_of):
+    """Both updates on a rollout, and the last on another, each against the loss written out.
 
-
-@micro_batches
-def test_a_step_of_stage_2_against_its_plain_recomputation(monkeypatch, tmp_path, micro_batch):
-    """Both updates of a rollout: advantage i goes with caption i, and the old policy stays."""
-    extra = (f'--micro_batch={micro_batch}', '--epochs=2', '--clip_range=(0.5, 0.5)', '--kl=0')
-    recorder, c = train(grpo_encoder, monkeypatch, tmp_path / 'out', *extra)
-    first, second = recorder.updates
-    recorder.back_to(first)
-    samples = plain_captions(recorder.uae, backbone('clip', c), *first_batch(c), 0, c)
-    assert told_apart(torch.cat([r for *_, r in samples]))
-    for update in (first, second):
-        recorder.back_to(update)
-        loss = plain_encoder_loss(recorder.uae, samples, c)
-        assert gradient_error(recorder, update, loss) < 1e-3
-
-
-@micro_batches
-def test_a_step_of_stage_3_against_its_plain_recomputation(monkeypatch, tmp_path, micro_batch):
-    """Both updates of a rollout with guidance; the second has an unconditional branch of its own.
-
-    What the rollout stored of that branch is used in the first update, which saves its forward
-    passes, and in no other: the weights have moved.
+    rollout(uae, images, step) and loss_of(uae, reference, samples, step) recompute them; the
+    reference has the weights that the run began with.
     """
-    extra = (f'--micro_batch={micro_batch}', '--epochs=2', '--guidance=3', *SHORT)
-    wide = '--clip_range=(0.5, 0.5)'             # or the second update would be clipped away
-    recorder, c = train(grpo_decoder, monkeypatch, tmp_path / 'out', *extra, wide)
-    assert grpo_decoder.window(0, c) == ((1, 3), [1]), 'not the first of the noisy steps'
-    first, second = recorder.updates
+    images = open_data(config, ALONE)[0]
+    first, *_ = recorder.updates
     recorder.back_to(first)
-    samples = plain_drawings(recorder.uae, backbone('clip', c), *first_batch(c), 0, c)
-    assert told_apart(torch.cat([r for *_, r in samples]))
-    loss = plain_decoder_loss(recorder.uae, samples, 0, c)
-    assert gradient_error(recorder, first, loss) < 1e-3
+    reference = copy.deepcopy(recorder.uae)
+    for step in range(2):
+        images_of_step = images.batch(config.seed, step, config.batch)
+        updates = recorder.updates[2 * step:2 * step + 2]
+        recorder.back_to(updates[0])
+        samples = rollout(recorder.uae, images_of_step, step)
+        for update in updates[step:]:
+            recorder.back_to(update)
+            loss = loss_of(recorder.uae, reference, samples, step)
+            assert gradient_error(recorder, update, loss) < 1e-3
+        assert log[step]['loss'] == pytest.approx(loss.item(), rel=1e-3, abs=2e-5)
+        rewards = torch.cat([r for *_, r in samples])
+        assert log[step]['reward'] == pytest.approx(rewards.mean().item(), abs=1e-5)
+        assert log[step]['logp_diff'] < 2e-5
+    assert 0 < log[0]['clip_frac'] < 1 and log[1]['kl'] > 0, 'or these terms are not tested'
 
+
+@pytest.mark.parametrize('argv', [
+    ('--micro_batch=0', '--clip_range=(0.02, 0.1)'),
+    ('--micro_batch=3', '--clip_range=(0.01, 0.02)', '--loss_mean=caption', '--ratio=sequence'),
+    ('--micro_batch=2', '--clip_range=(0.02, 0.1)', '--loss_mean=constant', '--adv_std=False',
+     '--shuffle_reward=True'),
+], ids=' '.join)
+def test_a_step_of_stage_2_against_its_plain_recomputation(monkeypatch, tmp_path, argv):
+    """All at once, whole groups, parts of a group."""
+    out = tmp_path / 'out'
+    flags = (*argv, '--epochs=2', '--kl=0.5')
+    recorder, config, log = train(grpo_encoder, monkeypatch, out, *flags, steps=2)
+    tower = backbone('clip', config)
+    check_updates(recorder, config, log,
+                  lambda uae, images, step: plain_captions(uae, tower, images, step, config),
+                  lambda *args: plain_encoder_loss(*args, config))
+
+
+@pytest.mark.parametrize('argv', [
+    ('--micro_batch=0', *SHORT),
+    ('--micro_batch=3', '--denoise_steps=4', '--ratio=sequence', '--sde=cps_exact'),
+    ('--micro_batch=2', '--denoise_steps=3', '--shuffle_reward=True'),
+], ids=' '.join)
+def test_a_step_of_stage_3_against_its_plain_recomputation(monkeypatch, tmp_path, argv):
+    """With guidance: each update after a rollout's first has an unconditional branch of its own."""
+    flags = (*argv, '--epochs=2', '--guidance=3', '--kl=0.5', '--clip_range=(1e-3, 2e-3)')
+    recorder, config, log = train(grpo_decoder, monkeypatch, tmp_path / 'out', *flags, steps=2)
+    tower, samples = backbone('clip', config), []
+
+    def rollout(uae, images, step):
+        samples.append(plain_drawings(uae, tower, images, step, config))
+        return samples[-1]
+
+    check_updates(recorder, config, log, rollout, lambda *args: plain_decoder_loss(*args, config))
+    first, second, *_ = recorder.updates
+    recorder.back_to(first)
+    reference = copy.deepcopy(recorder.uae)
     recorder.back_to(second)
-    loss = plain_decoder_loss(recorder.uae, samples, 0, c)
-    assert gradient_error(recorder, second, loss) < 1e-3
-    stale = plain_decoder_loss(recorder.uae, samples, 0, c, stale=True)
+    stale = plain_decoder_loss(recorder.uae, reference, samples[0], 0, config, stale=True)
     assert gradient_error(recorder, second, stale) > 1e-2, 'this test would not see a stale branch'
 
 
-@micro_batches
+def passes_of(update, part='decoder.transformer'):
+    """[(autograd on, rows)] of an update's forward passes, the rollout before it included."""
+    return [(grad, rows) for name, _, grad, rows in update.passes if name == part]
+
+
+@pytest.mark.parametrize('micro_batch', [0, 3, 2])
 def test_the_stored_branch_spares_the_first_update_its_passes(monkeypatch, tmp_path, micro_batch):
-    extra = (f'--micro_batch={micro_batch}', '--epochs=2', '--guidance=3', *SHORT)
-    recorder, c = train(grpo_decoder, monkeypatch, tmp_path / 'out', *extra)
-    first, second = recorder.updates
-    rollouts = len(list(ranks.group_slices(IMAGES, GROUP, micro_batch)))
-    live = second.passes.count(True)             # one a micro-batch
-    assert live >= rollouts
-    assert first.passes == [False] * rollouts * c.denoise_steps + [True] * live
-    assert second.passes == [False, True] * live
+    flags = (f'--micro_batch={micro_batch}', '--epochs=2', '--guidance=3', *SHORT)
+    recorder, config, _ = train(grpo_decoder, monkeypatch, tmp_path / 'out', *flags)
+    first, second = ([grad for grad, _ in passes_of(update)] for update in recorder.updates)
+    B = IMAGES * GROUP
+    rollout = -(-2 * B // (micro_batch or 2 * B)) * config.denoise_steps
+    live = {0: 1, 3: 2, 2: 4}[micro_batch]       # of these none holds parts of two groups
+    assert first == [False] * rollout + [True] * live
+    assert second == [False, True] * live
 
 
-@pytest.mark.parametrize('stage', STAGES, ids=lambda stage: stage.__name__)
+# --- micro-batches --------------------------------------------------------------------------------
+@pytest.mark.parametrize('P', [1, 3])
+@pytest.mark.parametrize('G', [1, 4, 5])
+@pytest.mark.parametrize('n', [1, 3])
+@pytest.mark.parametrize('size', [0, 1, 2, 3, 7, 12, 100])
+def test_step_slices(P, G, n, size):
+    """Every (sample, step) once, the last marked once, sizes bounded, groups whole where they fit.
+
+    """
+    met = torch.zeros(P * G, n)
+    marks = []
+    for rows, steps, last in ranks.step_slices(P, G, n, size):
+        met[rows, steps] += 1
+        marks.append(last)
+        samples, in_piece = rows.stop - rows.start, steps.stop - steps.start
+        assert not size or samples * in_piece <= size
+        if not size or size >= n:
+            assert in_piece == n, "a sample's steps stay together where they fit"
+        if not size or size >= n * G:
+            assert rows.start % G == 0 and samples % G == 0, 'groups too'
+        assert rows.start // G == (rows.stop - 1) // G or samples % G == 0
+    assert (met == 1).all()
+    assert marks == [False] * (len(marks) - 1) + [True]
+
+
+STEPS_3 = ('--noisy_steps=3', '--trained_steps=3', '--guidance=2', '--kl=0.1')
+
+
+@pytest.mark.parametrize('ratio', ['step', 'sequence'])
+def test_micro_batches_of_steps_change_nothing(monkeypatch, tmp_path, ratio):
+    """micro_batch 1 of three trained steps: the gradient of all at once, and never more rows.
+
+    A ratio of sequences needs all steps of a drawing together: three rows.
+    """
+    grads, logs = [], []
+    for size in (0, 1):
+        with monkeypatch.context() as patch:
+            recorder, _, log = train(grpo_decoder, patch, tmp_path / str(size), *STEPS_3,
+                                     f'--ratio={ratio}', f'--micro_batch={size}')
+        grads.append(recorder.updates[0].grads)
+        logs.append(log[0])
+    live = {rows for grad, rows in passes_of(recorder.updates[0]) if grad}
+    others = {rows for grad, rows in passes_of(recorder.updates[0]) if not grad}
+    assert others == {1}
+    assert live == {1 if ratio == 'step' else 3}
+    assert {rows for _, rows in passes_of(recorder.updates[0], 'decoder.vae.decoder')} == {1}
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).norm() < 1e-3 * grad.norm() + 1e-7, name
+    for field in ('loss', 'reward', 'ratio_max', 'clip_frac', 'kl'):
+        assert logs[1][field] == pytest.approx(logs[0][field], rel=1e-4, abs=1e-5), field
+
+
+@pytest.mark.parametrize('stage', [grpo_encoder, grpo_decoder], ids=lambda stage: stage.__name__)
 def test_a_step_with_a_non_finite_gradient_changes_no_weight(monkeypatch, tmp_path, stage):
     """The second of three updates: nothing moves, the moments of the optimiser neither spoil."""
-    recorder, _ = train(stage, monkeypatch, tmp_path / 'out', steps=3, spoil=1)
+    recorder, _, log = train(stage, monkeypatch, tmp_path / 'out', steps=3, spoil=1)
     good, bad, later = recorder.updates
     assert not all(grad.isfinite().all() for grad in bad.grads.values())
-    for key, value in bad.after.items():
-        assert torch.equal(value, bad.before[key]), key
-    assert bad.taken['bad_steps'] == 1
+    for name, value in bad.after.items():
+        assert torch.equal(value, bad.before[name]), name
+    assert [line['bad_steps'] for line in log] == [0, 1, 0]
     for update in (good, later):
-        assert update.taken['bad_steps'] == 0
-        for key in recorder.trained:
-            assert not torch.equal(update.after[key], update.before[key]), key
+        for name in update.grads:
+            assert not torch.equal(update.after[name], update.before[name]), name
         assert all(value.isfinite().all() for value in update.after.values())
 
 
 # --- evaluation -----------------------------------------------------------------------------------
-class Draughtsman:
-    """A stand-in for the model that draws exactly what a caption says, in the embedded world.
+def draughtsman(uae, held_out, told):
+    """A stand-in that draws exactly what a caption says, in the embedded world.
 
-    It captions scene i with the caption of `told[i]`.
+    It captions scene i with the caption of told[i].
     """
+    u = at(uae)
+    drawings = {scenes.caption(scene): torch.as_tensor(scenes.pixels([scene]))
+                for scene in (*held_out['scenes'], *told)}
 
-    def __init__(self, uae, held, told):
-        self.config, self.device = uae.config, uae.device
-        self.real, self.end = uae, uae.encoder.end
-        self.tokens, self.texts, self.latent_shape = uae.encoder.tokens, uae.encoder.texts, uae.decoder.latent_shape
-        self.held, self.told = held, told
-        self.drawings = {}
-        for scene in (*held['scenes'], *told):
-            self.drawings[scenes.caption(scene)] = torch.as_tensor(scenes.pixels([scene]))
+    def see(x):
+        """Which held-out image each one is."""
+        return [int((held_out['x'] - image).abs().flatten(1).amax(1).argmin()) for image in x]
 
-    def see(self, x):
-        """Which held-out image each one is: a tuple of one tensor (P,)."""
-        every = self.held['x']
-        rows = [int((every - image).abs().flatten(1).amax(1).argmin()) for image in x]
-        return (torch.tensor(rows),)
-
-    def sample_captions(self, seen, G=1, temperature=1.0, u=None):
-        texts = [scenes.caption(self.told[i]) for i in seen[0].tolist()]
-        y, mask, _ = self.tokens(texts)
+    def sample(rows, *rest):
+        y, mask, _ = u.encoder.tokens([scenes.caption(told[row]) for row in rows])
         return y, mask, torch.zeros_like(mask)
 
-    def condition(self, y, mask, seen=None):
-        return self.texts(y, mask)
-
-    def draw(self, z, cond, S):
-        return cond
-
-    def to_image(self, cond):
-        return torch.cat([self.drawings[text] for text in cond])
+    u.encoder.see = see
+    u.encoder.sample = sample
+    u.condition = lambda y, mask, vision=None: u.encoder.texts(y, mask)
+    u.draw = lambda z, texts, S: torch.cat([drawings[text] for text in texts])
+    return u
 
 
 def test_t2i_of_true_captions_is_drawn_from_the_true_captions(uae):
     """A model that draws perfectly and captions every image as another one."""
-    n = 6
-    c = stage_config(grpo_encoder, f'--eval_images={n}', '--eval_temperature=0.0')
-    run = types.SimpleNamespace(rank=0, world=1, device='cpu', master=True)
-    _, held = open_data(c, run)
+    u, config = as_stage(uae, grpo_encoder, '--eval_images=6')
+    _, held_out = open_data(config, ALONE)
     rng = np.random.default_rng(5)
-    told = [scenes.random_scene(rng) for _ in range(n)]
-    evaluator = new_evaluator(Draughtsman(at(uae, **vars(c)), held, told), held, c)
+    told = [scenes.random_scene(rng) for _ in range(6)]
+    evaluator = Evaluator(draughtsman(u, held_out, told), held_out, config, ALONE)
     summary, records = evaluator()
-    assert [record['read_true'] for record in records] == held['scenes']
+    assert [record['read_true'] for record in records] == held_out['scenes']
     assert [record['read_own'] for record in records] == told
     assert [record['caption'] for record in records] == [scenes.caption(scene) for scene in told]
     rows = [4, 1, 5]
     some = evaluator.records(rows)
-    assert [record['read_true'] for record in some] == [held['scenes'][i] for i in rows]
+    assert [record['read_true'] for record in some] == [held_out['scenes'][i] for i in rows]
     assert [record['read_own'] for record in some] == [told[i] for i in rows]
     assert summary['t2i_true'] == 1.0
-    assert summary['t2i_own'] == scenes.t2i_of_readings(told, held['scenes']) < 0.9
+    assert summary['t2i_own'] == scenes.t2i_of_readings(told, held_out['scenes']) < 0.9
