@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from lib import ranks
-from lib.files import write_atomic, write_lines
+from lib.files import append_lines, write_atomic, write_lines
 from lib.checkpoint import open_uae
 from config import parse
 from data.files import name_bytes
@@ -96,11 +96,10 @@ def from_images(uae, config, run):
         captions = caption_batch(uae, config, images, mine, pictures)
         lines = []
         for i, text in captions.items():
-            lines.append((i, json.dumps(dict(image=files[i], caption=text)) + '\n'))
+            lines.append((i, dict(image=files[i], caption=text)))
         lines = ranks.gather_objects(lines, run)
         if run.master:
-            with open(path, 'a') as f:
-                f.writelines(line for _, line in sorted(lines))
+            append_lines(path, [line for _, line in sorted(lines)])
 
     if len(files) == 1 and captions:
         print(captions[0])

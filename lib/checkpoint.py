@@ -23,7 +23,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from decoder import DECODERS
 from encoder import ENCODERS
 from lib import ranks
-from lib.files import load, load_whole, read_config, write_atomic, write_json, write_lines
+from lib.files import (load, load_whole, read_config, write_atomic, write_json, write_lines,
+                       writing)
 from model import Projector, UAE, frozen_copy
 
 # keys without which a checkpoint's weights mean nothing, and those whose change it can live with
@@ -340,7 +341,8 @@ def open_out_dir(config, run):
         raise SystemExit(f'{folder} has {meta["step"]} updates already, more than '
                          f'--steps={config.steps}: nothing to do')
     if run.master:
-        os.makedirs(config.out_dir, exist_ok=True)
+        with writing(config.out_dir):
+            os.makedirs(config.out_dir, exist_ok=True)
         tell_changes(meta['config'], config)
         rewind(config.out_dir, meta['step'])
     stop_asked.clear()
@@ -387,13 +389,11 @@ def save(config, run, step, uae, optimiser, extra=None, keep=2):
         state = dict(optimizer=optimiser.adamw.state_dict(), step=step, extra=extra or {})
         meta = dict(step=step, release=uae.release,
                     text_encoder=uae.encoder.text_encoder is not None, config=vars(config))
-        try:
+        with writing(half):
             save_models(uae, half)
             torch.save(state, f'{half}/state.pt')
             write_json(f'{half}/meta.json', meta)
-        except (OSError, RuntimeError, SafetensorError) as error:   # a full disk has three names
-            raise SystemExit(f'{half} cannot be written, checkpoints of before are whole: {error}')
-        os.replace(half, folder)
+            os.replace(half, folder)
         for _, old in checkpoints(config.out_dir)[:-keep]:
             shutil.rmtree(old)
     ranks.barrier(run)

@@ -1,4 +1,5 @@
 """Files that are whole or not there, and models from folders and hub ids."""
+import contextlib
 import json
 import os
 
@@ -40,17 +41,35 @@ def read_config(source, subfolder=''):
         raise SystemExit(f'no config.json in {os.path.join(source, subfolder)!r}: {lines[0][:160]}')
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Context of a write, which a full disk ends in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:       # each writer has a name for it
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(f'{path} cannot be written, what was there before is whole: {reason}')
+
+
 def write_atomic(path, write):
     """write(temporary path), then rename: the file is whole or not there, also with two ranks."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     temporary = f'{path}.{os.getpid()}.tmp'
-    write(temporary)
-    os.replace(temporary, path)
+    with writing(path):
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
 
 
 def write_lines(path, lines):
     """Writes strings, each with its own end of line."""
     with open(path, 'w') as f:
+        f.writelines(lines)
+
+
+def append_lines(path, records):
+    """Adds records to a .jsonl file, a line each."""
+    lines = [json.dumps(record) + '\n' for record in records]
+    with writing(path), open(path, 'a') as f:
         f.writelines(lines)
 
 

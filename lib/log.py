@@ -1,7 +1,6 @@
 """What a run says of itself: a line per update on the screen and in out_dir/log.jsonl, the progress
 bar, and if asked wandb or TensorBoard."""
 import collections
-import json
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib import ranks
-from lib.files import write_json
+from lib.files import append_lines, write_json
 
 
 class Stats:
@@ -125,8 +124,7 @@ class Log:
         if not self.master:
             return
         tqdm.write(f'step {step:4d} | ' + ' '.join(map(shown, fields, fields.values())))
-        with open(self.path, 'a') as f:
-            f.write(json.dumps(dict(step=step, **fields)) + '\n')
+        append_lines(self.path, [dict(step=step, **fields)])
         self.publish(fields, step)
         self.warn(fields, step)
 

@@ -5,12 +5,11 @@ two models, or one model at two steps, are compared on the same randomness. Besi
 the reward stands one that never is (`judge`). In the embedded world captions and images are counted
 too, against the truth about each scene.
 """
-import json
-
 import torch
 from tqdm import tqdm
 
 from lib import ranks, watch
+from lib.files import append_lines
 from reward import backbone, clip_reward, reward_tower
 
 
@@ -153,8 +152,7 @@ class Evaluator:
             return
         numbers = ' '.join(f'{name} {value:.3f}' for name, value in summary.items())
         tqdm.write(f'eval {step:4d} | {numbers}')
-        with open(f'{self.config.out_dir}/eval.jsonl', 'a') as f:
-            f.write(json.dumps(dict(step=step, **summary)) + '\n')
+        append_lines(f'{self.config.out_dir}/eval.jsonl', [dict(step=step, **summary)])
         sheet = ''
         if watched:
             scenes = self.held['scenes']

@@ -11,14 +11,13 @@ In out_dir, with steps counted in updates done:
 
 `tools/report.py` turns them into a page.
 """
-import json
 import os
 import textwrap
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from lib.files import write_atomic
+from lib.files import append_lines, write_atomic, writing
 
 WATCHED = 8                    # held-out images whose pictures each evaluation keeps
 LARGEST = 256                  # pixels of a picture's side, as it is kept
@@ -42,7 +41,8 @@ def picture(pixels):
 def save_picture(pixels, out_dir, name):
     """Writes samples/NAME.png -> its path relative to out_dir."""
     path = f'samples/{name}.png'
-    picture(pixels).save(f'{out_dir}/{path}')
+    with writing(f'{out_dir}/{path}'):
+        picture(pixels).save(f'{out_dir}/{path}')
     return path
 
 
@@ -95,13 +95,6 @@ def sheet(items, columns, heads=(), side=SHOWN, lines=5):
     return page
 
 
-def append_lines(path, rows):
-    """Appends one JSON line per row."""
-    with open(path, 'a') as f:
-        for row in rows:
-            f.write(json.dumps(row) + '\n')
-
-
 # --- the watched images --------------------------------------------------------------------------
 SCORES = ('reward', 'judge')                    # judge, if there is one
 FIELDS = ('row', 'name', 'caption', 'caption_len', *SCORES, 'mse')
@@ -131,7 +124,8 @@ def save_samples(records, step, config, scenes):
         rows.append(row)
     append_lines(f'{config.out_dir}/samples.jsonl', rows)
     path = f'{config.out_dir}/samples/step_{step:06d}.png'
-    sheet(items, min(4, len(items))).save(path)
+    with writing(path):
+        sheet(items, min(4, len(items))).save(path)
     return path
 
 
