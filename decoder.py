@@ -9,6 +9,7 @@ and log-probs are float32 whatever the transformer runs in. Shapes: see model.py
 """
 import copy
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
@@ -114,8 +115,9 @@ class Decoder(nn.Module):
 
     def autocast(self):
         """Matrix work in config.dtype over float32 master weights; nothing to do in float32."""
-        dtype = getattr(torch, self.config.dtype)
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        if self.config.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.config.dtype))
 
     def check_resolution(self, resolution):
         """What is wrong with images of that side, '' if nothing."""

@@ -87,7 +87,7 @@ EXERCISES = dict(
                 'corner((n - crop) / 2) for n', '0 for n')]),
     cold_start=dict(
         where=['cold_start.py:reconstruction_loss', 'decoder.py:Decoder.draw'],
-        grader=['test_logp.py::test_draw_has_the_gradient_of_the_whole_chain_behind_its_start',
+        grader=['test_logp.py::test_draw_has_gradients_of_its_last_steps_only',
                 'test_gradients.py::'
                 'test_the_semantic_loss_reaches_decoder_projector_and_language_model'],
         wrong=[('the condition detached: projector and language model learn nothing',
