@@ -13,13 +13,9 @@ import cold_start
 import grpo_decoder
 import grpo_encoder
 import pretrain_decoder
-from model import sde_step
+from decoder import sde_step
+from lib import ranks
 from reward import backbone, clip_reward
-
-
-def shuffled(r, generator):
-    order = torch.randperm(r.numel(), generator=generator)
-    return r.flatten()[order].view_as(r)
 
 
 def descend(opt, loss):
@@ -43,7 +39,7 @@ def bandit(shuffle, seed=0, steps=60, arms=5, best=3):
     def logp_of(logits, y):
         return logits.log_softmax(-1).expand(64, -1, -1).gather(2, y[..., None])[..., 0]
 
-    for _ in range(steps):
+    for step in range(steps):
         p = theta.detach().softmax(-1)
         columns = [torch.multinomial(p[t], 8 * 8, True, generator=g) for t in range(2)]
         y = torch.stack(columns, 1)
@@ -51,7 +47,7 @@ def bandit(shuffle, seed=0, steps=60, arms=5, best=3):
         noise = 0.1 * torch.randn(8, 8, generator=g)
         r = (y[:, 0] == best).float().view(8, 8) + noise + level
         if shuffle:
-            r = shuffled(r, g)
+            r = ranks.permuted(r, seed, step)
         adv = grpo_encoder.group_advantage(r).flatten()
         loss, _ = grpo_encoder.policy_loss(logp_of(theta, y), old_logp, adv, torch.ones(64, 2))
         descend(opt, loss)
@@ -75,7 +71,7 @@ def walk(shuffle, kind, seed=0, steps=60):
     v = torch.zeros(1, 2, requires_grad=True)
     opt = torch.optim.SGD([v], lr=0.5)
     start = None
-    for _ in range(steps):
+    for step in range(steps):
         with torch.no_grad():
             drawn = sde_step(z, v.expand(64, -1), s, s_next, kind, 0.7, generator=g)
         z_next, old_logp, mean, _ = drawn
@@ -83,7 +79,7 @@ def walk(shuffle, kind, seed=0, steps=60):
             start = mean[0]
         r = -(z_next - target).norm(dim=1).view(8, 8)
         if shuffle:
-            r = shuffled(r, g)
+            r = ranks.permuted(r, seed, step)
         adv = grpo_decoder.group_advantage(r).flatten()
         logp = sde_step(z, v.expand(64, -1), s, s_next, kind, 0.7, z_next=z_next)[1]
         loss, stats = grpo_decoder.policy_loss(
@@ -101,21 +97,6 @@ def test_step_policy_moves_to_its_target(kind):
 
 
 # --- the supervised losses ------------------------------------------------------------------------
-def flow_loss(uae, z0, y, mask, s, eps):
-    """Stage 0's loss of a batch."""
-    return pretrain_decoder.flow_loss(uae, z0, y, mask, s, eps)
-
-
-def caption_loss(uae, seen, y, mask):
-    """Stage 0's caption loss of a batch."""
-    return pretrain_decoder.caption_loss(uae, seen, y, mask)
-
-
-def reconstruction_loss(uae, tower, x, seen, y, mask, z, c):
-    """Stage 1's loss of a batch."""
-    return cold_start.reconstruction_loss(uae, tower, x, seen, y, mask, z, c)
-
-
 def fall(loss, params, steps=15, lr=1e-3):
     """Loss before and after so many steps of Adam on one batch."""
     opt = torch.optim.Adam(params, lr=lr)
@@ -152,66 +133,68 @@ def test_flow_matching_learns_a_batch(uae, captions, noised):
     from diffusers import SD3Transformer2DModel
     u, (y, mask, _), (z0, eps, s) = copy.deepcopy(uae), captions, noised
     torch.manual_seed(0)
-    u.decoder = SD3Transformer2DModel.from_config(u.decoder.config)
+    u.decoder.transformer = SD3Transformer2DModel.from_config(u.decoder.transformer.config)
     params = u.train_only('projector', 'decoder')
-    first, last = fall(lambda: flow_loss(u, z0, y, mask, s, eps), params)
+    first, last = fall(lambda: pretrain_decoder.flow_loss(u, z0, y, mask, s, eps), params)
     nothing = (eps - z0).square().mean().item()
     assert first == pytest.approx(nothing, rel=0.3)
     assert last < 0.8 * first
 
 
 def test_flow_loss_is_the_velocity_s_error(uae, captions, noised):
-    """z_s = (1 - s) z_0 + s eps, target eps - z_0.
+    """z_s = (1 - s) z_0 + s eps, target eps - z_0, some conditions dropped for the negative.
 
     The right answer costs nothing and the other sign costs most.
     """
-    u, (y, mask, _), (z0, eps, s) = copy.copy(uae), captions, noised
+    u, (y, mask, _), (z0, eps, s) = at(uae), captions, noised
     calls = []
 
     def right(z, s, c):
         calls.append((z, s, c))
         return eps - z0
 
-    def wrong(z, s, c):
-        return z0 - eps
-
-    u.velocity = right
-    assert flow_loss(u, z0, y, mask, s, eps) == 0
+    u.decoder.velocity = right
+    drop = torch.tensor([False, True, False, True])
+    assert pretrain_decoder.flow_loss(u, z0, y, mask, s, eps, drop=drop) == 0
     z, s_seen, c = calls[0]
     for i in range(P):
         torch.testing.assert_close(z[i], z0[i] + s[i] * (eps[i] - z0[i]))
     assert torch.equal(s_seen, s)
-    assert torch.equal(c, uae.condition(y, mask))
-    u.velocity = wrong
+    expected = uae.condition(y, mask)
+    expected[drop] = uae.negative()
+    assert torch.equal(c, expected)
+    u.decoder.velocity = lambda z, s, c: z0 - eps
     most = 4 * (eps - z0).square().mean().item()
-    assert flow_loss(u, z0, y, mask, s, eps).item() == pytest.approx(most, rel=1e-5)
+    wrong = pretrain_decoder.flow_loss(u, z0, y, mask, s, eps)
+    assert wrong.item() == pytest.approx(most, rel=1e-5)
 
 
-def test_cold_start_learns_a_batch(uae, x, seen, captions):
-    u, (y, mask, _) = copy.deepcopy(uae), captions
+def test_cold_start_learns_a_batch(uae, x, vision, captions):
+    u, (y, mask, _) = copy.deepcopy(at(uae, denoise_steps=4, grad_steps=2)), captions
     params = u.train_only('encoder', 'projector', 'decoder')
     tower = backbone('clip', u.config)
-    c = at(u, denoise_steps=4, grad_steps=2).config
-    z = torch.randn(P, *u.latent_shape(), generator=torch.Generator().manual_seed(0))
+    z = torch.randn(P, *u.decoder.latent_shape(), generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def reward():
-        cond = u.condition(y, mask)
-        x_hat = u.to_image(u.draw(z, cond, 4))
+        x_hat = u.draw(z, u.condition(y, mask), 4)
         return clip_reward(x, x_hat, tower).mean().item()
 
+    def loss():
+        return cold_start.reconstruction_loss(u, tower, x, y, mask, z, vision, u.config)
+
     before = reward()
-    first, last = fall(lambda: reconstruction_loss(u, tower, x, seen, y, mask, z, c), params)
+    first, last = fall(loss, params)
     assert first == pytest.approx(1 - before, abs=1e-4)
     assert last == pytest.approx(1 - reward(), abs=1e-4)
     assert 0.02 < first < 2
     assert last < 0.7 * first
 
 
-def test_caption_loss_learns_a_batch(uae, seen, sampled):
+def test_caption_loss_learns_a_batch(uae, vision, sampled):
     """Cross-entropy over valid tokens: before, minus the mean recorded log-prob; then it falls."""
     u, (y, mask, logp) = copy.deepcopy(uae), sampled
     params = u.train_only('encoder')
-    first, last = fall(lambda: caption_loss(u, seen, y, mask), params)
+    first, last = fall(lambda: pretrain_decoder.caption_loss(u, vision, y, mask), params)
     assert first == pytest.approx(-(logp.sum() / mask.sum()).item(), abs=1e-4)
     assert last < 0.7 * first
