@@ -74,27 +74,39 @@ class CaptionCache:
     """Keys and values of G captions per image, allocated once for all tokens to come.
 
     A cache that grows is copied whole for every token. prompt: the library's cache of P images,
-    whose layers hold keys and values (P, H, L, D). room: how many tokens follow.
+    whose layers hold keys and values (P, H, L, D). room: how many tokens follow. fixed: every token
+    attends to all places, those to come masked, as a captured graph needs it; else to those filled.
     """
 
-    def __init__(self, prompt, G, room):
-        self.keys = [self.allocate(layer.keys, G, room) for layer in prompt.layers]
-        self.values = [self.allocate(layer.values, G, room) for layer in prompt.layers]
-        self.filled = [layer.keys.shape[2] for layer in prompt.layers]
+    def __init__(self, prompt, G, room, fixed=False):
+        device = prompt.layers[0].keys.device
+        length = prompt.layers[0].keys.shape[2]
+        self.fixed = fixed
+        self.place = torch.full((1,), length, device=device)        # of the next token
+        self.places = torch.arange(-(-(length + room) // 8) * 8, device=device)
+        self.keys = [self.allocate(layer.keys, G) for layer in prompt.layers]
+        self.values = [self.allocate(layer.values, G) for layer in prompt.layers]
 
-    def allocate(self, prompt, G, room):
+    def allocate(self, prompt, G):
         P, H, L, D = prompt.shape
-        whole = prompt.new_empty(P * G, H, L + room, D)
+        whole = prompt.new_zeros(P * G, H, len(self.places), D)
         whole[:, :, :L] = prompt.repeat_interleave(G, 0)
         return whole
 
     def update(self, k, v, i):
-        """Adds one token's k, v (B, H, 1, D) to layer i -> its keys and values so far."""
-        n = self.filled[i]
-        self.keys[i][:, :, n:n + 1] = k
-        self.values[i][:, :, n:n + 1] = v
-        self.filled[i] = n + 1
-        return self.keys[i][:, :, :n + 1], self.values[i][:, :, :n + 1]
+        """Adds one token's k, v (B, H, 1, D) to layer i -> the keys and values to attend to."""
+        self.keys[i].index_copy_(2, self.place, k)
+        self.values[i].index_copy_(2, self.place, v)
+        if self.fixed:
+            return self.keys[i], self.values[i]
+        n = self.place.item() + 1
+        return self.keys[i][:, :, :n], self.values[i][:, :, :n]
+
+    def mask(self):
+        """Which places the next token attends to, bool (1, 1, 1, places); None = all it is given."""
+        if self.fixed:
+            return (self.places <= self.place).view(1, 1, 1, -1)
+        return None
 
 
 def next_state(language_model, x, position, cache):
@@ -102,7 +114,7 @@ def next_state(language_model, x, position, cache):
 
     The library's own forward builds masks, copies the keys to each head and runs seven kernels a
     norm; without these a token takes 1 / 1.3 of the time where kernels are small. x (B, 1, d)
-    embedded tokens, position theirs; grows `cache`. Returns (B, 1, d).
+    embedded tokens, position theirs, (1,); fills one place of `cache`. Returns (B, 1, d).
     """
     def norm(layer, x):
         return torch.rms_norm(x, layer.weight.shape, layer.weight, layer.variance_epsilon)
@@ -110,6 +122,7 @@ def next_state(language_model, x, position, cache):
     angle = position * language_model.rotary_emb.inv_freq.float()
     cos = torch.cat([angle, angle]).cos().to(x.dtype)
     sin = torch.cat([-angle, angle]).sin().to(x.dtype)      # the first half is negated
+    mask = cache.mask()
     for i, layer in enumerate(language_model.layers):
         attention = layer.self_attn
         h = norm(layer.input_layernorm, x)
@@ -124,10 +137,24 @@ def next_state(language_model, x, position, cache):
         k, v = cache.update(k, v, i)
         # query heads that share a key head go in as rows of one query
         q = q.reshape(len(x), k.shape[1], -1, attention.head_dim)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + attention.o_proj(mixed.reshape(len(x), 1, -1))
         x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
+    cache.place.add_(1)
     return norm(language_model.norm, x)
+
+
+def captured(step):
+    """A call without arguments -> the same as one CUDA graph, which is launched whole.
+
+    A token at 3B is 36 layers of small kernels: launched one by one they take 8 to 15 times as long
+    (docs/results.md, speed). `step` works in place and has run before; capturing does not run it.
+    """
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 # --- the encoder ---------------------------------------------------------------------------------
@@ -300,7 +327,7 @@ class Encoder(nn.Module):
 
     def caption_cache(self, prompt, G, room):
         """The library's cache of P prompts -> one of G captions each, for `next_state`."""
-        return CaptionCache(prompt, G, room)
+        return CaptionCache(prompt, G, room, fixed=self.device.type == 'cuda')
 
     def next_state(self, token, position, cache):
         """The last-layer state (B, 1, d) of one more token (B, 1) of each caption."""
@@ -362,25 +389,40 @@ class Encoder(nn.Module):
         mask = torch.zeros(B, T, device=self.device)
         logp = torch.zeros(B, T, device=self.device)
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
+        t = torch.zeros(1, dtype=torch.long, device=self.device)    # the token that comes next
+
+        def write():
+            """Chooses token t of every caption from `states`."""
+            logits = self.head(states[:, -1]).float()
+            logits = logits.masked_fill_(self.forbidden, -math.inf)
+            if temperature == 0:
+                token = logits.argmax(-1)
+                chosen = pick_logp(logits, token)
+            else:
+                token = choose(logits / temperature, uniforms.index_select(1, t))
+                chosen = pick_logp(logits, token, temperature)
+            logp.index_copy_(1, t, (chosen * alive)[:, None])
+            mask.index_copy_(1, t, alive.float()[:, None])
+            y.index_copy_(1, t, torch.where(alive, token, self.end)[:, None])
+            alive.logical_and_(token != self.end)
+
+        def go_on():
+            """Reads token t, and chooses the one behind it. In place, so that it can be captured."""
+            states.copy_(self.next_state(y.index_select(1, t), start + t, cache))
+            t.add_(1)
+            write()
+
         with self.autocast():
             cache, states, start = self.prefill(vision)
             cache = self.caption_cache(cache, G, T)
-            states = states.repeat_interleave(G, 0)             # (B, 1, d)
-            for t in range(T):
-                logits = self.head(states[:, -1]).float()
-                logits = logits.masked_fill_(self.forbidden, -math.inf)
-                if temperature == 0:
-                    token = logits.argmax(-1)
-                    logp[:, t] = pick_logp(logits, token) * alive
-                else:
-                    token = choose(logits / temperature, uniforms[:, t:t + 1])
-                    logp[:, t] = pick_logp(logits, token, temperature) * alive
-                y[:, t] = torch.where(alive, token, self.end)
-                mask[:, t] = alive.float()
-                alive = alive & (token != self.end)
-                if t == T - 1 or not alive.any():
+            states = states.repeat_interleave(G, 0)                 # (B, 1, d)
+            write()
+            for count in range(1, T):
+                if not alive.any():
                     break
-                states = self.next_state(y[:, t:t + 1], start + t, cache)
+                if count == 3 and getattr(cache, 'fixed', False):   # two tokens have warmed it up
+                    go_on = captured(go_on)
+                go_on()
         return y, mask, logp
 
     def logp(self, vision, y, temperature=1.0):
