@@ -87,9 +87,10 @@ def sheet(items, columns, heads=(), side=SHOWN, lines=5):
         left, top = column * width + GAP, head + row * height
         for k, image in enumerate(images):
             page.paste(fitted(image, side), (left + k * (side + GAP), top))
-        most = side // LINE                     # without images the text has their place
+        most = side // LINE                         # without images the text has their place
         if images:
             most, top = lines, top + side + 2
+        text = text.replace(' ,', ',').replace(' .', '.')          # spaces of the embedded world
         wrapped = textwrap.wrap(text, (width - GAP) // LETTER, max_lines=most, placeholder=' ...')
         draw.text((left, top), '\n'.join(wrapped), fill='black', font_size=11)
     return page

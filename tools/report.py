@@ -303,6 +303,8 @@ def write_pictures(folders, png, gif):
         Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames])).save(png)
     if gif:
         frames = [draw_stop(stop, scenes, 8) for stop in stops]
+        palette = frames[-1].quantize(kmeans=3)            # without it rare colours get lost
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
         durations = [400] * (len(frames) - 1) + [2500]     # milliseconds
         frames[0].save(gif, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
