@@ -97,20 +97,12 @@ def library_logp(uae, logits, y, temperature):
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 def test_equals_the_library_s_forward(uae, x, vision, sampled, temperature):
     y, mask, _ = sampled
-    logp = library_logp(uae, full_forward(uae, x, y), y, temperature)
+    logits = full_forward(uae, x, y)
+    logp = library_logp(uae, logits, y, temperature)
     ours = score(uae, vision, y, temperature)
     assert largest(logp - ours, mask) < 1e-5
-
-
-def test_image_positions_are_two_dimensional(uae, x, sampled):
-    """Without mm_token_type_ids the image's tokens stand in a line and every logit moves.
-
-    The test above would see it.
-    """
-    y = sampled[0]
-    logits = full_forward(uae, x, y)
-    line = full_forward(uae, x, y, mm_token_type_ids=None)
-    assert (logits - line).abs().amax((1, 2)).min() > 0.01
+    line = full_forward(uae, x, y, mm_token_type_ids=None)  # the image's tokens stand in a line:
+    assert (logits - line).abs().amax((1, 2)).min() > 0.01  # this test would see it
 
 
 def test_template_is_the_processor_s(uae, x, vision):
@@ -123,32 +115,9 @@ def test_template_is_the_processor_s(uae, x, vision):
     image = Image.fromarray(pixels)
     ids = processor(text=[text], images=[image], return_tensors='pt').input_ids[0].tolist()
     N = vision['features'].shape[1]
-    token = uae.encoder.vlm.config.image_token_id
+    token = uae.encoder.image_token
     assert ids == uae.encoder.before_image + [token] * N + uae.encoder.after_image
     assert uae.encoder.prompt(vision)[0].shape[1] == len(ids)
-
-
-def encoder_gradients(uae, checkpointing, vision, y, mask):
-    """logp, and the gradients of its sum over valid tokens."""
-    other = copy.deepcopy(uae)
-    other.config.checkpointing = checkpointing
-    params = other.train_only('encoder')
-    other.train()
-    logp = other.encoder.logp(vision, y, 0.9)
-    (logp * mask).sum().backward()
-    return logp.detach(), [p.grad for p in params]
-
-
-def test_checkpointing_is_the_same_policy(uae, vision, sampled):
-    """The prompt recomputed, not cached: same log-probs, same gradients."""
-    y, mask, _ = sampled
-    logp, grads = encoder_gradients(uae, False, vision, y, mask)
-    logp_again, grads_again = encoder_gradients(uae, True, vision, y, mask)
-    assert largest(logp - logp_again, mask) < 1e-5
-    assert len(grads) == len(grads_again) > 10
-    for a, b in zip(grads, grads_again):
-        assert a.abs().max() > 0
-        assert (a - b).norm() < 1e-4 * a.norm()
 
 
 # --- captions: one function ----------------------------------------------------------------------
@@ -308,26 +277,18 @@ def test_the_uniforms_are_the_randomness(uae, vision, sampled):
     assert hot[:, 0].unique().numel() > 3
 
 
-def test_mask_has_one_entry_per_sampled_token(uae, sampled):
-    """1 up to and with the end token, 0 after it; after it only end tokens."""
+def test_mask_has_one_entry_per_sampled_token(uae, vision, sampled):
+    """1 up to and with the end token, 0 after it; after it only end tokens; caption_len at most."""
     y, mask, _ = sampled
     T = uae.config.caption_len
     assert y.shape == mask.shape == (P * G, T)
     assert set(mask.unique().tolist()) == {0., 1.}
-    ends = 0
     for row, row_mask in zip(y.tolist(), mask.int().tolist()):
-        n = T
-        if uae.encoder.end in row:
-            n = row.index(uae.encoder.end) + 1
-        ends += n < T
-        assert row_mask == [1] * n + [0] * (T - n)
+        n = (row + [uae.encoder.end]).index(uae.encoder.end) + 1
+        assert row_mask == ([1] * n + [0] * T)[:T]
         assert row[n:] == [uae.encoder.end] * (T - n)
-    assert 0 < ends < P * G + 1
-
-
-def test_caption_length_is_respected(uae, vision, sampled):
-    short = at(uae, caption_len=5)
-    y, mask, logp = short.encoder.sample(vision, G, 1.0, uniforms(P * G, uae.config.caption_len))
+    short = at(uae, caption_len=5).encoder
+    y, mask, _ = short.sample(vision, G, 1.0, uniforms(P * G, T))
     assert y.shape == (P * G, 5)
     assert torch.equal(y, sampled[0][:, :5])
     assert torch.equal(mask, sampled[1][:, :5])
@@ -468,17 +429,6 @@ def test_draw_has_gradients_of_its_last_steps_only(uae, c, k):
         got = torch.autograd.grad(z_0.sum(), c)[0]
         want = factors.prod() * (steps[S - k:] / factors[S - k:]).sum()
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
-
-
-def test_step_logp_has_a_gradient(uae, c):
-    other = copy.deepcopy(uae)
-    params = other.train_only('decoder')
-    z, noise = noises(uae, 7)
-    _, path = other.decoder.draw_sde(z, c, S, noise, 'flow', 0.7, (0, 7))
-    assert not any(stored.requires_grad for stored in path.values())
-    score_steps(other, path, [0, 3], 0, c)[0].sum().backward()
-    reached = [p for p in params if p.grad is not None and p.grad.abs().max() > 0]
-    assert len(reached) > 0.9 * len(params)
 
 
 # --- the reference policy and LoRA ---------------------------------------------------------------

@@ -141,46 +141,14 @@ def batch(B=6, T=5, seed=0):
     return logp.requires_grad_(), old_logp, adv, mask
 
 
-@both
-def test_large_clip_is_no_clip(script):
-    logp, old_logp, adv, mask = batch()
-    loss, stats = script.policy_loss(logp, old_logp, adv, mask, clip=(100., 100.))
-    gain = (logp - old_logp).exp() * adv[:, None]
-    plain = -(gain * mask).sum() / mask.sum()
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
-    assert stats['clip_frac'] == 0
-    assert script.policy_loss(logp, old_logp, adv, mask)[1]['clip_frac'] > 0
-
-
-@both
-def test_loss_is_the_mean_over_valid_tokens(script):
-    """Not over captions, not over columns, and a padded column changes nothing."""
-    logp, old_logp, adv, mask = batch()
-    loss = script.policy_loss(logp, old_logp, adv, mask)[0]
-    total = 0
-    for i, n in enumerate(mask.sum(1).int().tolist()):
-        b = slice(i, i + 1)
-        total += script.policy_loss(logp[b, :n], old_logp[b, :n], adv[b])[0] * n
-    assert loss.item() == pytest.approx(total.item() / mask.sum().item(), rel=1e-5)
-    padding = torch.zeros(6, 3)
-    wide_logp, wide_old, wide_mask = (torch.cat([t, padding], 1) for t in (logp, old_logp, mask))
-    wide = script.policy_loss(wide_logp, wide_old, adv, wide_mask)[0]
-    assert wide.item() == pytest.approx(loss.item(), rel=1e-6)
-
-
-JUNK = [
-    (-math.inf, -math.inf),
-    (-math.inf, 0.),
-    (0., -math.inf),
-    (500., -500.),
-    (math.nan, math.nan),
-]
+INF = math.inf
+JUNK = [(-INF, -INF), (-INF, 0.), (0., -INF), (500., -500.), (math.nan, math.nan)]
 
 
 @both
 @pytest.mark.parametrize('junk', JUNK)
 def test_masked_tokens_weigh_nothing(script, junk):
-    """Whatever stands behind the end token, its gradient is exactly 0, no one else's changes."""
+    """Whatever stands behind the end token: its gradient is exactly 0, no one else's changes."""
     logp, old_logp, adv, mask = batch()
     clean_loss, clean = script.policy_loss(logp, old_logp, adv, mask)
     want = torch.autograd.grad(clean_loss, logp)[0]
@@ -188,22 +156,10 @@ def test_masked_tokens_weigh_nothing(script, junk):
     dirty_old = torch.where(mask > 0, old_logp, junk[1])
     loss, stats = script.policy_loss(dirty, dirty_old, adv, mask)
     loss.backward()
-    behind = dirty.grad[mask == 0]
-    assert (mask == 0).any()
-    assert torch.equal(behind, torch.zeros_like(behind))
+    assert (mask == 0).any() and not want[mask == 0].any()
     assert torch.equal(dirty.grad, want)
     assert loss.item() == clean_loss.item()
-    for name in clean:
-        assert torch.equal(stats[name], clean[name])
-
-
-@both
-def test_the_end_token_learns(script):
-    logp, _, adv, mask = batch()
-    script.policy_loss(logp, logp.detach(), adv, mask)[0].backward()
-    end = mask.sum(1).long() - 1
-    assert (logp.grad[torch.arange(6), end] != 0).all()
-    assert torch.equal(logp.grad != 0, mask > 0)
+    assert stats == clean
 
 
 @both

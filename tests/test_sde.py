@@ -232,43 +232,16 @@ def test_sampler_ends_in_the_data_s_distribution(noise_level):
     assert var == pytest.approx(SD ** 2, rel=0.02)
 
 
-def correlation(a, b):
-    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
-
-
-@pytest.mark.parametrize('noise_level', [0.7, 0.0])
-def test_samples_have_those_moments(noise_level):
-    g = torch.Generator().manual_seed(0)
-    sigmas = torch.linspace(1, 0, 26).tolist()
-    start = z = torch.randn(100, 1000, generator=g)
-    for s, s_next in zip(sigmas, sigmas[1:]):
-        v = exact_velocity(z, s)
-        z = sde_step(z, v, s, s_next, 'flow', noise_level, generator=g)[0]
-    mean, var = moments(noise_level, sigmas)
-    assert z.mean().item() == pytest.approx(mean, abs=0.01)
-    assert z.var().item() == pytest.approx(var, rel=0.02)
-    if noise_level == 0:
-        assert correlation(start, z) > 0.99
-    else:
-        assert correlation(start, z) < 0.95                 # the noise did something
-
-
 def test_cps_keeps_the_schedule_s_noise():
-    """A point mass and its exact velocity: after each step what is left of the noise is s_next.
-
-    In standard deviations, and not more.
-    """
+    """A point mass and its exact velocity: after each step the noise has the std s_next."""
     g = torch.Generator().manual_seed(0)
     z0 = torch.tensor([[-1.5], [0.3], [2.0]])
     z = torch.randn(3, 20000, generator=g)
     sigmas = torch.linspace(1, 0, 11).tolist()
     for s, s_next in zip(sigmas, sigmas[1:]):
-        before = z - (1 - s) * z0
         z = sde_step(z, (z - z0) / s, s, s_next, 'cps', 0.8, generator=g)[0]
         rest = z - (1 - s_next) * z0
-        if s_next:
-            assert rest.std().item() == pytest.approx(s_next, rel=0.01)
-            assert correlation(before, rest) < 0.5
+        assert rest.std().item() == pytest.approx(s_next, rel=0.01, abs=1e-5)
     torch.testing.assert_close(z, z0.expand_as(z), atol=1e-5, rtol=0)
 
 
