@@ -35,6 +35,7 @@ def start(config):
     quiet()
     if rank == 0:
         say_unseen()
+    torch.backends.cudnn.allow_tf32 = False     # float32 means float32, in convolutions too
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
