@@ -74,8 +74,8 @@ class CaptionCache:
     """Keys and values of G captions per image, allocated once for all tokens to come.
 
     A cache that grows is copied whole for every token. prompt: the library's cache of P images,
-    whose layers hold keys and values (P, H, L, D). room: how many tokens follow. fixed: every token
-    attends to all places, those to come masked, as a captured graph needs it; else to those filled.
+    whose layers hold keys and values (P, H, L, D). room: how many tokens follow. fixed: each token
+    attends to all places, those to come masked, as a captured graph needs it; else to the filled.
     """
 
     def __init__(self, prompt, G, room, fixed=False):
@@ -407,7 +407,7 @@ class Encoder(nn.Module):
             alive.logical_and_(token != self.end)
 
         def go_on():
-            """Reads token t, and chooses the one behind it. In place, so that it can be captured."""
+            """Reads token t and chooses the next one; in place, so that it can be captured."""
             states.copy_(self.next_state(y.index_select(1, t), start + t, cache))
             t.add_(1)
             write()
