@@ -1,7 +1,7 @@
 """Rollout and update as a whole, against a plain recomputation: one sample at a time, in loops.
 
-Whose noise is whose, whose reward is whose, which equation goes into the loss and with what weight,
-what a bad gradient may change, and what t2i of true captions is drawn from.
+Whose noise is whose (an address each), whose reward is whose, which equation goes into the loss and
+with what weight, what a bad gradient may change, and what t2i of true captions is drawn from.
 """
 import copy
 
@@ -74,13 +74,6 @@ def uniform_at(shape, *address):
     return torch.rand(shape, generator=ranks.generator(*address))[None]
 
 
-def independent(rows):
-    """Whether the rows (n, ...) are pairwise as far apart as independent standard normals are."""
-    rows = rows.flatten(1)
-    usual = (2 * rows.shape[1]) ** 0.5
-    return bool((torch.pdist(rows) > 0.7 * usual).all())
-
-
 def told_apart(r):
     """Whether no two rewards are so near that one could stand for the other."""
     return torch.pdist(r.reshape(-1, 1)).min() > 1e-4
@@ -89,7 +82,10 @@ def told_apart(r):
 # --- a stage, plainly -----------------------------------------------------------------------------
 @torch.no_grad()
 def plain_captions(uae, tower, images, step, config):
-    """Stage 2's rollout, a caption at a time: [(vision, y, mask, logp, r)] in B's order."""
+    """Stage 2's rollout, a caption at a time: [(vision, y, mask, logp, r)] in B's order.
+
+    One start noise per image, which its group shares; a uniform per member and token.
+    """
     samples = []
     for i, place in enumerate(images['index'].tolist()):
         x = images['x'][i:i + 1]
@@ -129,7 +125,10 @@ def plain_drawing(uae, z, c, noise, noisy, config):
 
 @torch.no_grad()
 def plain_drawings(uae, tower, images, step, config):
-    """Stage 3's rollout, a drawing at a time: [(c, path, r)] in B's order."""
+    """Stage 3's rollout, a drawing at a time: [(c, path, r)] in B's order.
+
+    With same_noise the group shares its start noise, never that of the steps.
+    """
     noisy, _ = window(uae, step, config)
     shape, W = uae.decoder.latent_shape(), noisy[1] - noisy[0]
     samples = []
@@ -218,60 +217,6 @@ def plain_decoder_loss(uae, reference, samples, step, config, stale=False):
     return -torch.cat(terms).mean()
 
 
-# --- rollout: noise -------------------------------------------------------------------------------
-def encoder_start_noise(uae, tower, x, step, config):
-    """The start noise that a rollout of stage 2 draws from: (P, G, C, H, W)."""
-    u, starts = copy.copy(uae), []
-
-    def draw(z, *rest):
-        starts.append(z)
-        return uae.draw(z, *rest)
-
-    u.draw = draw
-    grpo_encoder.rollout(u, tower, batch(x, INDEX), step, config)
-    return torch.cat(starts).unflatten(0, (len(x), config.group))
-
-
-def test_stage_2_has_one_start_noise_per_image_which_its_group_shares(uae, x, tower):
-    u, config = as_stage(uae, grpo_encoder, f'--group={G}')
-    z = encoder_start_noise(u, tower, x, STEP, config)
-    assert torch.equal(z, z[:, :1].expand_as(z)), 'the group shares it'
-    later = encoder_start_noise(u, tower, x, STEP + 1, config)
-    assert independent(torch.cat([z[:, 0], later[:, 0]])), 'every image and every step its own'
-    for i, place in enumerate(INDEX.tolist()):
-        own = normal_at(u.decoder.latent_shape(), config.seed, 'start', STEP, place)
-        assert torch.equal(z[i, :1], own)
-
-
-@torch.no_grad()
-def decoder_noises(uae, tower, x, step, *argv):
-    """Start noise (P, G, C, H, W) of a rollout of stage 3, and that of its steps (P, G, W, ...)."""
-    u, config = as_stage(uae, grpo_decoder, f'--group={G}', *argv)
-    found = decoder_rollout(u, tower, batch(x, INDEX), step, config)
-    (begin, end), trained = window(u, step, config)
-    assert begin == 0 and trained == list(range(end)), 'the first stored latent is the start noise'
-    S, kind, noise_level = config.denoise_steps, config.sde, config.noise_level
-    _, mean, std = u.decoder.step_logp(
-        found['z'], found['z_next'], trained, found['c'], S, kind, noise_level)
-    noise = (found['z_next'] - mean) / std
-    return found['z'][:, 0].unflatten(0, (P, G)), noise.unflatten(0, (P, G))
-
-
-def test_stage_3_has_its_own_noise_for_every_member_and_step(uae, x, tower):
-    z, noise = decoder_noises(uae, tower, x, STEP)
-    later_z, later = decoder_noises(uae, tower, x, STEP + 1)
-    assert noise.shape[2] > 2
-    every = [z.flatten(0, 1), later_z.flatten(0, 1), noise.flatten(0, 2), later.flatten(0, 2)]
-    assert independent(torch.cat(every))
-
-
-def test_stage_3_with_same_noise_shares_the_start_alone(uae, x, tower):
-    z, noise = decoder_noises(uae, tower, x, STEP, '--same_noise=True')
-    assert torch.equal(z, z[:, :1].expand_as(z))
-    assert independent(z[:, 0])
-    assert independent(noise.flatten(0, 2)), 'or the group would hold one drawing G times'
-
-
 # --- rollout: whose reward is whose ---------------------------------------------------------------
 def test_captions_are_sampled_together_or_in_whole_groups(uae, vision, sampled, monkeypatch):
     """Whatever micro_batch is, by CAPTIONS_AT_ONCE: the captions are the same."""
@@ -336,12 +281,10 @@ def test_rewards_of_stage_3_belong_to_their_image_and_drawing(uae, x, tower, arg
 
 
 # --- captions that come with the images -----------------------------------------------------------
-TEXTS = ['large red circle', 'small blue square top-left', '', 'cyan cross']
-
-
 def test_given_captions_are_what_is_drawn(uae, x, tower):
-    y, mask, _ = uae.encoder.tokens(TEXTS)
-    images = batch(x, INDEX, TEXTS)
+    texts = ['large red circle', 'small blue square top-left', '', 'cyan cross']
+    y, mask, _ = uae.encoder.tokens(texts)
+    images = batch(x, INDEX, texts)
     u, config = as_stage(uae, cold_start, '--captions=given')
     sampled, _ = cold_start.rollout(u, images, STEP, config)
     assert torch.equal(sampled['y'], y) and torch.equal(sampled['mask'], mask)
@@ -354,17 +297,16 @@ def test_given_captions_are_what_is_drawn(uae, x, tower):
 
 
 @pytest.mark.parametrize('name', ['cold_start', 'grpo_decoder'])
-def test_given_captions_of_a_manifest(tmp_path, name):
+def test_given_captions_of_a_folder(tmp_path, name):
     """Images without one are left out; where none has one, a line says so."""
+    folder = tmp_path / 'images'
+    folder.mkdir()
     scene = scenes.random_scene(np.random.default_rng(0))
-    manifest = tmp_path / 'images.jsonl'
-    rows = []
     for i in range(8):
-        Image.fromarray(scenes.draw(scene)).save(tmp_path / f'{i}.png')
-        caption = ', "caption": "large red circle"' if i % 2 else ''
-        rows.append(f'{{"image": "{tmp_path}/{i}.png"{caption}}}\n')
-    manifest.write_text(''.join(rows))
-    flags = ['--captions=given', f'--data={manifest}', '--eval_images=2']
+        Image.fromarray(scenes.draw(scene)).save(folder / f'{i}.png')
+        if i % 2:
+            (folder / f'{i}.txt').write_text('large red circle')
+    flags = ['--captions=given', f'--data={folder}', '--eval_images=2']
     log = tiny(name, tmp_path / 'out', *flags)
     assert [line['caption_len'] for line in log] == [3, 3]
     said = refusal(tiny, name, tmp_path / 'none', '--captions=given')
@@ -484,9 +426,7 @@ def test_the_stored_branch_spares_the_first_update_its_passes(monkeypatch, tmp_p
 @pytest.mark.parametrize('n', [1, 3])
 @pytest.mark.parametrize('size', [0, 1, 2, 3, 7, 12, 100])
 def test_step_slices(P, G, n, size):
-    """Every (sample, step) once, the last marked once, sizes bounded, groups whole where they fit.
-
-    """
+    """Every (sample, step) once, the last marked once, sizes bounded, groups whole if they fit."""
     met = torch.zeros(P * G, n)
     marks = []
     for rows, steps, last in ranks.step_slices(P, G, n, size):
@@ -496,9 +436,9 @@ def test_step_slices(P, G, n, size):
         assert not size or samples * in_piece <= size
         if not size or size >= n:
             assert in_piece == n, "a sample's steps stay together where they fit"
-        if not size or size >= n * G:
-            assert rows.start % G == 0 and samples % G == 0, 'groups too'
-        assert rows.start // G == (rows.stop - 1) // G or samples % G == 0
+        whole = rows.start % G == 0 and samples % G == 0
+        assert whole or rows.start // G == (rows.stop - 1) // G, 'never parts of two groups'
+        assert whole or 0 < size < n * G, 'whole ones where they fit'
     assert (met == 1).all()
     assert marks == [False] * (len(marks) - 1) + [True]
 
