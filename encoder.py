@@ -103,7 +103,7 @@ class CaptionCache:
         return self.keys[i][:, :, :n], self.values[i][:, :, :n]
 
     def mask(self):
-        """Which places the next token attends to, bool (1, 1, 1, places); None = all it is given."""
+        """Where the next token attends to, bool (1, 1, 1, places); None = to all it is given."""
         if self.fixed:
             return (self.places <= self.place).view(1, 1, 1, -1)
         return None

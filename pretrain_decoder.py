@@ -21,8 +21,9 @@ The decoder learns to draw from the encoder's projected states before any reward
                                                              rate, which averages too
 
 A caption that does not fit cond_len is cut, counted (log field `cut`) and announced, as are words
-that the tokenizer does not know (`unknown`). An image without a caption is left out and counted (`skipped`). With --ema the weights that are evaluated,
-saved and read by later stages are the averaged ones; those in training lie in state.pt.
+that the tokenizer does not know (`unknown`). An image without a caption is left out and counted
+(`skipped`). With --ema the weights that are evaluated, saved and read by later stages are the
+averaged ones; those in training lie in state.pt.
 """
 import argparse
 import contextlib

@@ -168,7 +168,7 @@ def noised(uae, images, step, templates, config):
 
 
 def read_templates(encoder, config):
-    """The keys `template` and `templates` -> lists of token ids, up to an image's first position."""
+    """The keys `template`, `templates` -> lists of token ids, up to an image's first position."""
     texts = ['']
     if config.template:
         texts = [text.strip() for text in config.templates.split('|') if text.strip()]
