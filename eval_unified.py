@@ -59,7 +59,7 @@ def contact_sheet(columns, texts, path):
     for i, text in enumerate(texts):
         for ax, images in zip(axes[i], columns):
             image = images[i].permute(1, 2, 0).cpu().clamp(-1, 1)
-            ax.imshow((image + 1) / 2, interpolation='nearest')
+            ax.imshow(((image + 1) / 2).numpy(), interpolation='nearest')
         plain = text.replace('$', r'\$')                     # no mathematics
         axes[i, -1].text(0, 0.5, plain, va='center', fontsize=8, wrap=True)
         for ax in axes[i]:

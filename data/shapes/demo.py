@@ -203,7 +203,8 @@ def before_after(held, base, last, path):
         texts = ('', base['captions'][i], last['captions'][i])
         row, left = i % 4, i // 4 * 3                        # two scenes in a row of the figure
         for ax, image, text in zip(axes[row, left:left + 3], images, texts):
-            ax.imshow((image.permute(1, 2, 0) + 1) / 2, interpolation='nearest')
+            pixels = (image.permute(1, 2, 0) + 1) / 2
+            ax.imshow(pixels.numpy(), interpolation='nearest')
             text = '\n'.join(textwrap.wrap(text, 36))
             ax.text(0.5, -0.04, text, transform=ax.transAxes, ha='center', va='top', fontsize=8)
             ax.axis('off')
