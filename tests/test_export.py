@@ -100,6 +100,8 @@ def test_decoder_lora_in_a_plain_pipeline(adapters):
     close(velocity(pipe.transformer, uae), velocity(uae.decoder.transformer, uae))
 
 
+# peft's own: PeftModel asks transformers by the old name
+@pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing` is deprecated')
 def test_encoder_lora_in_plain_peft(adapters, x):
     from peft import PeftModel
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -403,6 +405,8 @@ def test_export_of_a_text_encoder(tmp_path, x, rank):
     assert not os.path.exists(f'{tmp_path}/live/decoder/text_encoder')
 
 
+# transformers' own: it says so of every config.json that still has the old name, as the hub's does
+@pytest.mark.filterwarnings('ignore:`rope_scaling` is deprecated')
 def test_export_keeps_the_base_models_own_files(tmp_path, x):
     """Whatever transformers would write: older libraries read rope_scaling and torch_dtype in it.
 
