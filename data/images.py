@@ -62,9 +62,10 @@ def open_square(raw, resolution):
         raise ValueError(f'too small, {image.width}x{image.height}')
     # JPEG only: decode at 1/2, 1/4 or 1/8, never below twice the resolution
     image.draft(None, (2 * resolution, 2 * resolution))
-    if image.mode.startswith(('I', 'F')):       # Pillow would clip these, to white or to black
-        image = eight_bits(image)
+    tags = getattr(image, 'tag_v2', {})         # of a TIFF
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(('I', 'F')):       # Pillow would clip these, to white or to black
+        image = eight_bits(image, tags)
     if image.has_transparency_data:
         white = Image.new('RGBA', image.size, 'white')
         image = Image.alpha_composite(white, image.convert('RGBA'))
@@ -77,9 +78,11 @@ def open_square(raw, resolution):
     return np.array(square)
 
 
-def eight_bits(image):
-    """Grey of 9 to 16 bits -> its high byte. Raises ValueError on floats and wider integers."""
-    tags = getattr(image, 'tag_v2', {})         # of a TIFF: BitsPerSample, what is white
+def eight_bits(image, tags):
+    """Grey of 9 to 16 bits -> its high byte. Raises ValueError on floats and wider integers.
+
+    tags: of a TIFF; 258 is BitsPerSample, and where 262 is 0, zero is white.
+    """
     if tags and not image.mode.startswith('I;16'):
         raise ValueError(f'mode {image.mode}: nobody says which of its values are black and '
                          'white; convert it to 8 or 16 bits')
@@ -87,9 +90,7 @@ def eight_bits(image):
     grey = np.asarray(image).clip(0, 65535) >> bits - 8
     if tags.get(262) == 0:
         grey = 255 - grey
-    eight = Image.fromarray(grey.astype(np.uint8))
-    eight.info = image.info                     # which way is up
-    return eight
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 # --- listing -------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def json_lines(text):
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             row = line
         yield f'line {number}', row
 

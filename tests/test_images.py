@@ -20,6 +20,7 @@ import torch
 from PIL import Image, JpegImagePlugin, TiffImagePlugin
 
 import config
+import pretrain_decoder
 from conftest import ROOT
 from data import images
 from data.files import name_bytes, printable
@@ -131,6 +132,7 @@ def test_folder_is_recursive_and_sorted(tmp_path):
                  '._b.png', '.ipynb_checkpoints/b.png', 'a/.cache/b.png', 'a/@eaDir/b.png']:
         save(tmp_path / name, noise())
     write(tmp_path / '._0.tar', b'what macOS adds to 0.tar')
+    write(tmp_path / '.old' / '0.tar', b'x')
     write(tmp_path / 'b.txt', '\ufeff a red cube \n')
     write(tmp_path / 'a/z.TXT', 'upper case')
     write(tmp_path / 'notes.md', 'no image')
@@ -142,7 +144,9 @@ def test_folder_is_recursive_and_sorted(tmp_path):
     assert captions_of(s) == [None, 'upper case', 'a red cube', *[None] * 5]
     matched = open_images(f'{tmp_path}/*.png,{tmp_path}/a/z.JPG', R)
     assert captions_of(matched) == ['a red cube', None, 'upper case'], 'one by one as well'
-    assert len(open_images(f'{tmp_path}/*', R)) == 8, 'of a glob, what may hold images'
+    matched = open_images(f'{tmp_path}/*', R)
+    assert len(matched) == 8
+    assert matched.left_out == 0, 'of a glob, what may hold images'
 
 
 def test_sources_that_are_not_there(tmp_path):
@@ -318,9 +322,12 @@ def test_deep_grey_and_what_has_no_known_range(tmp_path):
     got = one(save(tmp_path / 'white' / 'x.tiff', deep, tiffinfo=tags))
     assert np.array_equal(got[..., 0], 255 - np.rot90(grey, 2))
 
-    twelve = images.Image.fromarray(grey.astype(np.uint16) * 16)
-    twelve.tag_v2 = {258: (12,)}
-    assert np.array_equal(np.asarray(images.eight_bits(twelve)), grey)
+    twelve = Image.fromarray(grey.astype(np.uint16) * 16)
+    assert np.array_equal(images.eight_bits(twelve, {258: (12,)}), grey)
+    exif = Image.Exif()
+    exif[274] = 3
+    got = one(save(tmp_path / 'turned' / 'x.png', deep, exif=exif))
+    assert np.array_equal(got[..., 0], np.rot90(grey, 2))
 
     for mode, dtype in dict(F=np.float32, I=np.int32).items():
         save(tmp_path / mode / 'x.tiff', Image.fromarray((grey / 255).astype(dtype)))
@@ -556,7 +563,7 @@ TALK = [
 ROWS = [
     {'image': 'pics/02.png', 'caption': 'two, "2"'},
     {'image': 'pics/00.png', 'caption': TALK},
-    {'image': '/pics/01.png'},
+    {'image': '/pics/01.png', 'caption': float('nan')},             # as pandas writes what is not
 ]
 CSV = 'image,caption\npics/02.png,"two, ""2"""\r\npics/00.png,a cube\n/pics/01.png\n'
 FORMS = {
@@ -604,7 +611,7 @@ BAD_ROWS = {
     '["00.png"]\n': 'line 2: .*no object but',
     '{"image": "00.png", "caption": ["a", "b"]}\n': 'line 2: .*neither a string nor a convers',
     '{"image": "00.png", "caption": "\\ud83d"}\n': 'line 2: .*not UTF-8, or has half a char',
-    '{"image": "gone.png"}\n': "skipped gone.png: .*No such file.*'/",
+    '{"image": "gone.png"}\n': "skipped gone.png: .*No such file.*: '/",
     '{"image": "a\\u0000.png"}\n': r'skipped a\\x00.png: embedded null byte',
     '{"image": "\\ud83d.png"}\n': r'skipped \\ud83d.png: .*No such file',
 }
@@ -753,17 +760,21 @@ def test_tar_members_with_one_stem_belong_together(tmp_path):
         ('x/000.depth.16.png', encoded(noise())),
         ('x/001.PNG', encoded(plain(10))),
         ('x/001.TXT', b'upper'),
-        ('./y.v1/000.a.png', encoded(plain(20))),                   # only dots in names
+        ('y.v1/000.a.png', encoded(plain(20))),                     # only dots in names
+        ('y.txt', b''),
+        ('./z.png', encoded(plain(30))),
         ('x/002.cls', b'7'),
         ('x/._000.png', b'?'),
         ('.thumbs/000.png', encoded(noise())),
     ]
     path = write(tmp_path / '0.tar', tar_of(members))
     s = open_images(path, R)
-    assert s.names == ['0.tar/x/000.png', '0.tar/x/001.PNG', '0.tar/y.v1/000.a.png']
-    assert captions_of(s) == ['zero', 'upper', None]
-    assert reds(s) == [0, 10, 20]
-    assert captions_of(open_images(path, R, caption_key='prompt')) == ['0', 'one', None]
+    assert s.names == ['0.tar/x/000.png', '0.tar/x/001.PNG', '0.tar/y.v1/000.a.png',
+                       '0.tar/z.png']
+    assert captions_of(s) == ['zero', 'upper', None, None]
+    assert reds(s) == [0, 10, 20, 30]
+    prompts = open_images(path, R, caption_key='prompt')
+    assert captions_of(prompts) == ['0', 'one', None, None]
 
 
 def test_tar_json_without_the_key(tmp_path):
@@ -866,11 +877,19 @@ def test_a_cut_tar_gives_what_is_before_the_cut(tmp_path, capsys, cut):
 
 
 # --- what is trained on ---------------------------------------------------------------------------
+RUN = types.SimpleNamespace(world=1)
+
+
+def keys_of(data, **keys):
+    """A configuration."""
+    c = config.parse({}, {}, [f'--data={data}', '--eval_images=2', '--eval_every=0'], 'x.py')
+    vars(c).update(resolution=R, **keys)
+    return c
+
+
 def opened(data, training=True, **keys):
     """open_data of a run."""
-    c = config.parse({}, {}, [f'--data={data}', '--eval_images=2'], 'x.py')
-    vars(c).update(resolution=R, **keys)
-    return open_data(c, types.SimpleNamespace(world=1), training)
+    return open_data(keys_of(data, **keys), RUN, training)
 
 
 def test_nothing_below_held_out_is_trained_on(tmp_path, capsys):
@@ -888,6 +907,9 @@ def test_nothing_below_held_out_is_trained_on(tmp_path, capsys):
         assert '3 images of ' in capsys.readouterr().out
         train, _ = opened(data, data_keys=('file', 'caption', ''), held_out=f'{own}/*.png')
         assert len(train) == 6
+    c = keys_of(root / 'scenes.jsonl', data_keys=('file', 'caption', ''))
+    train, _, _ = pretrain_decoder.open_captioned(c, RUN, 'caption')    # evaluates nothing
+    assert len(train) == 6
     with pytest.raises(DataError, match='no image of it is left to train on'):
         opened(root / 'held_out')
     _, held = opened(root / 'held_out', training=False)
