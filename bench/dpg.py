@@ -7,7 +7,8 @@ import re
 import torch
 
 import common
-from bench.judges import digest, kept_replies, open_image
+from bench.judges import digest, kept_replies
+from bench.pictures import open_image
 
 
 def dpg_score(questions, answers):
