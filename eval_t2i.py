@@ -48,7 +48,7 @@ from bench.dpg import dpg_scorer, drop_first_row
 from bench.dpg import dpg_score                                  # the rules, for whoever imports
 from bench.geneval import geneval_correct, relative_position     # them from here
 from bench.geneval import geneval_scorer, judge_scorer, shapes_scorer
-from bench.judges import Unusable
+from bench.pictures import Unusable
 from bench.prompts import files_to_score, item_files, read_items
 from bench.summary import dpg_summary, geneval_summary, judge_summary
 from config import parse

@@ -6,8 +6,9 @@ import re
 
 import torch
 
+from bench.judges import digest, kept_replies
+from bench.pictures import open_image
 from lib.files import load
-from bench.judges import digest, kept_replies, open_image
 
 
 def dpg_score(questions, answers):

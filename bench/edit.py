@@ -15,7 +15,8 @@ import os
 
 from lib.files import write_json
 from bench.gedit import gedit_scorer, read_gedit, write_tables
-from bench.judges import Judge, Unusable, ask_all, file_bytes, kept_replies
+from bench.judges import Judge, ask_all, kept_replies
+from bench.pictures import Unusable, file_bytes
 from bench.prompts import read_json, read_lines, texts_of
 from bench.summary import gedit_summary, imgedit_summary
 

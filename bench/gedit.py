@@ -10,7 +10,8 @@ import os
 import re
 
 from bench.answers import last_object, number
-from bench.judges import Judge, Unusable, jpeg, kept_replies, open_image
+from bench.judges import Judge, kept_replies
+from bench.pictures import Unusable, jpeg, open_image
 from bench.prompts import read_json, read_lines, texts_of
 
 # of viescore/vie_prompts.py: what makes up the question on the edit, and that on the quality

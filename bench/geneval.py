@@ -12,7 +12,8 @@ import numpy as np
 
 from bench.answers import last_object, number
 from bench.detector import detect, open_colours, open_detector
-from bench.judges import Judge, Unusable, jpeg, kept_replies, open_image
+from bench.judges import Judge, kept_replies
+from bench.pictures import Unusable, jpeg, open_image
 from bench.prompts import RELATIONS, read_lines
 from data.shapes import scenes as world
 

@@ -7,7 +7,6 @@ import email.utils
 import glob
 import hashlib
 import http.client
-import io
 import json
 import os
 import threading
@@ -17,61 +16,15 @@ import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from lib import ranks
 from lib.files import write_atomic, write_lines
 from bench.answers import reply_of, without_thoughts, words_of
+from bench.pictures import PNG, Unusable
 
-JPEG_QUALITY = 75                            # of an image that is coded for a judge, as officially
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF')
-PNG, JPEG = b'\x89PNG', b'\xff\xd8'
 LONGEST_PAUSE = 300                          # seconds between two tries
 TRANSIENT = (TimeoutError, ConnectionResetError, BrokenPipeError)
-
-
-class Unusable(Exception):
-    """One image or answer that cannot be scored: what and why."""
-
-
-# --- images --------------------------------------------------------------------------------------
-def open_image(path, size=None):
-    """An image file -> RGB image.
-
-    Raises Unusable if it is missing, damaged, or not of the expected (width, height).
-    """
-    if not os.path.exists(path):
-        raise Unusable(f'{path}: missing')
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            image = ImageOps.exif_transpose(file).convert('RGB')
-    except Exception as e:                   # on damaged bytes the decoders raise nearly anything
-        raise Unusable(f'{path}: cannot be read: {type(e).__name__}')
-    if size and image.size != size:
-        raise Unusable(
-            f'{path}: {image.width}x{image.height}, expected {size[0]}x{size[1]} '
-            'at --resolution and --samples')
-    return image
-
-
-def jpeg(image):
-    """An image as the bytes of a JPEG file."""
-    file = io.BytesIO()
-    image.save(file, 'jpeg', quality=JPEG_QUALITY)
-    return file.getvalue()
-
-
-def file_bytes(path):
-    """A PNG or JPEG file as it is, and of another image a PNG. Raises Unusable."""
-    image = open_image(path)
-    with open(path, 'rb') as f:
-        raw = f.read()
-    if raw.startswith(PNG) or raw.startswith(JPEG):
-        return raw
-    file = io.BytesIO()
-    image.save(file, 'png')
-    return file.getvalue()
 
 
 # --- what was replied before ---------------------------------------------------------------------

@@ -113,13 +113,13 @@ class Networks:
         """v (n, C, H, W), its inputs with the gradients that a step asks of them."""
         decoder = self.uae.decoder
         width = self.uae.projector.down.out_features
-        z = self.noise(n, self.uae.latent_shape(), decoder.dtype, latent_grad)
+        z = self.noise(n, self.uae.decoder.latent_shape(), decoder.dtype, latent_grad)
         c = self.noise(n, (self.config.cond_len, width), decoder.dtype, condition_grad)
         pooled = self.uae.pooled.expand(n, -1).to(decoder.dtype)
         return decoder(z, c, pooled, torch.ones(n, device=self.uae.device)).sample
 
     def vae(self, n, grad=False):
-        z = self.noise(n, self.uae.latent_shape(), self.uae.vae.dtype, grad)
+        z = self.noise(n, self.uae.decoder.latent_shape(), self.uae.vae.dtype, grad)
         return self.uae.vae.decode(z).sample
 
     def reward(self, n, grad=False):
@@ -129,7 +129,7 @@ class Networks:
 
 # --- what a step needs from them -----------------------------------------------------------------
 def whole_groups(B, G, size):
-    """Rows of common.group_slices, of a number of samples that they divide."""
+    """Rows of ranks.group_slices, of a number of samples that they divide."""
     if not size:
         return B
     return min(B, max(1, size // G) * G)
@@ -198,7 +198,7 @@ def drawing_calls(net, B, G, captions):
 
 
 def update_rows(B, G, size):
-    """Rows of common.sample_slices, of a number of samples that they divide."""
+    """Rows of ranks.sample_slices, of a number of samples that they divide."""
     if size and size < G:
         return min(B, size)
     return whole_groups(B, G, size)

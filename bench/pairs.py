@@ -15,7 +15,8 @@ import types
 
 from lib.files import write_atomic, write_json, write_lines
 from bench.answers import last_object
-from bench.judges import Judge, Unusable, api_keys, ask_all, file_bytes, kept_replies
+from bench.judges import Judge, api_keys, ask_all, kept_replies
+from bench.pictures import Unusable, file_bytes
 from bench.prompts import read_json, read_lines, texts_of
 from bench.summary import pair_summary
 from bench.unified import match_files, read_captions

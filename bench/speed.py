@@ -25,7 +25,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.chdir(ROOT)
-import common
+from lib.files import write_json
 import config
 from bench.networks import network_calls
 from bench.steps import SCRIPTS, STEPS, WARM_UP, Stage
@@ -262,7 +262,7 @@ def write_report(options, argv, result):
         device = torch.cuda.get_device_name()
     report = dict(device=device, threads=torch.get_num_threads(), torch=torch.__version__,
                   argv=argv, result=result)
-    common.write_json(options.json, report, allow_nan=False)
+    write_json(options.json, report, allow_nan=False)
 
 
 def main(argv):

@@ -8,9 +8,9 @@ import time
 
 import torch
 
-import checkpoint
+from lib import checkpoint
 import cold_start
-import common
+from lib import ranks
 import grpo_decoder
 import grpo_encoder
 from config import parse, shared
@@ -104,7 +104,7 @@ class Stage:
         argv = [*argv, *(f'--{key}={value}' for key, value in changes.items())]
         argv = [argument for argument in argv if key_of(argument) in known]
         config = parse(script.keys, script.own_presets, argv, script.__file__)
-        run = common.start(config)
+        run = ranks.start(config)
         self.name = name
         self.config = config
         self.G = getattr(config, 'group', 1)
@@ -172,8 +172,8 @@ def cold_start_step(stage):
     config = stage.config
     seen, batch = cold_start.caption(stage.uae, stage.x, stage.index, 0, config)
     yield 'rollout'
-    for _, rows, _ in common.group_slices(len(stage.x), 1, config.micro_batch):
-        part, seen_part = common.take(batch, rows), common.take(seen, rows)
+    for _, rows, _ in ranks.group_slices(len(stage.x), 1, config.micro_batch):
+        part, seen_part = ranks.take(batch, rows), ranks.take(seen, rows)
         share = 1 / config.prompts
         loss = stage.uae(cold_start.loss_of, stage.tower, seen_part, part, share, config)
         loss.backward()
@@ -189,8 +189,8 @@ def grpo_encoder_step(stage):
     batch['weight'], count = grpo_encoder.token_weights(batch['mask'], config)
     if stage.reference:
         batch['ref_logp'] = grpo_encoder.reference_logp(stage.reference, seen, batch['y'], config)
-    for images, rows, _ in common.sample_slices(len(stage.x), config.group, config.micro_batch):
-        part, seen_part = common.take(batch, rows), common.take(seen, images)
+    for images, rows, _ in ranks.sample_slices(len(stage.x), config.group, config.micro_batch):
+        part, seen_part = ranks.take(batch, rows), ranks.take(seen, images)
         loss, _, _ = uae(grpo_encoder.loss_of, seen_part, part, 1 / count, True, config)
         loss.backward()
     yield 'update'
@@ -210,8 +210,8 @@ def grpo_decoder_step(stage):
     batch = decoder_rollout(stage)
     yield 'rollout'
     share = 1 / len(batch['adv'])
-    for _, rows, _ in common.sample_slices(len(stage.x), config.group, config.micro_batch):
-        part = common.take(batch, rows)
+    for _, rows, _ in ranks.sample_slices(len(stage.x), config.group, config.micro_batch):
+        part = ranks.take(batch, rows)
         loss, _, _ = stage.uae(grpo_decoder.loss_of, stage.reference, part, 0, share, True, config,
                                stage.negative)
         loss.backward()

@@ -32,6 +32,7 @@ RUN = types.SimpleNamespace(rank=0, world=1, master=True, device='cpu')
     ('no score', None),
     ('', None),
     ('A: 5 \u00b2', None),
+    ('A: 4\nB: \u00b2', 4.0),
     ('A: \u00b2', None)])
 def test_an_item_of_imgedit(answer, score):
     if score is None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import eval_t2i
-from bench import answers, detector, dpg, geneval, judges, summary
+from bench import answers, detector, dpg, geneval, judges, pictures, summary
 from judge_server import chat, images_of, question_of, response, serving
 from running import lines, refusal
 from t2i import GOOD, SHAPES, contents, keys_of, picture_of, read_json
@@ -558,7 +558,7 @@ def test_pauses(judged, server):
 def test_files_go_as_they_are_and_other_kinds_as_png(tmp_path, name):
     path = str(tmp_path / name)
     Image.new('RGB', (9, 7), (250, 0, 0)).save(path)
-    raw = judges.file_bytes(path)
+    raw = pictures.file_bytes(path)
     as_it_is = raw == open(path, 'rb').read()
     assert as_it_is == name.endswith(('png', 'jpg'))
     body = dict(messages=judges.messages_of('', 'q', [raw]))
@@ -568,8 +568,8 @@ def test_files_go_as_they_are_and_other_kinds_as_png(tmp_path, name):
     url = body['messages'][0]['content'][1]['image_url']['url']
     assert url.startswith(f'data:image/{kind};base64,') and image.format == kind.upper()
     (tmp_path / 'b.png').write_bytes(b'no image')
-    with pytest.raises(judges.Unusable, match='b.png: cannot be read'):
-        judges.file_bytes(str(tmp_path / 'b.png'))
+    with pytest.raises(pictures.Unusable, match='b.png: cannot be read'):
+        pictures.file_bytes(str(tmp_path / 'b.png'))
 
 
 def test_what_the_judge_is_sent(judged, server, tmp_path):
