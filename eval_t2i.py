@@ -46,6 +46,7 @@ from lib.scores import images_at_once, warn_of_losses
 from lib.files import write_atomic, write_json, write_lines
 from bench.dpg import dpg_scorer, drop_first_row
 from bench.dpg import dpg_score                                  # the rules, for whoever imports
+from bench.edit import BENCHES as EDITS, score_edits
 from bench.geneval import geneval_correct, relative_position     # them from here
 from bench.geneval import geneval_scorer, judge_scorer, shapes_scorer
 from bench.pictures import Unusable
@@ -55,9 +56,11 @@ from config import parse
 
 # --- script keys -------------------------------------------------------------------------------
 keys = dict(
-    bench = 'shapes',          # shapes | geneval | geneval++ | dpg
+    bench = 'shapes',          # shapes | geneval | geneval++ | dpg; of finished edits, which are
+                               # scored only: imgedit | gedit
     prompts = '',              # evaluation_metadata.jsonl, Geneval++.jsonl, dpg_bench.csv or a
-                               # folder of ID.txt; '' = ours (shapes)
+                               # folder of ID.txt; '' = ours (shapes); edits: docs/benchmarks.md
+    sources = '',              # imgedit: folder of the source images; '' = that of prompts
     samples = 4,               # images per prompt; dpg: 4 make its grid; geneval++ always has 1
     images = '',               # folder to write and score; '' = out_dir/BENCH/CHECKPOINT/images
     generate = True,           # draw the images that are missing; False = score what is there
@@ -67,19 +70,20 @@ keys = dict(
                                                  # quickgelu the features would be wrong
     vqa = '',                  # dpg: a model for AutoModelForImageTextToText, folder or hub id
     official_row_bug = False,  # dpg: drop the first row as the official script does
-    judge_url = '',            # geneval++: an OpenAI-compatible server, up to /v1; its key, if it
-                               # wants one, in the environment's OPENAI_API_KEY
+    judge_url = '',            # geneval++, edits: an OpenAI-compatible server, up to /v1; its key,
+                               # if it wants one, in the environment's OPENAI_API_KEY
     judge_model = 'gpt-4.1',
     judge_prompt = '',         # a file with the judge's system prompt; '' = ours
     judge_timeout = 60.0,      # seconds for one answer
     judge_tries = 3,
+    judge_threads = 8,         # edits: questions under way at a time
 )
 # -----------------------------------------------------------------------------------------------
 own_presets = dict(
     medium=dict(bench='geneval'),
     paper=dict(bench='geneval'),
     release=dict(bench='geneval'))
-limits = dict(samples=(1, 1e4), judge_tries=(1, 1000))
+limits = dict(samples=(1, 1e4), judge_tries=(1, 1000), judge_threads=(1, 1000))
 
 # bench: its scorer (item, path) -> record, and the summary of all records
 BENCHES = {
@@ -315,8 +319,23 @@ def prompt_sheet(items, configs):
     return watch.sheet(cells, len(heads), heads, lines=0)
 
 
+def edits(config):
+    """--bench=imgedit and gedit: scores finished edits, of which this script draws none."""
+    for key in ('prompts', 'images', 'judge_prompt', 'judge_url'):
+        if not getattr(config, key):
+            raise SystemExit(f'--bench={config.bench} needs --{key} (docs/benchmarks.md)')
+    run = ranks.start(config)
+    name = os.path.basename(os.path.normpath(config.images))
+    config.folder = f'{config.out_dir}/{config.bench}/{name}'
+    summary = score_edits(config, run)
+    if run.master:
+        write_table(config, {name: summary})
+
+
 def main(argv):
     config = parse(keys, own_presets, argv, __file__, limits)
+    if config.bench in EDITS:
+        return edits(config)
     if config.bench == 'geneval++':
         config.samples = 1
     items = read_items(config)

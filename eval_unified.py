@@ -6,6 +6,8 @@
         --data=UniBench --temperature=0.7 --seeds=3
     python eval_unified.py --bench=unified --data=UniBench --generated=UniBench/example_image
         # score somebody else's images, or with --captions=FILE draw somebody else's captions
+    python eval_unified.py --bench=pairs --captions=ours.jsonl --against=theirs.jsonl \\
+        --judge_url=http://localhost:8000/v1 --judge_model=NAME
 
 Captions are greedy unless `temperature` says otherwise; what is measured stands in lib/scores.py.
 
@@ -19,6 +21,7 @@ import sys
 
 from PIL import Image
 
+from bench.pairs import judge_pairs
 from bench.unified import (
     backbones, image_files, match_files, of_seed, over_seeds, rebuild, score_folder)
 from config import parse
@@ -30,7 +33,8 @@ from lib.scores import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    bench = '',                # unified = the paper's Unified-Bench on the references in DATA/Image
+    bench = '',                # unified = the paper's Unified-Bench on the references in DATA/Image;
+                               # pairs = a judge compares `captions` with those of `against`
     # names in reward.BACKBONES; name=FOLDER takes the weights from there
     backbones = 'clip,longclip,dinov2,dinov3',
     captions = '',             # .jsonl of {"image", "caption"} as sample.py writes: draw these
@@ -38,9 +42,17 @@ keys = dict(
     own_size = False,          # the encoder sees a reference at its own size
     temperature = 0.0,         # of the captions; 0 = greedy, 0.7 for the paper's Unified-Bench
     seeds = 1,                 # repetitions with other start noise and other sampled captions
+    against = '',              # pairs: the other .jsonl of captions
+    judge_url = '',            # pairs: an OpenAI-compatible server, up to /v1; its key, if it wants
+                               # one, in the environment's OPENAI_API_KEY
+    judge_model = 'gpt-4.1',   # of several judges: A,B
+    judge_prompt = '',         # a file with the judge's system prompt; '' = ours
+    judge_timeout = 60.0,      # seconds for one answer
+    judge_tries = 3,
+    judge_threads = 8,         # questions under way at a time
 )
 own_presets = dict(release=dict(own_size=True, temperature=0.7))
-limits = dict(seeds=(1, 1e4))
+limits = dict(seeds=(1, 1e4), judge_tries=(1, 1000), judge_threads=(1, 1000))
 # -------------------------------------------------------------------------------------------------
 
 SHOWN = 12                     # images on a contact sheet
@@ -108,8 +120,10 @@ def unified(config, run):
 def check(config):
     """Refuses, in one line, a command line that makes no sense."""
     given = [key for key in ('captions', 'generated', 'seeds') if getattr(config, key) != keys[key]]
-    if config.bench not in ('', 'unified'):
-        raise SystemExit(f'--bench={config.bench}: expected unified')
+    if config.bench not in ('', 'unified', 'pairs'):
+        raise SystemExit(f'--bench={config.bench}: expected unified or pairs')
+    if config.bench == 'pairs' and not (config.captions and config.against and config.judge_url):
+        raise SystemExit('--bench=pairs needs --captions, --against and --judge_url')
     if given and not config.bench:
         raise SystemExit(f'--bench={config.bench}: expected unified (for --{given[0]})')
     if config.generated and len(given) > 1:
@@ -120,7 +134,10 @@ def main(argv):
     config = parse(keys, own_presets, argv, __file__, limits)
     check(config)
     run = ranks.start(config)
-    if config.bench:
+    if config.bench == 'pairs':
+        config.folder = f'{config.out_dir}/pairs'
+        judge_pairs(config, run)
+    elif config.bench:
         unified(config, run)
     else:
         held_out(config, run)

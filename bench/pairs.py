@@ -19,8 +19,7 @@ from bench.judges import Judge, api_keys, ask_all, kept_replies
 from bench.pictures import Unusable, file_bytes
 from bench.prompts import read_json, read_lines, texts_of
 from bench.summary import pair_summary
-from bench.unified import match_files, read_captions
-from data.images import image_files
+from bench.unified import image_files, match_files, read_captions
 
 PAIR = (
     'You see an image and two captions of it, A and B. Say which caption describes the image more '

@@ -50,13 +50,3 @@ def file_bytes(path):
     file = io.BytesIO()
     image.save(file, 'png')
     return file.getvalue()
-
-
-# --- prompts.png ---------------------------------------------------------------------------------
-def first_of_kinds(items):
-    """The first prompt of each of GenEval's tags, or simply the first prompts."""
-    chosen = {}
-    for item in items:
-        tag = (item.get('meta') or {}).get('tag', item['id'])
-        chosen.setdefault(tag, item)
-    return list(chosen.values())[:ROWS]
