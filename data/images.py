@@ -242,7 +242,8 @@ class ImageSet:
 
     def split_off(self, n):
         """Moves the last n images (at most half) into an ImageSet of their own -> that."""
-        return self.move(range(len(self) - min(n, len(self) // 2), len(self)))
+        moved = min(n, len(self) // 2)
+        return self.move(range(len(self) - moved, len(self)))
 
     def split_held_out(self):
         """Moves those in a folder called held_out into an ImageSet of their own -> that.
