@@ -2,6 +2,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -56,3 +58,15 @@ def test_the_base_is_honest_about_what_rl_may_show(out):
     summary, _ = Evaluator(open_uae(c), open_data(c, run)[1], c, run)()
     assert 0.15 <= summary['caption_recall'] <= 0.35
     assert summary['greedy_caption_recall'] <= 0.70 and summary['greedy_caption_truth'] >= 0.85
+
+
+def test_threads_of_the_demo_do_not_spin_while_they_wait():
+    """As the library that runs the threads says it, if it is one that does."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith('OMP_')}
+    env.update(OMP_DISPLAY_ENV='verbose')
+    command = [sys.executable, '-c', 'import data.shapes.demo']
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    if 'GOMP_SPINCOUNT' not in done.stderr:
+        pytest.skip('no OpenMP that shows its settings')
+    assert "GOMP_SPINCOUNT = '0'" in done.stderr
