@@ -27,7 +27,7 @@ from lib import ranks
 from lib.files import append_lines, write_atomic, write_lines
 from lib.checkpoint import open_uae
 from config import parse
-from data.files import name_bytes
+from data.files import name_bytes, warn
 from data.images import ImageError, open_images
 from lib.scores import draw_captions, images_at_once, reconstruct, warn_of_losses
 from tools.export import export
@@ -149,7 +149,7 @@ def read_image(images, i):
         return images.get(i)[0]
     except ImageError as e:
         images.skipped[images.names[i]] = str(e)
-        print(f'warning: skipped {images.names[i]}: {e}', flush=True)
+        warn(f'skipped {images.names[i]}: {e}')
         return None
 
 
