@@ -3,6 +3,7 @@
 Read by others: the decoder's LoRA in a plain SD3 pipeline, the encoder's in peft, exported folders
 in plain library classes. Written by others: the authors' released layout.
 """
+import copy
 import json
 import os
 import shutil
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lib import ranks
 import config
-from lib.checkpoint import freeze_text_encoder, open_uae, save_models
-from conftest import ROOT
+from lib.checkpoint import choose_text_encoder, open_uae, save_models
+from conftest import ROOT, at
 from running import refusal, script, tiny
 from lib.release import released_key
 
@@ -503,3 +504,28 @@ def test_export_refuses_what_it_cannot_do(adapters, tmp_path):
     assert 'lora_rank=4' in refusal(script, 'sample', export, f'--init_from={out}')
     assert '--prompt' in refusal(script, 'sample', export, '--prompt=x')
     assert not os.path.exists(tmp_path / 'a')
+
+
+# --- the plain pipeline, as docs/full_size.md shows it --------------------------------------------
+def test_a_plain_pipeline_draws_what_we_draw_given_g_of_h_T(uae, sampled):
+    """Its prompts are our conditions; with its own text encoders it would draw something else."""
+    with torch.no_grad():
+        c = uae.condition(*sampled[:2])[:2]
+    from diffusers import StableDiffusion3Pipeline
+    decoder = at(uae, guidance=2.0).decoder
+    own_texts = dict.fromkeys(('text_encoder', 'text_encoder_2', 'text_encoder_3', 'tokenizer',
+                               'tokenizer_2', 'tokenizer_3'))
+    pipe = StableDiffusion3Pipeline(transformer=decoder.transformer, vae=decoder.vae,
+                                    scheduler=copy.deepcopy(decoder.scheduler), **own_texts)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(0)
+    z = torch.randn(len(c), *decoder.latent_shape(), generator=noise)
+    pooled = decoder.pooled.expand(len(c), -1)
+    negative = uae.negative()
+    drawn = pipe(prompt_embeds=c, negative_prompt_embeds=negative.expand(len(c), -1, -1),
+                 pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=pooled,
+                 guidance_scale=2.0, num_inference_steps=4, latents=z, height=32, width=32,
+                 output_type='pt').images
+    with torch.no_grad():
+        want = (decoder.to_image(decoder.draw(z, c, 4, negative)).clamp(-1, 1) + 1) / 2
+    torch.testing.assert_close(drawn, want, atol=1e-5, rtol=1e-4)
