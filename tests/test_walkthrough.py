@@ -89,8 +89,8 @@ def test_no_helpers():
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
     assert imported == {
-        'copy', 'math', 'os', 'sys', 'matplotlib.pyplot', 'torch', 'checkpoint', 'common',
-        'config', 'evaluate', 'grpo_decoder', 'grpo_encoder', 'data.shapes', 'policy', 'reward'}
+        'copy', 'math', 'os', 'sys', 'matplotlib.pyplot', 'torch', 'config', 'decoder', 'lib',
+        'lib.checkpoint', 'grpo_decoder', 'grpo_encoder', 'data.shapes', 'reward'}
 
 
 def test_the_papers_symbols_are_quoted():
