@@ -85,7 +85,7 @@ RENAMED = dict(
     eval_steps='eval_denoise_steps', sde_window='noisy_steps', train_steps='trained_steps',
     wandb='--tracker=wandb:PROJECT', tensorboard='--tracker=tensorboard',
     eval_temperature='temperature, of eval_unified.py and sample.py',
-    text_encoder='of grpo_encoder.py alone, its checkpoints bring their own',
+    text_encoder='a key of grpo_encoder.py alone, whose checkpoints bring their own',
     old_logp='decided by dtype: replayed in bfloat16',
     caption_temperature='0, a constant', cold_temperature='0, a constant',
     grad_clip='a constant, lib/optimiser.GRAD_CLIP', patience='a constant, lib/optimiser.PATIENCE',

@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from decoder import DECODERS
 from encoder import ENCODERS
 from lib import ranks
-from lib.files import (load, load_whole, read_config, write_atomic, write_json, write_lines,
-                       writing)
+from lib.files import load, load_known, load_whole, write_atomic, write_json, writing
+from lib.log import rewind
 from model import Projector, UAE, frozen_copy
 
 # keys without which a checkpoint's weights mean nothing, and those whose change it can live with
@@ -176,28 +176,15 @@ def open_model(part, config, start):
     Its class is what its config.json says. In full fine-tuning it is float32: what a checkpoint
     holds is not rounded on the way in.
     """
-    def load_model(source, subfolder='', elsewhere=None):
-        about = read_config(source, subfolder)
-        if part == 'encoder':
-            kind, known = about.get('model_type'), ENCODERS
-            cls, name_of_dtype = AutoModelForImageTextToText, 'dtype'
-        else:
-            kind, known = about.get('_class_name'), DECODERS
-            cls, name_of_dtype = getattr(diffusers, str(kind), None), 'torch_dtype'
-        if kind not in known:
-            raise SystemExit(f'{source}: its config.json says {kind}, expected one of '
-                             f'{" ".join(known)}; another takes a class of its own: '
-                             'docs/exchange.md')
-        dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
-        return load_whole(cls, source, elsewhere, subfolder=subfolder, **{name_of_dtype: dtype})
-
+    known = dict(encoder=ENCODERS, decoder=DECODERS)[part]
+    dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
     release = find_release(start)
     full = os.path.exists(f'{start}/meta.json') and os.path.exists(f'{start}/encoder/config.json')
     if release and not full:
         from lib.release import open_release
-        return open_release(part, release, load_model)
+        return open_release(part, release, known, dtype)
     source = f'{start}/{part}' if full else getattr(config, part)
-    return load_model(source, 'transformer' if part == 'decoder' else '')
+    return load_known(known, source, dtype, 'transformer' if part == 'decoder' else '')
 
 
 def open_decoder(config, start):
@@ -357,24 +344,6 @@ def tell_changes(begun, config):
         new = now.get(key)
         if new != old and key not in ('resume', 'out_dir', 'changed'):
             print(f'resume: {key}={new!r}, the run was begun with {old!r}')
-
-
-def rewind(out_dir, step):
-    """Drops the log lines of `step` and later, which a resumed run writes again.
-
-    A group is written before the checkpoint of its step, and stays.
-    """
-    for name in ('log.jsonl', 'eval.jsonl', 'samples.jsonl', 'groups.jsonl'):
-        end = step
-        if name == 'groups.jsonl':
-            end = step + 1
-        path = f'{out_dir}/{name}'
-        if not os.path.exists(path):
-            continue
-        with open(path) as f:
-            whole = [line for line in f if line.endswith('\n')]        # a kill may cut the last
-        kept = [line for line in whole if json.loads(line)['step'] < end]
-        write_atomic(path, lambda temporary: write_lines(temporary, kept))
 
 
 def save(config, run, step, uae, optimiser, extra=None, keep=2):

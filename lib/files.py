@@ -30,15 +30,29 @@ def load_whole(cls, source, elsewhere=None, **kwargs):
     return model
 
 
-def read_config(source, subfolder=''):
-    """The config.json of a model's folder or hub id, a dict."""
+def load_known(known, source, dtype, subfolder='', elsewhere=None):
+    """`load_whole` of a model in the class that its config.json names.
+
+    known: {transformers' model_type or diffusers' _class_name: our class that drives such a model}.
+    """
+    import diffusers
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import cached_file
+    where = os.path.join(source, subfolder)
     try:
         with open(cached_file(source, 'config.json', subfolder=subfolder)) as f:
-            return json.load(f)
+            about = json.load(f)
     except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or ['']
-        raise SystemExit(f'no config.json in {os.path.join(source, subfolder)!r}: {lines[0][:160]}')
+        raise SystemExit(f'no model in {where!r}: {str(error).strip().splitlines()[0][:160]}')
+    kind = about.get('_class_name') or about.get('model_type')
+    if kind not in known:
+        raise SystemExit(f'{where}: a model of the kind {kind}, expected one of '
+                         f'{" ".join(known)}; another takes a class of its own (docs/exchange.md)')
+    if '_class_name' in about:
+        return load_whole(getattr(diffusers, kind), source, elsewhere, subfolder=subfolder,
+                          torch_dtype=dtype)
+    return load_whole(AutoModelForImageTextToText, source, elsewhere, subfolder=subfolder,
+                      dtype=dtype)
 
 
 @contextlib.contextmanager
@@ -48,7 +62,8 @@ def writing(path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:       # each writer has a name for it
         reason = str(error).strip().splitlines()[0]
-        raise SystemExit(f'{path} cannot be written, what was there before is whole: {reason}')
+        raise SystemExit(f'{path} cannot be written (is the disk full?), what was there before is '
+                         f'whole: {reason}')
 
 
 def write_atomic(path, write):

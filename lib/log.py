@@ -1,6 +1,7 @@
 """What a run says of itself: a line per update on the screen and in out_dir/log.jsonl, the progress
 bar, and if asked wandb or TensorBoard."""
 import collections
+import json
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib import ranks
-from lib.files import append_lines, write_json
+from lib.files import append_lines, write_atomic, write_json, write_lines
 
 
 class Stats:
@@ -88,6 +89,24 @@ def count_skipped(train, held, run):
 LOSSES = dict(
     cut='captions are longer than a condition has room for, and were cut: raise --cond_len',
     unknown='words are not in the tokenizer, and became its unknown token')
+
+
+def rewind(out_dir, step):
+    """Drops the log lines of `step` and later, which a resumed run writes again.
+
+    A group is written before the checkpoint of its step, and stays.
+    """
+    for name in ('log.jsonl', 'eval.jsonl', 'samples.jsonl', 'groups.jsonl'):
+        end = step
+        if name == 'groups.jsonl':
+            end = step + 1
+        path = f'{out_dir}/{name}'
+        if not os.path.exists(path):
+            continue
+        with open(path) as f:
+            whole = [line for line in f if line.endswith('\n')]        # a kill may cut the last
+        kept = [line for line in whole if json.loads(line)['step'] < end]
+        write_atomic(path, lambda temporary: write_lines(temporary, kept))
 
 
 class Log:

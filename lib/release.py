@@ -13,6 +13,8 @@ import re
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lib.files import load_known
+
 DEFAULT_SCALE = 2.0     # alpha / rank of adapters without a configuration: the release's 64 / 32
 
 
@@ -114,16 +116,13 @@ def of_projector(key):
     return released_key(key)[0].startswith('projector.')
 
 
-def open_release(part, folder, load_model):
-    """The model of 'encoder' or 'decoder' in a release; load_model(source, elsewhere=...).
-
-    elsewhere(key): whether it is no tensor of that model, but the projector's.
-    """
+def open_release(part, folder, known, dtype):
+    """The model of 'encoder' or 'decoder' in a release; known: see `load_known`."""
     name = dict(encoder='llm', decoder='dit')[part]
     if not os.path.isdir(f'{folder}/{name}'):
         raise SystemExit(f'--init_from=uae:{folder}: no folder {name} in it (llm, dit and, if '
                          'there, llm_lora, dit_lora, llm_processor are read)')
-    model = load_model(f'{folder}/{name}', elsewhere=of_projector)
+    model = load_known(known, f'{folder}/{name}', dtype, elsewhere=of_projector)
     if os.path.isdir(f'{folder}/{name}_lora'):
         overlay(model.state_dict(), f'{folder}/{name}_lora', lambda key: not of_projector(key))
     return model

@@ -1,4 +1,5 @@
-"""Where a reference policy comes from, and the text encoder that stands still."""
+"""Where a run starts: whose weights are taken, what a checkpoint may contradict, which models are
+refused; the reference policy, and the text encoder that stands still."""
 import json
 import os
 import shutil
@@ -6,18 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from config import shared
 from lib import checkpoint
 from lib import ranks
-from comparing import without_step
-from conftest import shared_config
+from comparing import BASE, without_step
+from conftest import perturb, shared_config
 from running import arguments, lines, refusal, same, script, tiny, weights
 
-ADAPTED = ['--lora_rank=4']
-FULL = []
-IN_BFLOAT16 = ['--dtype=bfloat16', '--lora_rank=4']
+FULL, FULL_IN_BFLOAT16 = [], ['--dtype=bfloat16']
+ADAPTED, IN_BFLOAT16 = ['--lora_rank=4'], ['--dtype=bfloat16', '--lora_rank=4']
 WAYS = pytest.mark.parametrize('way', [FULL, ADAPTED, IN_BFLOAT16], ids=['full', 'lora', 'bf16'])
-FULL_IN_BFLOAT16 = ['--dtype=bfloat16']
 ALL_WAYS = pytest.mark.parametrize(
     'way', [FULL, FULL_IN_BFLOAT16, ADAPTED, IN_BFLOAT16],
     ids=['full', 'full-bf16', 'lora', 'lora-bf16'])
@@ -25,7 +26,7 @@ HERE = SimpleNamespace(master=True, world=1, rank=0, device='cpu')
 
 
 def opened(config, *parts):
-    """The model as a stage that trains these parts opens it."""
+    """The model as a stage that trains these parts opens it, and what it trains."""
     ranks.quiet()
     uae = checkpoint.open_uae(config)
     return uae, uae.train_only(*parts)
@@ -33,10 +34,7 @@ def opened(config, *parts):
 
 def shake(params, seed):
     """An update, as it were: noise on everything that is trained."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in params:
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    perturb(SimpleNamespace(parameters=lambda: params), 0.05, seed)
 
 
 def save(config, uae, params, step):
@@ -62,34 +60,141 @@ def drawing(uae, x):
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(2, *uae.decoder.latent_shape(), generator=generator)
     h = torch.randn(2, 6, uae.projector.up.in_features, generator=generator)
-    with torch.no_grad(), uae.autocast():
+    with torch.no_grad():
         return uae.decoder.velocity(z, torch.tensor(0.5), uae.project(h))
 
 
 POLICIES = dict(encoder=captions_logp, decoder=drawing, projector=drawing)
 
 
+# --- what a checkpoint may contradict -------------------------------------------------------------
+# of every shared key: refused, since the weights then mean nothing; told, in one line; or silent,
+# since they say nothing about it
+CONTRADICTED = dict(
+    encoder='refused', decoder='refused', lora_rank='refused', cond_len='refused',
+    condition='told', resolution='told', caption_prompt='told', negative_prompt='told',
+    guidance='told', caption_len='told')
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """A checkpoint of full weights, all of them shaken."""
+    out = tmp_path_factory.mktemp('saved')
+    uae, params = opened(configured(out), 'encoder', 'projector', 'decoder')
+    shake(params, 1)
+    return save(configured(out), uae, params, 1)
+
+
+@pytest.mark.parametrize('key', shared)
+def test_every_key_that_a_checkpoint_can_contradict(saved, capsys, key):
+    wanted = CONTRADICTED.get(key, 'silent')
+    now = shared_config(f'--init_from={saved}')
+    if key != 'init_from':
+        old = getattr(now, key)
+        setattr(now, key, 'another' if isinstance(old, (str, tuple)) else 2 * old + 1)
+    if wanted == 'refused':
+        message = refusal(checkpoint.find_checkpoint, now)
+        assert f'was trained with {key}=' in message and "its preset was 'tiny'" in message
+        return
+    assert checkpoint.find_checkpoint(now) == saved
+    said = capsys.readouterr().out
+    assert said.count(f'warning: {saved} was trained with {key}=') == (wanted == 'told')
+    assert len(said.splitlines()) == (wanted == 'told')
+
+
+def test_a_key_that_a_checkpoint_does_not_know_is_no_contradiction(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / 'old')
+    meta = json.loads((tmp_path / 'old' / 'meta.json').read_text())
+    del meta['config']['condition']
+    (tmp_path / 'old' / 'meta.json').write_text(json.dumps(meta))
+    found = checkpoint.find_checkpoint(shared_config(f'--init_from={tmp_path}/old'))
+    assert found == f'{tmp_path}/old'
+
+
+# --- whose models are taken -----------------------------------------------------------------------
+def model_folder(part, tmp_path, change=None, **about):
+    """A copy of the base's encoder or decoder -> the flag that names it.
+
+    change(tensors): of its weights; about: of its config.json.
+    """
+    copy = tmp_path / part
+    shutil.copytree(f'{BASE}/{part}', copy)
+    inner = copy / 'transformer' if part == 'decoder' else copy
+    if about:
+        config_json = inner / 'config.json'
+        config_json.write_text(json.dumps({**json.loads(config_json.read_text()), **about}))
+    if change:
+        path, = inner.glob('*.safetensors')
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata=dict(format='pt'))
+    return f'--{part}={copy}'
+
+
+def zero(tensors):
+    for tensor in tensors.values():
+        tensor.zero_()
+
+
+def drop_one(tensors):
+    del tensors[max(tensors)]
+
+
+def add_one(tensors):
+    tensors['odd'] = torch.zeros(1)
+
+
+def test_the_decoder_that_is_asked_for_is_the_one_that_draws(tmp_path):
+    """The shipped base beside it gives the projector alone."""
+    uae, _ = opened(shared_config(model_folder('decoder', tmp_path, zero)))
+    assert not any(p.any() for p in uae.decoder.transformer.parameters())
+    projector = load_file(f'{BASE}/projector.safetensors')
+    assert same(dict(uae.projector.state_dict()), projector)
+
+
+@pytest.mark.parametrize('part, change, about, says', [
+    ('encoder', None, dict(model_type='qwen2_vl'), 'the kind qwen2_vl, expected one of qwen2_5_vl'),
+    ('encoder', None, dict(model_type='no_such'), 'the kind no_such, expected one of qwen2_5_vl'),
+    ('decoder', None, dict(_class_name='FluxTransformer2DModel'),
+     'the kind FluxTransformer2DModel, expected one of SD3Transformer2DModel'),
+    ('decoder', None, dict(_class_name=None), 'the kind None, expected'),
+    ('encoder', drop_one, {}, '1 missing keys'), ('encoder', add_one, {}, "first 'odd'"),
+    ('decoder', drop_one, {}, '1 missing keys'), ('decoder', add_one, {}, "first 'odd'"),
+])
+def test_a_model_is_whole_and_of_a_known_class_or_refused(tmp_path, part, change, about, says):
+    flag = model_folder(part, tmp_path, change, **about)
+    message = refusal(opened, shared_config(flag, f'--init_from={tmp_path}'))
+    assert 'no checkpoint here' in message, 'the start is looked at first'
+    shutil.copy(f'{BASE}/projector.safetensors', tmp_path)
+    message = refusal(opened, shared_config(flag))
+    assert str(tmp_path / part) in message and says in message
+
+
+def test_a_projector_of_another_width_is_refused(tmp_path):
+    flag = model_folder('encoder', tmp_path)
+    tensors = load_file(f'{BASE}/projector.safetensors')
+    save_file(dict(tensors, **{'up.bias': torch.zeros(3)}), tmp_path / 'projector.safetensors')
+    assert 'does not fit' in refusal(opened, shared_config(flag))
+
+
 # --- the reference policy of a resumed run --------------------------------------------------------
 @pytest.fixture
 def counted(monkeypatch):
-    """Which towers are loaded whole, one after the other."""
+    """Which models are loaded whole, one after the other."""
     loads = []
-    really = dict(encoder=checkpoint.load_encoder, decoder=checkpoint.load_decoder)
+    really = checkpoint.open_model
 
-    def counting(part):
-        def count(config, start):
-            loads.append(part)
-            return really[part](config, start)
-        return count
+    def count(part, config, start):
+        loads.append(part)
+        return really(part, config, start)
 
-    for part in really:
-        monkeypatch.setattr(checkpoint, f'load_{part}', counting(part))
+    monkeypatch.setattr(checkpoint, 'open_model', count)
     return loads
 
 
 @ALL_WAYS
 @pytest.mark.parametrize('from_checkpoint', [False, True], ids=['base', 'checkpoint'])
-@pytest.mark.parametrize('parts', [['encoder'], ['decoder'], ['projector', 'decoder']], ids=str)
+@pytest.mark.parametrize('parts', [['encoder'], ['projector', 'decoder']], ids=str)
 def test_a_resumed_run_has_the_reference_of_a_fresh_one(
         tmp_path, x, counted, parts, from_checkpoint, way):
     """Bit for bit what the stage began with; no second model is loaded for it.
@@ -130,7 +235,6 @@ def test_a_resumed_run_has_the_reference_of_a_fresh_one(
             assert same(wanted_weights, getattr(reference, part).state_dict())
 
 
-# --- adapters -------------------------------------------------------------------------------------
 @WAYS
 @pytest.mark.parametrize('part', ['encoder', 'decoder'])
 def test_what_a_stage_freezes_it_saves_as_it_found_it(tmp_path, part, way):
@@ -147,7 +251,6 @@ def test_what_a_stage_freezes_it_saves_as_it_found_it(tmp_path, part, way):
     shake(params, 2)
     left = weights(save(after, uae, params, 1))
     changed = {name for name in found if not torch.equal(found[name], left[name])}
-    assert changed
     assert {name.split('/')[0] for name in changed} == {part}
 
 
@@ -159,22 +262,22 @@ def condition(uae):
         return uae.condition(y, torch.ones(y.shape))
 
 
-def with_text_encoder(config):
-    """The model of stage 2 with a text encoder that stands still, and what is trained."""
+def stage_2(config, kind='start'):
+    """The model of stage 2 with what re-encodes its captions, and what is trained."""
     uae, params = opened(config, 'encoder')
-    checkpoint.choose_text_encoder(uae)
+    checkpoint.choose_text_encoder(uae, kind)
     return uae, params
 
 
 @WAYS
 def test_the_condition_stands_still_while_the_policy_moves(tmp_path, x, way):
-    uae, params = with_text_encoder(configured(tmp_path, *way))
+    uae, params = stage_2(configured(tmp_path, *way))
     c, logp = condition(uae), captions_logp(uae, x)
     assert not any(p.requires_grad for p in uae.encoder.text_encoder.parameters())
-    live, trained = opened(configured(tmp_path, *way), 'encoder')
+    live, trained = stage_2(configured(tmp_path, *way), 'live')
     assert torch.equal(condition(live), c), 'at first they are one'
     assert len(trained) == len(params)
-    for model, moving in ((uae, params), (live, trained)):
+    for moving in (params, trained):
         shake(moving, 1)
     assert torch.equal(condition(uae), c)
     assert not torch.equal(captions_logp(uae, x), logp)
@@ -186,17 +289,15 @@ def test_with_lora_there_is_one_base(tmp_path, way):
     """Captioner and text encoder share every weight but the adapters, also after a resume, and
     the checkpoint has these alone."""
     config = configured(tmp_path / 'run', *way)
-    uae, params = with_text_encoder(config)
+    uae, params = stage_2(config)
     check_one_base(uae)
     shake(params, 1)
-    folder = save(config, uae, params, 1)
-    names = weights(folder).keys()
+    names = weights(save(config, uae, params, 1)).keys()
     own = [name for name in names if name.startswith('text_encoder')]
     assert len(own) == len(params)
     assert all('lora_' in name for name in own)
 
-    resumed = configured(tmp_path / 'run', *way, resume=True)
-    check_one_base(with_text_encoder(resumed)[0])
+    check_one_base(stage_2(configured(tmp_path / 'run', *way, resume=True))[0])
     later, _ = opened(configured(tmp_path / 'next', *way, f'--init_from={tmp_path}/run'), 'decoder')
     check_one_base(later)
 
@@ -213,32 +314,30 @@ def check_one_base(uae):
 
 
 @WAYS
-def test_a_checkpoint_brings_its_text_encoder_without_the_key(tmp_path, way):
+def test_a_checkpoint_brings_its_text_encoder(tmp_path, way):
     config = configured(tmp_path / 'run', *way)
-    uae, params = with_text_encoder(config)
+    uae, params = stage_2(config)
     c = condition(uae)
     shake(params, 1)
     save(config, uae, params, 1)
-    start = [*way, f'--init_from={tmp_path}/run']
+    after = configured(tmp_path / 'next', *way, f'--init_from={tmp_path}/run')
 
-    found, _ = opened(configured(tmp_path / 'next', *start), 'decoder')
+    found, _ = opened(after, 'decoder')
     assert torch.equal(condition(found), c)
-    live, _ = opened(configured(tmp_path / 'next', *start, '--text_encoder=live'), 'decoder')
-    assert live.text_encoder is None
+    live, _ = stage_2(after, 'live')
+    assert live.encoder.text_encoder is None
     assert not torch.equal(condition(live), c)
-    again, moving = with_text_encoder(configured(tmp_path / 'next', *start, '--text_encoder=start'))
+    again, moving = stage_2(after)
     shake(moving, 2)
     assert torch.equal(condition(again), c), 'the first one stays, in a second stage 2 too'
 
 
 @pytest.fixture(scope='module')
 def chain(tmp_path_factory):
-    """Stage 2 with a text encoder, then stage 3 without the key: their out_dirs."""
+    """Stage 2 with a text encoder, then stage 3: their out_dirs."""
     root = tmp_path_factory.mktemp('text_encoder')
-    extra = ['--text_encoder=start', '--lr=1e-2', '--eval_every=1']
-    tiny('grpo_encoder', root / 'encoder', *extra)
-    init_from = f'--init_from={root}/encoder'
-    tiny('grpo_decoder', root / 'decoder', init_from, '--eval_every=1')
+    tiny('grpo_encoder', root / 'encoder', '--lr=1e-2', '--eval_every=1')
+    tiny('grpo_decoder', root / 'decoder', f'--init_from={root}/encoder', '--eval_every=1')
     return root
 
 
@@ -256,16 +355,10 @@ def test_stage_3_and_the_evaluation_read_it(chain, tmp_path):
     assert same(parts_of(before, 'text_encoder'), parts_of(after, 'text_encoder'))
     assert not same(parts_of(before, 'decoder'), parts_of(after, 'decoder'))
 
-    summaries = {}
-    for key in ('', 'live'):
-        out = tmp_path / f'eval_{key}'
-        flags = [f'--init_from={chain}/decoder', f'--text_encoder={key}']
-        script('eval_unified', *arguments('eval_unified', out, *flags))
-        with open(out / 'report.json') as f:
-            summaries[key] = json.load(f)['summary']
-    last = lines(chain / 'decoder' / 'eval.jsonl')[-1]
-    assert summaries[''] == without_step(last)
-    assert summaries['live']['reward'] != summaries['']['reward']
+    flags = arguments('eval_unified', tmp_path, f'--init_from={chain}/decoder')
+    script('eval_unified', *flags)
+    summary = json.loads((tmp_path / 'report.json').read_text())['summary']
+    assert summary == without_step(lines(chain / 'decoder' / 'eval.jsonl')[-1])
 
 
 def test_stage_1_refuses_a_text_encoder_that_it_would_not_train(chain, tmp_path):

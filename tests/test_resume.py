@@ -1,6 +1,8 @@
 """Save, kill, resume equals an uninterrupted run, bit for bit; half a checkpoint is none."""
+import contextlib
 import json
 import os
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -10,8 +12,10 @@ from safetensors.torch import load_file
 
 from lib import checkpoint
 from lib import files
-from lib.checkpoint import ADAPTERS, TEXT_ENCODER
+from lib import lora
+from lib.checkpoint import TEXT_ENCODER
 from comparing import optimizer_state, timeless_log
+from conftest import shared_config
 from running import ROOT, STAGES, arguments, lines, python, refusal, same, script, tiny, weights
 
 # runs the jobs of a JSON file, each in a child; one with a number dies in that checkpoint
@@ -52,15 +56,11 @@ CASES = [
     ('cold_start',),
     ('grpo_encoder',),
     ('grpo_decoder',),
-    ('grpo_encoder', *LIVE, '--kl=0'),
-    ('grpo_decoder', '--kl=0.1'),
-    ('grpo_encoder', *LIVE, '--kl=0.1', '--dtype=bfloat16'),
-    ('cold_start', '--dtype=bfloat16'),
     ('cold_start', *LORA),
+    ('grpo_encoder', *LIVE, '--kl=0.1', '--dtype=bfloat16'),
     ('grpo_encoder', *LIVE, *LORA, *REFERENCE),
-    ('grpo_decoder', *LORA, *REFERENCE),
-    ('grpo_encoder', *REFERENCE),
     ('grpo_encoder', *LORA, *REFERENCE),
+    ('grpo_decoder', *LORA, *REFERENCE),
 ]
 
 
@@ -117,6 +117,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(runs, case):
 
 @pytest.mark.parametrize('case', CASES, ids=name_of)
 def test_resumed_equals_uninterrupted(runs, case):
+    """Weights, the optimizer's state, and a log that has each step once."""
     whole = runs / name_of(case) / 'whole'
     resumed = runs / name_of(case) / 'resumed'
     last = weights(resumed / 'step_000004')
@@ -126,11 +127,6 @@ def test_resumed_equals_uninterrupted(runs, case):
     assert same(optimizer_state(whole / 'step_000004'), state)
     assert sorted(os.listdir(resumed)) == sorted(os.listdir(whole)), 'nothing half-written is left'
 
-
-@pytest.mark.parametrize('case', CASES, ids=name_of)
-def test_logs_of_a_resumed_run_have_each_step_once(runs, case):
-    whole = runs / name_of(case) / 'whole'
-    resumed = runs / name_of(case) / 'resumed'
     log = timeless_log(resumed)
     assert [line['step'] for line in log] == [0, 1, 2, 3]
     assert timeless_log(whole) == log
@@ -140,27 +136,35 @@ def test_logs_of_a_resumed_run_have_each_step_once(runs, case):
 
 
 def stored_types(folder):
-    """{file: dtypes in it} of every safetensors file below a checkpoint folder."""
+    """{file: dtypes in it} of every safetensors file of a checkpoint."""
     found = {}
-    for path, _, names in os.walk(folder):
-        for name in names:
-            if name.endswith('.safetensors'):
-                file = os.path.join(path, name)
-                tensors = load_file(file).values()
-                found[os.path.relpath(file, folder)] = {t.dtype for t in tensors}
+    for path in checkpoint.weight_files(folder):
+        dtypes = {tensor.dtype for tensor in load_file(path).values()}
+        found[os.path.relpath(path, folder)] = dtypes
     return found
 
 
 @pytest.mark.parametrize('case', [case for case in CASES if LORA[1] in case], ids=name_of)
 def test_adapters_are_never_rounded(runs, case):
     """Also those that the stage freezes: the next one trains on. The base is in bfloat16."""
-    expected = {*ADAPTERS.values(), 'projector.safetensors'}
+    expected = {*lora.FILES.values(), 'projector.safetensors'}
     if case[0] == 'grpo_encoder' and LIVE[0] not in case:
         expected.add(TEXT_ENCODER)
     for run in ('whole', 'resumed'):
         for step in (2, 4):
             found = stored_types(runs / name_of(case) / run / f'step_{step:06d}')
             assert found == {file: {torch.float32} for file in expected}
+
+
+# --- what --resume does not do --------------------------------------------------------------------
+def modified(folder):
+    """{path: when it was last written} of every file below a folder."""
+    times = {}
+    for path, _, names in os.walk(folder):
+        for name in names:
+            file = os.path.join(path, name)
+            times[file] = os.stat(file).st_mtime_ns
+    return times
 
 
 @pytest.mark.parametrize('name', STAGES)
@@ -180,34 +184,33 @@ def test_resuming_a_finished_run_does_nothing(runs, tmp_path, name):
     assert abs(found[-1]['reward'] - evaluations[-1]['reward']) < 1e-4
 
 
-def modified(folder):
-    """{path: when it was last written} of every file below a folder."""
-    times = {}
-    for path, _, names in os.walk(folder):
-        for name in names:
-            file = os.path.join(path, name)
-            times[file] = os.stat(file).st_mtime_ns
-    return times
+def refused_and_kept(name, out, *extra, steps=2):
+    """What a run says that refuses an out_dir; nothing in it is touched."""
+    before = modified(out)
+    message = refusal(script, name, *arguments(name, out, *extra, steps=steps))
+    assert str(out) in message
+    assert modified(out) == before
+    return message
 
 
-@pytest.mark.parametrize('name', STAGES)
-def test_a_used_out_dir_is_refused_and_kept(runs, tmp_path, name):
-    shutil.copytree(runs / name / 'killed', tmp_path / 'a')
-    before = modified(tmp_path)
-    message = refusal(tiny, name, tmp_path / 'a')
-    assert '--resume' in message
-    assert str(tmp_path) in message
-    assert modified(tmp_path) == before
+@pytest.mark.parametrize('name', ['pretrain_decoder', *STAGES, 'reca'])
+def test_what_is_refused_is_not_touched(tmp_path, name):
+    """A used folder without --resume; more updates than --steps; logs without a checkpoint."""
+    out = tmp_path / 'a'
+    (out / 'step_000004').mkdir(parents=True)
+    (out / 'step_000004' / 'meta.json').write_text('{"step": 4, "config": {}}')
+    (out / 'eval.jsonl').write_text('{"step": 4}\n')
+    (out / 'log.jsonl').write_text('{"step": 0}\n{"step": 1, "rew')
+    assert '--resume' in refused_and_kept(name, out)
+    fewer = refused_and_kept(name, out, '--resume', '--eval_every=1')
+    assert 'has 4 updates already, more than --steps=2' in fewer
+    shutil.rmtree(out / 'step_000004')
+    (out / 'step_000004.tmp').mkdir()
+    assert 'has logs but no checkpoint' in refused_and_kept(name, out, '--resume')
 
 
 def test_resume_of_nothing_starts(tmp_path):
     assert len(tiny('grpo_decoder', tmp_path / 'new', '--resume', steps=1)) == 1
-
-    killed_before_its_first_checkpoint = '{"step": 0}\n{"step": 1, "rew'
-    (tmp_path / 'other').mkdir()
-    (tmp_path / 'other' / 'log.jsonl').write_text(killed_before_its_first_checkpoint)
-    log = tiny('grpo_decoder', tmp_path / 'other', '--resume', steps=1)
-    assert [line['step'] for line in log] == [0]
 
 
 @pytest.mark.parametrize('part', ['state.pt', 'meta.json', 'encoder/model.safetensors'])
@@ -222,6 +225,25 @@ def test_resume_of_a_damaged_checkpoint_is_one_line(runs, tmp_path, part, damage
     assert 'step_000002' in refusal(tiny, 'grpo_encoder', tmp_path / 'a', '--resume')
 
 
+def test_a_folder_is_a_name_and_no_pattern(tmp_path):
+    """Resumed, pruned, started from and looked through, whatever letters are in it."""
+    out = tmp_path / 'grpo[kl=0.03]*'
+    (tmp_path / 'grpok').mkdir()
+    tiny('grpo_decoder', out, '--save_every=1', '--warmup=0', steps=2)
+    log = tiny('grpo_decoder', out, '--save_every=1', '--warmup=0', '--resume', steps=4)
+    assert [line['step'] for line in log] == [0, 1, 2, 3]
+    saved = sorted(name for name in os.listdir(out) if name.startswith('step_'))
+    assert saved == ['step_000003', 'step_000004']
+    uae = checkpoint.open_uae(shared_config(f'--init_from={out}'))
+    now = weights(out / 'step_000004' / 'decoder')
+    for name, tensor in uae.decoder.transformer.state_dict().items():
+        assert torch.equal(now[f'transformer/diffusion_pytorch_model.safetensors:{name}'], tensor)
+    file = out / 'step_000004' / 'projector.safetensors'
+    os.truncate(file, file.stat().st_size // 2)
+    assert str(file) in refusal(checkpoint.open_uae, shared_config(f'--init_from={out}'))
+
+
+# --- writing --------------------------------------------------------------------------------------
 def test_newest_goes_by_number(tmp_path):
     assert checkpoint.newest(str(tmp_path)) is None
     whole = ['step_000010', 'step_999999', 'step_1000000']
@@ -232,19 +254,20 @@ def test_newest_goes_by_number(tmp_path):
     assert newest == str(tmp_path / 'step_1000000'), 'by number, not by name'
 
 
-def write_weights(uae, folder):
-    """In the place of checkpoint.save_models."""
-    os.makedirs(folder)                          # fails if a .tmp folder is still there
-    with open(f'{folder}/weights', 'w') as f:
-        f.write('w')
+def optimiser_of(params):
+    return SimpleNamespace(adamw=torch.optim.AdamW(params))
 
 
 def test_save_keeps_the_newest_and_clears_what_a_kill_left(tmp_path, monkeypatch):
+    def write_weights(uae, folder):
+        os.makedirs(folder)                      # fails if a .tmp folder is still there
+        with open(f'{folder}/weights', 'w') as f:
+            f.write('w')
+
     monkeypatch.setattr(checkpoint, 'save_models', write_weights)
     c = SimpleNamespace(out_dir=str(tmp_path))
-    uae = SimpleNamespace(release='', text_encoder=None)
-    adamw = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    optimiser = SimpleNamespace(adamw=adamw)
+    uae = SimpleNamespace(release='', encoder=SimpleNamespace(text_encoder=None))
+    optimiser = optimiser_of([torch.zeros(1, requires_grad=True)])
 
     def save(step, master=True):
         run = SimpleNamespace(master=master, world=1)
@@ -264,6 +287,51 @@ def test_save_keeps_the_newest_and_clears_what_a_kill_left(tmp_path, monkeypatch
     assert not (tmp_path / 'step_000004').exists(), 'rank 0 writes'
 
 
+@contextlib.contextmanager
+def disk_of(size):
+    """Context in which no file can be longer than `size` bytes."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+@pytest.mark.parametrize('way, size, writer', [
+    ([], 200_000, 'projector'), ([], 10 ** 6, 'transformers'), (['--lora_rank=64'], 10 ** 6, 'peft'),
+    ([], 6 * 10 ** 6, 'torch'), (['--lora_rank=64'], 6 * 10 ** 6, 'torch')])
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path, way, size, writer):
+    """Whoever is writing; what was saved before is whole and goes on, with its `extra`."""
+    config = shared_config(f'--out_dir={tmp_path}', *way)
+    run = SimpleNamespace(master=True, world=1)
+    uae = checkpoint.open_uae(config)
+    optimiser = optimiser_of(uae.train_only('projector'))
+    extra = dict(old=dict(weight=torch.arange(3.0)), cursor=7, seen=[1, 2])
+    checkpoint.save(config, run, 1, uae, optimiser, extra)
+    before = modified(tmp_path)
+    large = dict(old=torch.zeros(2 * 10 ** 6))
+    with disk_of(size):
+        message = refusal(checkpoint.save, config, run, 2, uae, optimiser, large)
+    assert 'step_000002.tmp cannot be written' in message
+    assert 'what was there before is whole' in message
+    assert before.items() <= modified(tmp_path).items()
+
+    config.resume = True
+    assert checkpoint.find_checkpoint(config) == f'{tmp_path}/step_000001'
+    assert same(checkpoint.restore(config, optimiser), extra)
+    checkpoint.save(config, run, 2, uae, optimiser, large)
+    assert sorted(os.listdir(tmp_path)) == ['step_000001', 'step_000002']
+
+
+@pytest.mark.parametrize('write', [
+    lambda path: files.append_lines(path, [dict(text='x' * 2000)]),
+    lambda path: files.write_json(path, 'x' * 2000)])
+def test_a_full_disk_is_one_line_wherever_a_run_writes(tmp_path, write):
+    with disk_of(1000):
+        assert f'{tmp_path}/file cannot be written' in refusal(write, f'{tmp_path}/file')
+
+
 def test_write_atomic_is_whole_or_not_there(tmp_path):
     path = str(tmp_path / 'deep' / 'file')
 
@@ -272,11 +340,9 @@ def test_write_atomic_is_whole_or_not_there(tmp_path):
             f.write('half')
         raise KeyboardInterrupt
 
-    def empty(temporary):
-        open(temporary, 'w').close()
-
     with pytest.raises(KeyboardInterrupt):
         files.write_atomic(path, broken)
     assert not os.path.exists(path)
-    files.write_atomic(path, empty)
-    assert os.path.exists(path)
+    files.write_atomic(path, lambda temporary: files.write_lines(temporary, ['whole']))
+    with open(path) as f:
+        assert f.read() == 'whole'
