@@ -33,7 +33,7 @@ from lib.scores import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    bench = '',                # unified = the paper's Unified-Bench on the references in DATA/Image;
+    bench = '',                # unified = the paper's Unified-Bench on references in DATA/Image;
                                # pairs = a judge compares `captions` with those of `against`
     # names in reward.BACKBONES; name=FOLDER takes the weights from there
     backbones = 'clip,longclip,dinov2,dinov3',

@@ -137,5 +137,6 @@ def test_the_stages_are_all_read():
     A stage is a script with own keys and a policy_loss or loss of its own.
     """
     for file in sorted(os.listdir(ROOT)):
-        if file.endswith('.py') and {'both_losses', 'nft_loss', 'policy_loss', 'reconstruction_loss'} & set(functions(file)):
+        of_a_stage = {'both_losses', 'nft_loss', 'policy_loss', 'reconstruction_loss'}
+        if file.endswith('.py') and of_a_stage & set(functions(file)):
             assert file in FILES, f'{file}: its functions are not looked at'

@@ -52,7 +52,10 @@ def test_words_after_the_image_change_nothing_and_words_before_it_do(
 
     word = model.encoder.tokenizer.convert_tokens_to_ids('random')
     ids = []
-    hook = model.encoder.embed.register_forward_pre_hook(lambda _, inputs: ids.append(inputs[0].clone()))
+    def keep(_, inputs):
+        ids.append(inputs[0].clone())
+
+    hook = model.encoder.embed.register_forward_pre_hook(keep)
     with monkeypatch.context() as patch:
         patch.setattr(type(model.encoder.tokenizer), 'pad_token_id', word, raising=False)
         again = reca.image_states(model.encoder, vision, templates)
