@@ -8,30 +8,33 @@ import json
 import os
 import shutil
 
+import diffusers
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lib import ranks
-import config
 from lib.checkpoint import choose_text_encoder, open_uae, save_models
-from conftest import ROOT, at
-from running import refusal, script, tiny
 from lib.release import released_key
+from comparing import BASE
+from conftest import at, shared_config
+from running import refusal, script, tiny
 
-BASE = f'{ROOT}/data/shapes/base'
+VLM = transformers.Qwen2_5_VLForConditionalGeneration
+TRANSFORMER = diffusers.SD3Transformer2DModel
 
 
 def load(*flags):
     """A UAE as a script with these flags would have it."""
     ranks.quiet()
-    return open_uae(config.parse({}, {}, list(flags), 'x.py'))
+    return open_uae(shared_config(*flags))
 
 
 def shake(uae, what='', scale=0.05):
-    """Noise on every weight of the three towers whose name contains `what`: none is trivial."""
-    for tower in (uae.encoder.vlm, uae.decoder.transformer, uae.projector):
-        for i, (name, p) in enumerate(tower.named_parameters()):
+    """Noise on every weight of the three models whose name contains `what`: none is trivial."""
+    for model in (uae.encoder.vlm, uae.decoder.transformer, uae.projector):
+        for i, (name, p) in enumerate(model.named_parameters()):
             if what in name:
                 g = torch.Generator().manual_seed(i)
                 with torch.no_grad():
@@ -39,18 +42,26 @@ def shake(uae, what='', scale=0.05):
     return uae
 
 
-def velocity(decoder, uae):
-    """One forward pass of an SD3 transformer on fixed inputs."""
+def save(uae, out_dir, *flags):
+    """A checkpoint step_000001 in out_dir, of a run with these flags."""
+    save_models(uae, f'{out_dir}/step_000001')
+    config = vars(shared_config(*flags))
+    with open(f'{out_dir}/step_000001/meta.json', 'w') as f:
+        json.dump(dict(step=1, config=config), f)
+
+
+def velocity(transformer, uae):
+    """One forward pass on fixed inputs."""
     g = torch.Generator().manual_seed(3)
     z = torch.randn(2, *uae.decoder.latent_shape(), generator=g)
-    cond = torch.randn(2, 5, decoder.config.joint_attention_dim, generator=g)
+    c = torch.randn(2, 5, uae.decoder.width, generator=g)
     with torch.no_grad():
-        return decoder(
-            hidden_states=z, timestep=torch.tensor([300.0, 900.0]), encoder_hidden_states=cond,
+        return transformer(
+            hidden_states=z, timestep=torch.tensor([300.0, 900.0]), encoder_hidden_states=c,
             pooled_projections=uae.decoder.pooled.expand(2, -1), return_dict=False)[0]
 
 
-def logits(encoder, processor, x):
+def logits(vlm, processor, x):
     """Logits of an image and a question, the inputs made as an evaluation harness makes them."""
     question = dict(type='text', text='describe the image')
     message = dict(role='user', content=[dict(type='image'), question])
@@ -58,14 +69,23 @@ def logits(encoder, processor, x):
     pixels = ((x + 1) * 127.5).round().byte()
     inputs = processor(text=[text], images=[pixels], return_tensors='pt')
     with torch.no_grad():
-        return encoder(**inputs).logits
+        return vlm(**inputs).logits
 
 
-def close(a, b, tol=1e-5):
+def close(a, b):
     """Equal to 1e-5; of the largest entry, since the tiny model's logits reach 11."""
     assert a.shape == b.shape
     off, largest = (a - b).abs().max(), b.abs().max()
-    assert off < tol * max(1, largest), (off, largest)
+    assert off < 1e-5 * max(1, largest), (off, largest)
+
+
+def check_same(uae, other, x):
+    """Two UAEs have the same captioner, transformer and projector."""
+    processor = uae.encoder.processor
+    close(logits(uae.encoder.vlm, processor, x[0]), logits(other.encoder.vlm, processor, x[0]))
+    close(velocity(uae.decoder.transformer, uae), velocity(other.decoder.transformer, other))
+    h = torch.randn(3, uae.projector.up.in_features, generator=torch.Generator().manual_seed(1))
+    close(uae.projector(h), other.projector(h))
 
 
 # --- the adapters of a checkpoint ----------------------------------------------------------------
@@ -81,40 +101,35 @@ def adapters(tmp_path_factory):
 
 def test_decoder_lora_in_a_plain_pipeline(adapters):
     """Its alpha of twice the rank travels in the file's metadata, else it would be halved."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
     out, uae = adapters
-    classes = dict(transformer=SD3Transformer2DModel, vae=AutoencoderKL,
-                   scheduler=FlowMatchEulerDiscreteScheduler)
+    classes = dict(transformer=TRANSFORMER, vae=diffusers.AutoencoderKL,
+                   scheduler=diffusers.FlowMatchEulerDiscreteScheduler)
     parts = {}
-    for name, kind in classes.items():
-        parts[name] = kind.from_pretrained(f'{BASE}/decoder', subfolder=name)
+    for name, cls in classes.items():
+        parts[name] = cls.from_pretrained(f'{BASE}/decoder', subfolder=name)
     for number in ('', '_2', '_3'):
         parts[f'text_encoder{number}'] = parts[f'tokenizer{number}'] = None
-    pipe = StableDiffusion3Pipeline(**parts)
+    pipe = diffusers.StableDiffusion3Pipeline(**parts)
     pipe.transformer.float()
-    before = velocity(pipe.transformer, uae)
+    ours = velocity(uae.decoder.transformer, uae)
+    assert (velocity(pipe.transformer, uae) - ours).abs().max() > 0.05, 'the adapter does something'
     pipe.load_lora_weights(f'{out}/step_000001/decoder')
-    close(velocity(pipe.transformer, uae), velocity(uae.decoder.transformer, uae))
-    after = velocity(uae.decoder.transformer, uae)
-    assert (before - after).abs().max() > 0.05, 'the adapter does something'
+    close(velocity(pipe.transformer, uae), ours)
     pipe.fuse_lora()
-    close(velocity(pipe.transformer, uae), velocity(uae.decoder.transformer, uae))
+    close(velocity(pipe.transformer, uae), ours)
 
 
 # peft's own: PeftModel asks transformers by the old name
 @pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing` is deprecated')
 def test_encoder_lora_in_plain_peft(adapters, x):
     from peft import PeftModel
-    from transformers import Qwen2_5_VLForConditionalGeneration
     out, uae = adapters
-    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        f'{BASE}/encoder', dtype=torch.float32)
-    before = logits(plain, uae.encoder.processor, x[0])
-    model = PeftModel.from_pretrained(plain, f'{out}/step_000001/encoder')
     processor = uae.encoder.processor
-    close(logits(model, processor, x[0]), logits(uae.encoder.vlm, processor, x[0]))
-    assert (before - logits(uae.encoder.vlm, uae.encoder.processor, x[0])).abs().max() > 0.05
+    plain = VLM.from_pretrained(f'{BASE}/encoder', dtype=torch.float32)
+    ours = logits(uae.encoder.vlm, processor, x[0])
+    assert (logits(plain, processor, x[0]) - ours).abs().max() > 0.05
+    model = PeftModel.from_pretrained(plain, f'{out}/step_000001/encoder')
+    close(logits(model, processor, x[0]), ours)
 
 
 # --- the authors' release ------------------------------------------------------------------------
@@ -199,22 +214,16 @@ def release(tmp_path_factory):
 def test_release_is_read(release, x):
     """llm_lora wins over llm, its LoRA pairs are added at 64 / 32, dit_lora at its own scale."""
     folder, truth = release
-    uae = load(f'--init_from=uae:{folder}')
-    processor = uae.encoder.processor
-    close(logits(uae.encoder.vlm, processor, x[0]), logits(truth.encoder.vlm, processor, x[0]))
-    close(velocity(uae.decoder.transformer, uae), velocity(truth.decoder.transformer, truth))
-    h = torch.randn(3, uae.projector.up.in_features, generator=torch.Generator().manual_seed(1))
-    close(uae.projector(h), truth.projector(h))
+    check_same(load(f'--init_from=uae:{folder}'), truth, x)
 
 
 def test_release_without_its_adapters(release, tmp_path, x):
-    folder, truth = release
+    """In a folder whose name is no pattern."""
+    place = tmp_path / 'uae[1]*'
+    place.mkdir()
     for part in ('llm', 'dit'):
-        os.symlink(f'{folder}/{part}', tmp_path / part)
-    uae, first = load(f'--init_from=uae:{tmp_path}'), shake(load())
-    processor = uae.encoder.processor
-    close(logits(uae.encoder.vlm, processor, x[0]), logits(first.encoder.vlm, processor, x[0]))
-    close(velocity(uae.decoder.transformer, uae), velocity(first.decoder.transformer, first))
+        os.symlink(f'{release[0]}/{part}', place / part)
+    check_same(load(f'--init_from=uae:{place}'), shake(load()), x)
 
 
 def test_adapters_trained_on_a_release_stand_on_it(release, tmp_path, x):
@@ -225,14 +234,10 @@ def test_adapters_trained_on_a_release_stand_on_it(release, tmp_path, x):
     tiny('grpo_decoder', tmp_path / 'a', f'--init_from=uae:{tmp_path}/r', *still, steps=1)
     tiny('grpo_decoder', tmp_path / 'b', f'--init_from={tmp_path}/a', *still, steps=1)
     tiny('grpo_decoder', tmp_path / 'full', f'--init_from=uae:{tmp_path}/r', '--lr=0.0', steps=1)
-    uae = load(f'--init_from={tmp_path}/b', '--lora_rank=2')
-    processor = uae.encoder.processor
-    close(logits(uae.encoder.vlm, processor, x[0]), logits(truth.encoder.vlm, processor, x[0]))
-    close(velocity(uae.decoder.transformer, uae), velocity(truth.decoder.transformer, truth))
+    check_same(load(f'--init_from={tmp_path}/b', '--lora_rank=2'), truth, x)
     shutil.rmtree(tmp_path / 'r')
     assert f'{tmp_path}/r' in refusal(load, f'--init_from={tmp_path}/b', '--lora_rank=2')
-    full = load(f'--init_from={tmp_path}/full')
-    close(velocity(full.decoder.transformer, full), velocity(truth.decoder.transformer, truth))
+    check_same(load(f'--init_from={tmp_path}/full'), truth, x)
 
 
 @pytest.mark.parametrize('key, name, factor', [
@@ -333,43 +338,37 @@ def test_release_with_parts_gone(release, tmp_path):
 # --- sample.py --export --------------------------------------------------------------------------
 def export_and_compare(folder, uae, x, *flags):
     """Exports with these flags; the plain classes, without a word on precision, agree with uae."""
-    from diffusers import SD3Transformer2DModel
-    from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     script('sample', f'--export={folder}', f'--out_dir={folder}_out', '--device=cpu', *flags)
-    plain, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, output_loading_info=True)
+    plain, info = VLM.from_pretrained(folder, output_loading_info=True)
     assert not info['missing_keys'] and not info['unexpected_keys']
-    processor = AutoProcessor.from_pretrained(folder)
-    close(logits(plain, processor, x[0]), logits(uae.encoder.vlm, uae.encoder.processor, x[0]))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    ours = logits(uae.encoder.vlm, uae.encoder.processor, x[0])
+    close(logits(plain, processor, x[0]), ours)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer('red circle').input_ids == uae.encoder.tokenizer('red circle').input_ids
-    decoder = SD3Transformer2DModel.from_pretrained(f'{folder}/decoder', subfolder='transformer')
-    close(velocity(decoder, uae), velocity(uae.decoder.transformer, uae))
+    transformer = TRANSFORMER.from_pretrained(f'{folder}/decoder', subfolder='transformer')
+    close(velocity(transformer, uae), velocity(uae.decoder.transformer, uae))
     saved = load_file(f'{folder}/decoder/projector.safetensors')
     projector = uae.projector.state_dict()
     assert saved.keys() == projector.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in projector.items())
-    names = set()
-    for file in os.listdir(folder):
-        if file.endswith('.safetensors'):
-            names |= load_file(f'{folder}/{file}').keys()
-    return names
+    files = [name for name in os.listdir(folder) if name.endswith('.safetensors')]
+    assert not os.path.exists(f'{folder}.tmp')
+    return set().union(*(load_file(f'{folder}/{name}') for name in files))
 
 
 def test_export_of_adapters(adapters, tmp_path, x):
     out, uae = adapters
     flags = ['--lora_rank=4', f'--init_from={out}']
     names = export_and_compare(f'{tmp_path}/new/plain', uae, x, *flags)
-    assert not os.path.exists(f'{tmp_path}/new/plain.tmp')
     hubs = load_file(f'{BASE}/encoder/model.safetensors').keys()
     assert names == hubs, "the hub's, no lora, no projector for vLLM to trip over, no tied copy"
 
 
 def plain_condition(folder, uae, y, mask):
     """Conditions of captions y by the library's classes, from what an export wrote."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
-    language_model = Qwen2_5_VLTextModel(config.text_config).eval()
+    config = transformers.Qwen2_5_VLConfig.from_pretrained(folder)
+    language_model = transformers.Qwen2_5_VLTextModel(config.text_config).eval()
     weights = load_file(f'{folder}/decoder/text_encoder/model.safetensors')
     language_model.load_state_dict(weights)
     saved = load_file(f'{folder}/decoder/projector.safetensors')
@@ -385,11 +384,8 @@ def plain_condition(folder, uae, y, mask):
 @pytest.mark.parametrize('rank', [0, 4])
 def test_export_of_a_text_encoder(tmp_path, x, rank):
     """It stands beside the captioner, which has moved away from it; both agree with our own."""
-    run = tmp_path / 'run'
-    c = config.parse({}, {}, [f'--lora_rank={rank}'], 'x.py')
-    uae = open_uae(c)
-    name = 'lora_' if rank else ''
-    shake(uae, name, 0.03)
+    flags = [f'--lora_rank={rank}']
+    uae = shake(load(*flags), 'lora_' if rank else '', 0.03)
     params = uae.train_only('encoder')
     choose_text_encoder(uae, 'start')
     y, mask, _ = uae.encoder.tokens(['large red circle top-left .', 'blue .'])
@@ -399,13 +395,9 @@ def test_export_of_a_text_encoder(tmp_path, x, rank):
             noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
             p.add_(0.05 * noise)
         assert torch.equal(uae.condition(y, mask), at_first)
-    save_models(uae, f'{run}/step_000001')
-    meta = json.dumps(dict(step=1, config=vars(c)))
-    (run / 'step_000001' / 'meta.json').write_text(meta)
-
+    save(uae, tmp_path / 'run', *flags)
     folder = f'{tmp_path}/plain'
-    flags = [f'--lora_rank={rank}', f'--init_from={run}']
-    export_and_compare(folder, uae, x, *flags)
+    export_and_compare(folder, uae, x, *flags, f'--init_from={tmp_path}/run')
     close(plain_condition(folder, uae, y, mask), at_first)
 
 
@@ -414,10 +406,11 @@ def test_export_of_a_text_encoder(tmp_path, x, rank):
 def test_export_keeps_the_base_models_own_files(tmp_path, x):
     """Whatever transformers would write: older libraries read rope_scaling and torch_dtype in it.
 
-    Weights have the hub's names also if the base was saved under others, in shards with an index.
+    Weights have the hub's names also if the base was saved under others, in shards with an index;
+    and its folder's name is no pattern.
     """
-    base = tmp_path / 'base'
-    encoder, plain = base / 'encoder', tmp_path / 'plain'
+    base = tmp_path / 'base[1]*'
+    encoder, plain = base / 'encoder', tmp_path / 'plain[1]'
     shutil.copytree(BASE, base)
     with open(encoder / 'config.json') as f:
         own = json.load(f)
@@ -457,12 +450,8 @@ def test_export_of_a_full_checkpoint_and_a_hub_id(tmp_path, x, monkeypatch):
     for module in ('huggingface_hub.constants', 'transformers.utils.hub.constants'):
         monkeypatch.setattr(f'{module}.HF_HUB_CACHE', str(tmp_path / 'cache'))
         monkeypatch.setattr(f'{module}.HF_HUB_OFFLINE', True)
-    uae = load()
-    shake(uae)
-    save_models(uae, f'{tmp_path}/run/step_000001')
-    c = config.parse({}, {}, ['--encoder=us/tiny'], 'x.py')
-    meta = json.dumps(dict(step=1, config=vars(c)))
-    (tmp_path / 'run' / 'step_000001' / 'meta.json').write_text(meta)
+    uae = shake(load())
+    save(uae, tmp_path / 'run', '--encoder=us/tiny')
     flags = ['--encoder=us/tiny', f'--init_from={tmp_path}/run']
     export_and_compare(f'{tmp_path}/plain', uae, x, *flags)
 
@@ -489,12 +478,11 @@ def test_export_shards_as_the_hub_does(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, 'save_torch_state_dict', in_small_shards)
     script('sample', f'--export={tmp_path}/plain', '--device=cpu')
-    from transformers import Qwen2_5_VLForConditionalGeneration
-    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(f'{tmp_path}/plain')
     assert os.path.exists(f'{tmp_path}/plain/model.safetensors.index.json')
     assert not os.path.exists(f'{tmp_path}/plain/model.safetensors')
-    for (k, a), b in zip(plain.state_dict().items(), load().encoder.vlm.state_dict().values()):
-        assert torch.equal(a, b), k
+    plain = VLM.from_pretrained(f'{tmp_path}/plain').state_dict()
+    ours = load().encoder.vlm.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in plain.items())
 
 
 def test_export_refuses_what_it_cannot_do(adapters, tmp_path):
@@ -507,6 +495,9 @@ def test_export_refuses_what_it_cannot_do(adapters, tmp_path):
     assert 'lora_rank=4' in refusal(script, 'sample', export, f'--init_from={out}')
     assert '--prompt' in refusal(script, 'sample', export, '--prompt=x')
     assert not os.path.exists(tmp_path / 'a')
+    below_a_file = f'{tmp_path}/used/precious/a'
+    message = refusal(script, 'sample', f'--export={below_a_file}', '--device=cpu')
+    assert f'{below_a_file} cannot be written' in message
 
 
 # --- the plain pipeline, as docs/full_size.md shows it --------------------------------------------
