@@ -75,7 +75,7 @@ keys = dict(
 own_presets = dict(
     tiny=dict(denoise_steps=6),             # fewer steps are more drawings in the same time
     medium=dict(steps=500, group=8, lr=3e-4, warmup=20, noisy_steps=3, trained_steps=3,
-                sde='cps', noise_level=0.8, clip_range=(1e-5, 1e-5)),
+                sde='cps', noise_level=0.8, clip_range=(1e-5, 1e-5), micro_batch=4),
     paper=dict(steps=500, batch=48, group=24, lr=3e-4, warmup=20, kl=0.002, noisy_steps=9,
                trained_steps=9))
 limits = dict(

@@ -75,7 +75,8 @@ keys = dict(
     shuffle_reward = False,    # control: rewards permuted over all captions say nothing of them
 )
 own_presets = dict(
-    medium=dict(steps=500, group=4, text_encoder='live', lr=1e-6, kl=1e-6, lr_decay=0.0),
+    medium=dict(steps=500, group=4, text_encoder='live', lr=1e-6, kl=1e-6, lr_decay=0.0,
+                micro_batch=4),
     paper=dict(steps=500, batch=64, group=4, text_encoder='live', lr=1e-6, kl=1e-6, lr_decay=0.0))
 limits = dict(
     batch=(1, 1e6), group=(2, 1e4), temperature=(0.01, 10), epochs=(1, 1000),

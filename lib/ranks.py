@@ -36,6 +36,7 @@ def start(config):
     if rank == 0:
         say_unseen()
     torch.backends.cudnn.allow_tf32 = False     # float32 means float32, in convolutions too
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it plans 60 ms for each new length
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
