@@ -71,9 +71,11 @@ class Evaluator:
         self.towers = dict(towers or {})
         self.log = log
         self.temperature = temperature
+        if config.eval_every:           # a tower that is not there is missed before any work
+            self.open_towers()
 
     def open_towers(self):
-        """Loads what is not there yet, at the first evaluation."""
+        """Loads what is not there yet."""
         if 'reward' not in self.towers:
             self.towers['reward'] = reward_tower(self.config, self.run.device)
         if 'judge' not in self.towers and self.config.judge:
