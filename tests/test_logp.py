@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import G, P, at, new_uae, rolled, shared_config, uniforms
 from PIL import Image
 
+import encoder
 from decoder import sde_step
 from encoder import token_logp
 from grpo_encoder import kl_k3
@@ -520,3 +521,30 @@ def test_fresh_lora_is_the_base_model(lora, vision, sampled):
     assert module.scaling['default'] == 2
     assert not module.lora_B['default'].weight.any()
     assert module.lora_A['default'].weight.std() > 0
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_a_cache_of_fixed_length_writes_the_same_captions(uae, vision, monkeypatch, temperature):
+    """What a GPU replays as one graph: every place is attended to, those to come are masked."""
+    monkeypatch.setattr(encoder, 'captured', lambda step: step)
+    other = at(uae).encoder
+    lengths = []
+
+    def fixed_cache(prompt, G, room):
+        cache = encoder.CaptionCache(prompt, G, room, fixed=True)
+        lengths.append({len(cache.places), *(keys.shape[2] for keys in cache.keys)})
+        return cache
+
+    other.caption_cache = fixed_cache
+    u = uniforms(P * G, uae.config.caption_len)
+    y, mask, logp = uae.encoder.sample(vision, G, temperature, u)
+    y_fixed, mask_fixed, logp_fixed = other.sample(vision, G, temperature, u)
+    assert torch.equal(y, y_fixed) and torch.equal(mask, mask_fixed)
+    torch.testing.assert_close(logp, logp_fixed, atol=1e-5, rtol=1e-4)
+    assert all(len(found) == 1 and found.pop() % 8 == 0 for found in lengths), 'one length'
+
+
+def test_float32_on_a_card_is_float32_and_attention_is_planned_once():
+    ranks.start(shared_config('--device=cpu'))
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
