@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lib import optimiser
-from lib import log
+import reward
+from lib import log, optimiser, ranks
 from comparing import BASE, optimizer_state, timeless, without_step
 from conftest import shared_config
 from data.images import ImageSet
@@ -184,16 +184,15 @@ def test_pretraining_and_the_stage_after_it(tmp_path, train_encoder):
     ('grpo_encoder', ['--micro_batch=1', '--checkpointing=True']),
     ('grpo_encoder', ['--condition=answer', '--guidance=2.0']),
     ('grpo_encoder', ['--condition=text+image']),
-    ('grpo_encoder', ['--warmup=2', '--clip_range=0.2,0.28']),
+    ('grpo_encoder', ['--warmup=2', '--clip_range=0.2,0.28', '--ratio=sequence']),
     ('grpo_decoder', ['--kl=0.1', '--micro_batch=1', '--checkpointing=True']),
-    ('grpo_decoder', ['--sde=cps', '--noise_level=0.8', '--caption_temperature=1.0']),
+    ('grpo_decoder', ['--sde=cps', '--noise_level=0.8', '--ratio=sequence']),
     ('grpo_decoder', ['--same_noise=True', '--condition=answer']),
     ('grpo_decoder', ['--condition=image', '--noisy_steps=1', '--trained_steps=1']),
     ('grpo_decoder', ['--condition=text+image', '--guidance=2.0']),
-    ('cold_start', ['--condition=answer', '--cold_temperature=1.0']),
+    ('cold_start', ['--condition=answer']),
     ('cold_start', ['--condition=image', '--guidance=2.0', '--checkpointing=True']),
-    ('cold_start', ['--condition=text+image', '--grad_steps=1', '--micro_batch=1',
-                    '--reward=judge']),
+    ('cold_start', ['--condition=text+image', '--grad_steps=1', '--micro_batch=1']),
 ])
 def test_switches_of_a_stage(tmp_path, name, extra):
     """One step with each switch; the first step is on policy whatever the switches say."""
@@ -243,6 +242,24 @@ def test_lora_in_all_stages(tmp_path):
     cold_start, encoder, decoder = saved
     assert changed_parts(cold_start, encoder) == {'encoder', 'text_encoder'}
     assert changed_parts(encoder, decoder) == {'decoder'}
+
+
+@pytest.mark.parametrize('name', ['cold_start', 'reca'])
+@pytest.mark.parametrize('parts', ['judge', 'clip:0.5,judge:0.5', 'clip'])
+def test_a_tower_is_loaded_once(tmp_path, monkeypatch, name, parts):
+    """Also where the reward of training is the evaluation's, and holds the judge."""
+    loaded = []
+    really = reward.load_transformers
+
+    def counted(source):
+        loaded.append(source)
+        return really(source)
+
+    monkeypatch.setattr(reward, 'load_transformers', counted)
+    tiny(name, tmp_path, f'--reward={parts}', '--eval_every=1', steps=1)
+    assert loaded == ['data/shapes/base/judge']
+    found = lines(tmp_path / 'eval.jsonl')[0]
+    assert (found['judge'] == found['reward']) == (parts == 'judge')
 
 
 @pytest.mark.parametrize('name', STAGES)
@@ -319,30 +336,22 @@ def test_reward_fields():
     assert distance(dict(a=r), dict(a=r + 1)) == 2
 
 
-TOWERS = dict(
-    encoder='Qwen2_5_VLForConditionalGeneration',
-    decoder='SD3Transformer2DModel',
-    vae='AutoencoderKL',
-)
-
-
-@pytest.mark.parametrize('name, idle', [('grpo_encoder', 'decoder'), ('grpo_decoder', 'encoder')])
+@pytest.mark.parametrize('name, idle', [
+    ('grpo_encoder', ['Decoder']), ('grpo_decoder', ['Encoder', 'AutoencoderKL'])])
 def test_offload_parks_what_is_idle_and_changes_nothing(tmp_path, monkeypatch, name, idle):
     """Moves are recorded: on the CPU alone they have no effect."""
     to_cpu = []
     to = torch.nn.Module.to
 
     def recorded(self, *args, **other):
-        kind = type(self).__name__
-        if kind in TOWERS.values() and str(args[0]) == 'cpu':
-            to_cpu.append(kind)
+        if args and str(args[0]) == 'cpu':
+            to_cpu.append(type(self).__name__)
         return to(self, *args, **other)
 
     plain = tiny(name, tmp_path / 'plain', steps=1)
     monkeypatch.setattr(torch.nn.Module, 'to', recorded)
     parked = tiny(name, tmp_path / 'parked', '--offload=True', steps=1)
-    out_and_back = [TOWERS[idle], TOWERS['vae']] * 2
-    assert to_cpu[-4:] == out_and_back, 'out before the update, back after it'
+    assert to_cpu[-2 * len(idle):] == idle * 2, 'out before the update, back after it'
     assert timeless(plain) == timeless(parked)
 
 
@@ -360,15 +369,15 @@ def test_versions_out_of_the_ranges_are_found():
     here = importlib.metadata.version('torch')
     newest = here.partition('+')[0]
     seen = ['# ranges', f'torch>=2,<={newest}   # why', 'numpy', 'nosuch>=1,<=2']
-    assert common.unseen(seen) == []
-    assert common.unseen([*seen, 'torch>=90,<=91', 'torch>=1,<=2']) == [f'torch {here}'] * 2
+    assert ranks.unseen(seen) == []
+    assert ranks.unseen([*seen, 'torch>=90,<=91', 'torch>=1,<=2']) == [f'torch {here}'] * 2
 
 
 def test_a_run_names_unseen_versions_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(common, 'unseen', lambda requirements: ['torch 90.0', 'peft 9.0'])
-    common.say_unseen.cache_clear()
+    monkeypatch.setattr(ranks, 'unseen', lambda requirements: ['torch 90.0', 'peft 9.0'])
+    ranks.say_unseen.cache_clear()
     for _ in range(2):
-        common.start(shared_config())
+        ranks.start(shared_config())
     said = capsys.readouterr().err
     assert said.count('\n') == 1
     assert 'torch 90.0, peft 9.0' in said
