@@ -45,7 +45,7 @@ from lib import checkpoint, ranks, watch
 from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
 from lib.optimiser import Optimiser
 from lib.scores import Evaluator
-from model import parked
+from model import take_turns
 from reward import clip_reward, reward_tower
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ keys = dict(
     lr = 1e-4,
     warmup = 30,               # loop steps of linear warm-up: Adam's first steps are mostly noise
     lr_decay = 1.0,            # cosine to 0 at step lr_decay * steps; 0 = constant
-    offload = False,           # encoder and VAE wait on the CPU while the decoder is updated
+    offload = False,           # encoder, decoder and towers are on the GPU only while they work
     shuffle_reward = False,    # control: rewards permuted over the batch teach nothing
     compile = False,           # the transformer blocks; when it pays: docs/results.md, speed
 )
@@ -221,7 +221,8 @@ def main(argv):
         rows_at_once *= config.trained_steps
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
-    idle = [uae.encoder, uae.decoder.vae] if config.offload else []
+    if config.offload:
+        take_turns(run.device, [uae.encoder], [uae.decoder, reference], evaluate.towers.values())
     # in bfloat16 the update's log-prob differs by rounding from the one recorded while sampling
     replay = config.dtype == 'bfloat16'
 
@@ -241,38 +242,37 @@ def main(argv):
 
         health = Stats()
         uae.train()                             # turns on the recomputation of activations
-        with parked(idle, run.device):
-            for epoch in range(config.epochs):
-                stats = Stats()
-                for rows, at, last in ranks.step_slices(P, G, len(trained), rows_at_once):
-                    part = ranks.take(sampled, rows)
-                    stored = dict(z=part['z'][:, at], z_next=part['z_next'][:, at], c=part['c'],
-                                  steps=trained[at], **sampler)
-                    v0 = None
-                    if epoch == 0 and negative is not None:     # it moves with the weights
-                        v0 = part['v0'][:, at]
-                    with ranks.no_sync(policy, last):
-                        logp, mean, std = policy(**stored, negative=negative, v0=v0)    # (b, n)
-                        if epoch == 0:
-                            difference = logp - part['recorded'][:, at]
-                            health.add_max(logp_diff=difference.detach().abs().max())
-                        if epoch == 0 and replay:
-                            sampled['old_logp'][rows, at] = logp.detach()   # so the ratio is 1
-                        old_logp = sampled['old_logp'][rows, at]
-                        loss, fields = policy_loss(
-                            logp, old_logp, part['adv'], clip=config.clip_range,
-                            ratio=config.ratio)
-                        if config.kl:
-                            with torch.no_grad():
-                                _, ref_mean, _ = reference.step_logp(**stored, negative=negative)
-                            kl = kl_gauss(mean, ref_mean, std)
-                            loss = loss + config.kl * kl
-                            fields['kl'] = kl.detach()
-                        # a mean times its number is a sum; the scaled sums add up to the mean
-                        loss = loss * logp.numel() * scale
-                        loss.backward()
-                    stats.add_update(loss.detach(), fields, logp.numel())
-                taken = optimiser.step(step)                        # and clears the gradients
+        for epoch in range(config.epochs):
+            stats = Stats()
+            for rows, at, last in ranks.step_slices(P, G, len(trained), rows_at_once):
+                part = ranks.take(sampled, rows)
+                stored = dict(z=part['z'][:, at], z_next=part['z_next'][:, at], c=part['c'],
+                              steps=trained[at], **sampler)
+                v0 = None
+                if epoch == 0 and negative is not None:     # it moves with the weights
+                    v0 = part['v0'][:, at]
+                with ranks.no_sync(policy, last):
+                    logp, mean, std = policy(**stored, negative=negative, v0=v0)    # (b, n)
+                    if epoch == 0:
+                        difference = logp - part['recorded'][:, at]
+                        health.add_max(logp_diff=difference.detach().abs().max())
+                    if epoch == 0 and replay:
+                        sampled['old_logp'][rows, at] = logp.detach()   # so the ratio is 1
+                    old_logp = sampled['old_logp'][rows, at]
+                    loss, fields = policy_loss(
+                        logp, old_logp, part['adv'], clip=config.clip_range,
+                        ratio=config.ratio)
+                    if config.kl:
+                        with torch.no_grad():
+                            _, ref_mean, _ = reference.step_logp(**stored, negative=negative)
+                        kl = kl_gauss(mean, ref_mean, std)
+                        loss = loss + config.kl * kl
+                        fields['kl'] = kl.detach()
+                    # a mean times its number is a sum; the scaled sums add up to the mean
+                    loss = loss * logp.numel() * scale
+                    loss.backward()
+                stats.add_update(loss.detach(), fields, logp.numel())
+            taken = optimiser.step(step)                        # and clears the gradients
         uae.eval()
 
         if evaluate.due(step + 1) and run.master:           # one group, for tools/report.py

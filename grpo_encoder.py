@@ -45,7 +45,7 @@ from lib import checkpoint, ranks, watch
 from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
 from lib.optimiser import Optimiser
 from lib.scores import Evaluator
-from model import parked
+from model import take_turns
 from reward import clip_reward, reward_tower
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ keys = dict(
     warmup = 0,                # loop steps of linear warm-up
     lr_decay = 1.0,            # cosine to 0 at step lr_decay * steps; 0 = constant: at this
                                # lr and without a KL the captioner then collapses (docs/results.md)
-    offload = False,           # decoder and VAE wait on the CPU while the encoder is updated
+    offload = False,           # encoder, decoder and towers are on the GPU only while they work
     shuffle_reward = False,    # control: rewards permuted over all captions say nothing of them
 )
 own_presets = dict(
@@ -191,7 +191,8 @@ def main(argv):
     checkpoint.restore(config, optimiser)
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
-    idle = [uae.decoder] if config.offload else []
+    if config.offload:
+        take_turns(run.device, [uae.encoder, reference], [uae.decoder], evaluate.towers.values())
     # in bfloat16 the update's log-prob differs by rounding from the one recorded while sampling
     replay = config.dtype == 'bfloat16'
 
@@ -211,36 +212,35 @@ def main(argv):
 
         health = Stats()
         uae.train()                             # turns on the recomputation of activations
-        with parked(idle, run.device):
-            for epoch in range(config.epochs):
-                stats = Stats()
-                for shown, rows, last in ranks.sample_slices(P, G, config.micro_batch):
-                    part = ranks.take(sampled, rows)
-                    seen = ranks.take(vision, shown)
-                    valid = part['mask'] > 0
-                    with ranks.no_sync(policy, last):
-                        logp = policy(seen, part['y'], config.temperature)          # (b, T)
-                        if epoch == 0:
-                            difference = torch.where(valid, logp - part['recorded'], 0.0)
-                            health.add_max(logp_diff=difference.detach().abs().max())
-                        if epoch == 0 and replay:
-                            sampled['old_logp'][rows] = logp.detach()       # so the ratio is 1
-                        old_logp = sampled['old_logp'][rows]
-                        loss, fields = policy_loss(
-                            logp, old_logp, part['adv'], part['mask'], config.clip_range,
-                            config.ratio, part['weight'])
-                        if config.kl:
-                            with torch.no_grad():
-                                ref_logp = reference.logp(seen, part['y'], config.temperature)
-                            k3 = torch.where(valid, kl_k3(logp, ref_logp), 0.0)
-                            kl = (k3 * part['weight']).sum() / part['weight'].sum()
-                            loss = loss + config.kl * kl
-                            fields['kl'] = kl.detach()
-                        # a mean times its weight is a sum; the scaled sums add up to the mean
-                        loss = loss * part['weight'].sum() * scale
-                        loss.backward()
-                    stats.add_update(loss.detach(), fields, part['weight'].sum())
-                taken = optimiser.step(step)                        # and clears the gradients
+        for epoch in range(config.epochs):
+            stats = Stats()
+            for shown, rows, last in ranks.sample_slices(P, G, config.micro_batch):
+                part = ranks.take(sampled, rows)
+                seen = ranks.take(vision, shown)
+                valid = part['mask'] > 0
+                with ranks.no_sync(policy, last):
+                    logp = policy(seen, part['y'], config.temperature)          # (b, T)
+                    if epoch == 0:
+                        difference = torch.where(valid, logp - part['recorded'], 0.0)
+                        health.add_max(logp_diff=difference.detach().abs().max())
+                    if epoch == 0 and replay:
+                        sampled['old_logp'][rows] = logp.detach()       # so the ratio is 1
+                    old_logp = sampled['old_logp'][rows]
+                    loss, fields = policy_loss(
+                        logp, old_logp, part['adv'], part['mask'], config.clip_range,
+                        config.ratio, part['weight'])
+                    if config.kl:
+                        with torch.no_grad():
+                            ref_logp = reference.logp(seen, part['y'], config.temperature)
+                        k3 = torch.where(valid, kl_k3(logp, ref_logp), 0.0)
+                        kl = (k3 * part['weight']).sum() / part['weight'].sum()
+                        loss = loss + config.kl * kl
+                        fields['kl'] = kl.detach()
+                    # a mean times its weight is a sum; the scaled sums add up to the mean
+                    loss = loss * part['weight'].sum() * scale
+                    loss.backward()
+                stats.add_update(loss.detach(), fields, part['weight'].sum())
+            taken = optimiser.step(step)                        # and clears the gradients
         uae.eval()
 
         if evaluate.due(step + 1) and run.master:           # one group, for tools/report.py

@@ -36,7 +36,7 @@ from lib import checkpoint, ranks, watch
 from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
 from lib.optimiser import Optimiser
 from lib.scores import Evaluator
-from model import parked
+from model import take_turns
 from reward import clip_reward, reward_tower
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ keys = dict(
     lr = 1e-4,
     warmup = 10,               # loop steps of linear warm-up: Adam's first steps are mostly noise
     lr_decay = 1.0,            # cosine to 0 at step lr_decay * steps; 0 = constant
-    offload = False,           # encoder and VAE wait on the CPU while the decoder is updated
+    offload = False,           # encoder, decoder and towers are on the GPU only while they work
     shuffle_reward = False,    # control: rewards permuted over the batch teach nothing
 )
 own_presets = dict(
@@ -166,7 +166,8 @@ def main(argv):
         old.load_state_dict(extra['old'], strict=False)
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
-    idle = [uae.encoder, uae.decoder.vae] if config.offload else []
+    if config.offload:
+        take_turns(run.device, [uae.encoder], [uae.decoder, old], evaluate.towers.values())
 
     for step in log.progress(start_step):
         evaluate.every(step)
@@ -183,33 +184,32 @@ def main(argv):
         scale = 1 / (P * G * config.levels)             # as many on every rank
 
         uae.train()                             # turns on the recomputation of activations
-        with parked(idle, run.device):
-            for epoch in range(config.epochs):
-                stats = Stats()
-                for rows, at, last in ranks.step_slices(P, G, config.levels, config.micro_batch):
-                    part = ranks.take(sampled, rows)
-                    s = part['s'][:, at]                                            # (b, n)
-                    n = s.shape[1]
-                    z_0 = part['z_0'].repeat_interleave(n, 0)
-                    c = part['c'].repeat_interleave(n, 0)
-                    good = part['good'].repeat_interleave(n)
-                    s = s.flatten()
-                    noise = s.view(-1, 1, 1, 1)
-                    z_s = (1 - noise) * z_0 + noise * part['eps'][:, at].flatten(0, 1)
-                    with ranks.no_sync(model, last):
-                        # model(f, ...) is f(uae, ...): DistributedDataParallel sees the pass
-                        v = model(velocity, z_s, s, c)
-                        v_old = v.detach()
-                        if old is not uae.decoder:
-                            with torch.no_grad():
-                                v_old = old.rows(z_s, s, c)
-                        loss = nft_loss(v, v_old, z_s, z_0, s, good, config.beta)
-                        loss = config.clip_adv / config.beta * loss.sum() * scale
-                        loss.backward()
-                    moved = (v - v_old).detach().square().mean()
-                    stats.add_sum(loss=loss.detach())
-                    stats.add_mean(len(s), moved=moved)
-                taken = optimiser.step(step)                        # and clears the gradients
+        for epoch in range(config.epochs):
+            stats = Stats()
+            for rows, at, last in ranks.step_slices(P, G, config.levels, config.micro_batch):
+                part = ranks.take(sampled, rows)
+                s = part['s'][:, at]                                            # (b, n)
+                n = s.shape[1]
+                z_0 = part['z_0'].repeat_interleave(n, 0)
+                c = part['c'].repeat_interleave(n, 0)
+                good = part['good'].repeat_interleave(n)
+                s = s.flatten()
+                noise = s.view(-1, 1, 1, 1)
+                z_s = (1 - noise) * z_0 + noise * part['eps'][:, at].flatten(0, 1)
+                with ranks.no_sync(model, last):
+                    # model(f, ...) is f(uae, ...): DistributedDataParallel sees the pass
+                    v = model(velocity, z_s, s, c)
+                    v_old = v.detach()
+                    if old is not uae.decoder:
+                        with torch.no_grad():
+                            v_old = old.rows(z_s, s, c)
+                    loss = nft_loss(v, v_old, z_s, z_0, s, good, config.beta)
+                    loss = config.clip_adv / config.beta * loss.sum() * scale
+                    loss.backward()
+                moved = (v - v_old).detach().square().mean()
+                stats.add_sum(loss=loss.detach())
+                stats.add_mean(len(s), moved=moved)
+            taken = optimiser.step(step)                        # and clears the gradients
         uae.eval()
         extra = {}
         if old is not uae.decoder:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import model
 import reward
 from lib import log, optimiser, ranks
 from comparing import BASE, optimizer_state, timeless, without_step
@@ -336,23 +337,43 @@ def test_reward_fields():
     assert distance(dict(a=r), dict(a=r + 1)) == 2
 
 
-@pytest.mark.parametrize('name, idle', [
-    ('grpo_encoder', ['Decoder']), ('grpo_decoder', ['Encoder', 'AutoencoderKL'])])
-def test_offload_parks_what_is_idle_and_changes_nothing(tmp_path, monkeypatch, name, idle):
-    """Moves are recorded: on the CPU alone they have no effect."""
-    to_cpu = []
+@pytest.mark.parametrize('name, turns', [
+    ('grpo_encoder', 'encoder decoder towers encoder'),
+    ('grpo_decoder', 'encoder decoder towers decoder'),
+    ('nft_decoder', 'encoder decoder towers decoder'),
+])
+def test_offload_takes_turns_and_changes_nothing(tmp_path, monkeypatch, name, turns):
+    """One part comes when its weights are used, after the one that was there has left.
+
+    Moves are recorded: on the CPU alone they have no effect.
+    """
+    part_of = dict(Qwen2_5_VLForConditionalGeneration='encoder', Qwen2_5_VLTextModel='encoder',
+                   SD3Transformer2DModel='decoder', AutoencoderKL='decoder', ModuleList='towers')
+    moves = []
     to = torch.nn.Module.to
 
-    def recorded(self, *args, **other):
-        if args and str(args[0]) == 'cpu':
-            to_cpu.append(type(self).__name__)
-        return to(self, *args, **other)
+    def recorded(self, device, **other):
+        move = part_of.get(type(self).__name__), 'out' if device == 'cpu' else 'in'
+        if move[0] and moves[-1:] != [move]:
+            moves.append(move)
+        return to(self, device, **other)
+
+    def take_turns(device, *parts, original=model.take_turns):
+        monkeypatch.setattr(torch.nn.Module, 'to', recorded)
+        original('cpu:0', *parts)
 
     plain = tiny(name, tmp_path / 'plain', steps=1)
-    monkeypatch.setattr(torch.nn.Module, 'to', recorded)
-    parked = tiny(name, tmp_path / 'parked', '--offload=True', steps=1)
-    assert to_cpu[-2 * len(idle):] == idle * 2, 'out before the update, back after it'
-    assert timeless(plain) == timeless(parked)
+    monkeypatch.setattr(model, 'take_turns', take_turns)
+    offloaded = tiny(name, tmp_path / 'offloaded', '--offload=True', steps=1)
+    expected = [(part, 'out') for part in ('encoder', 'decoder', 'towers')]
+    before = None
+    for part in turns.split():
+        if before:
+            expected.append((before, 'out'))
+        expected.append((part, 'in'))
+        before = part
+    assert moves == expected
+    assert timeless(plain) == timeless(offloaded)
 
 
 # --- versions -------------------------------------------------------------------------------------
