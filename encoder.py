@@ -304,13 +304,16 @@ class Encoder(nn.Module):
 
         A dict of features (P, N, d) and grid (P, 3), P rows each.
         """
-        pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-        patches = self.processor.image_processor(images=list(pixels), return_tensors='pt')
-        grid = patches['image_grid_thw'].to(self.device)
-        pixel_values = patches['pixel_values'].to(self.device)
-        with self.autocast():
-            features = self.vlm.model.get_image_features(pixel_values, grid).pooler_output
-        return dict(features=torch.stack(list(features)), grid=grid)
+        features, grids = [], []
+        for part in x.split(self.config.micro_batch or len(x)):
+            pixels = ((part + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+            patches = self.processor.image_processor(images=list(pixels), return_tensors='pt')
+            grid = patches['image_grid_thw'].to(self.device)
+            pixel_values = patches['pixel_values'].to(self.device)
+            with self.autocast():
+                features += self.vlm.model.get_image_features(pixel_values, grid).pooler_output
+            grids.append(grid)
+        return dict(features=torch.stack(features), grid=torch.cat(grids))
 
     def positions(self, token_ids, vision):
         """Positions (3, P, L) of tokens (P, L): time, row and column, by the library's own rule."""
