@@ -76,7 +76,7 @@ def wait_for_lines(path, count, process, seconds=600):
 
 
 def test_two_nodes_of_one_rank_equal_one_rank(tmp_path, monkeypatch):
-    extra = ['--lr=0.03', '--grad_clip=1e9']
+    extra = ['--lr=0.03']
     two = tmp_path / 'two'
     job = ('grpo_encoder', arguments('grpo_encoder', two, *extra), '')
     (tmp_path / 'driver.py').write_text(PLAIN_SGD)
