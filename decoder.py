@@ -67,7 +67,7 @@ def sde_step(z, v, s, s_next, kind='flow', noise_level=0.7, z_next=None, generat
     if kind == 'cps':
         logp = -square
     else:
-        safe = torch.where(std > 0, std, 1.0)               # no division by 0, not even unused
+        safe = torch.where(std > 0, std, 1.0)               # even unused, x / 0 is a nan
         logp = -square / (2 * safe ** 2) - torch.log(safe) - 0.5 * math.log(2 * math.pi)
     logp = torch.where(std > 0, logp, 0.0).flatten(1).mean(1)
     return z_next, logp, mean, std
@@ -236,22 +236,21 @@ class Decoder(nn.Module):
         """SDE sampler that records its log-probs.
 
         Steps in window = (begin, end) are stochastic, the others are steps of the ODE. noise
-        (B, W, C, H, W): a standard normal per stochastic step. Returns the latent at s = 0, and a
-        dict of what an update needs: z, z_next, under guidance v0, each (B, W, C, H, W), and
-        recorded, the log-probs (B, W).
+        (B, M, C, H, W): a standard normal per stochastic step. Returns the latent at s = 0, and a
+        dict of what an update needs: z, z_next, under guidance v0, each (B, M, C, H, W), and
+        recorded, the log-probs (B, M).
         """
         sigmas = self.sigmas(S)
         path = dict(z=[], z_next=[], recorded=[], v0=[])
         begin, end = window
         for step in range(S):
-            sigma = sigmas[step]
-            sigma_next = sigmas[step + 1]
-            v, v0 = self.branches(z, sigma, c, negative)
+            s, s_next = sigmas[step], sigmas[step + 1]
+            v, v0 = self.branches(z, s, c, negative)
             v = self.guided(v, v0)
             if not begin <= step < end:
-                z = sde_step(z, v, sigma, sigma_next, kind, 0.0, noise=torch.zeros_like(z))[0]
+                z = sde_step(z, v, s, s_next, kind, 0.0, noise=torch.zeros_like(z))[0]
                 continue
-            z_next, logp, _, _ = sde_step(z, v, sigma, sigma_next, kind, noise_level,
+            z_next, logp, _, _ = sde_step(z, v, s, s_next, kind, noise_level,
                                           noise=noise[:, step - begin])
             path['z'].append(z)
             path['z_next'].append(z_next)

@@ -113,8 +113,8 @@ def next_state(language_model, x, position, cache):
     """One more token of every row through a Qwen2.5 language model.
 
     The library's own forward builds masks, copies the keys to each head and runs seven kernels a
-    norm; without these a token takes 1 / 1.3 of the time where kernels are small. x (B, 1, d)
-    embedded tokens, position theirs, (1,); fills one place of `cache`. Returns (B, 1, d).
+    norm; without these a token takes three quarters of the time where kernels are small. embedded
+    tokens x (B, 1, d), their position (1,); fills one place of `cache`. Returns (B, 1, d).
     """
     def norm(layer, x):
         return torch.rms_norm(x, layer.weight.shape, layer.weight, layer.variance_epsilon)
@@ -147,7 +147,7 @@ def next_state(language_model, x, position, cache):
 def captured(step):
     """A call without arguments -> the same as one CUDA graph, which is launched whole.
 
-    A token at 3B is 36 layers of small kernels: launched one by one they take 8 to 15 times as long
+    A token at 3B is 36 layers of small kernels: launched one by one they take four times as long
     (docs/results.md, speed). `step` works in place and has run before; capturing does not run it.
     """
     torch.cuda.synchronize()
@@ -180,7 +180,7 @@ class Encoder(nn.Module):
         self.tokenizer = processor.tokenizer
         self.end = self.tokenizer.eos_token_id
         self.image_token = self.tokenizer.convert_tokens_to_ids(processor.image_token)
-        # transformers 5.17 knows past_key_values alone, 5.40 will know cache alone
+        # transformers 5.24 renamed past_key_values to cache
         known = inspect.signature(self.language_model.forward).parameters
         self.cache_name = 'cache' if 'cache' in known else 'past_key_values'
         # a sampled image token would make re-scoring fail hours into a run, and ids past the

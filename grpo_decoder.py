@@ -18,8 +18,7 @@ of the G drawings looks most like x:
                                 over dimensions              1, hence the clip of 1e-4
     std of A not stated         of the group, over G - 1     GRPO's; Flow-GRPO takes the batch's for
                                                              SD3, the population's elsewhere
-    KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; a weight of .02 there is one of
-                                                             about .02 / S here
+    KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; a weight b there is about b / S
     all steps trained           `trained_steps` of a window  time; the window lies in the first half
                                 of `noisy_steps`             of the steps, or if it is longer than
                                                              that, it starts at step 0
@@ -57,9 +56,9 @@ keys = dict(
     captions = 'own',          # what is drawn: own, the encoder's greedy caption | given, the one
                                # that comes with the image
     sde = 'flow',              # flow | cps (coefficient-preserving) | cps_exact: see sde_step
-    noise_level = 0.7,         # of the SDE; 0.8 is usual with cps
+    noise_level = 0.7,         # how strong the SDE's noise is, not a level s; with cps usually 0.8
     noisy_steps = 4,           # the others are ODE steps; at most denoise_steps - 1
-    trained_steps = 4,         # of those in the loss, drawn anew each rollout; one forward pass
+    trained_steps = 4,         # how many of them the loss takes, drawn anew each rollout
     same_noise = False,        # one start noise for the whole group
     ratio = 'step',            # step | sequence: exp of a drawing's mean log-ratio (GSPO)
     clip_range = (1e-4, 1e-4), # ratio in [1 - a, 1 + b]; narrow: a log-density is a mean
@@ -88,7 +87,7 @@ limits = dict(
 def group_advantage(r):
     """A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4) over the group: r (P, G) -> (P, G).
 
-    Exactly 0 where all rewards are equal.
+    std over G - 1. Exactly 0 where all rewards are equal.
     """
     centred = r - r.mean(1, keepdim=True)
     equal = (r == r[:, :1]).all(1, keepdim=True)
@@ -134,8 +133,9 @@ def kl_gauss(mean, ref_mean, std):
 def window(step, config, sigmas):
     """(begin, end) of this rollout's noisy steps, and the trained ones among them, sorted.
 
-    Never noisy: the last step, whose noise would stay in the image, and steps of cps that end below
-    .02, where its std is hardly more than 0. sigmas (S + 1,).
+    Both are drawn by (seed, step). The window begins in the first half of the steps, or at 0 if it
+    is longer than that. Never noisy: the last step, whose noise would stay in the image, and steps
+    of cps that end below .02, where its std is hardly more than 0. sigmas (S + 1,).
     """
     usable = config.denoise_steps - 1                   # steps that may be noisy, from the first
     if config.sde != 'flow':
@@ -155,10 +155,10 @@ def rollout(uae, tower, images, step, config, negative=None):
     """G drawings of each image's caption, and their rewards. images: x (P, 3, R, R), index (P,).
 
     All randomness is a function of (seed, step, position in the global batch, group member).
-    negative: the unconditional branch's condition under guidance. Returns a dict of c
-    (B, cond_len, D), z, z_next, under guidance v0 (B, n, C, H, W), recorded (B, n), all of the
-    steps that are trained, z_0 (B, C, H, W), the finished latents, B = P * G, groups together;
-    rewards r (P, G); and the captions' y, mask (P, T).
+    negative: the unconditional branch's condition under guidance. Returns a dict, B = P * G rows,
+    groups together: c (B, cond_len, D); of the n trained steps z, z_next, under guidance v0
+    (B, n, C, H, W) and recorded (B, n); z_0 (B, C, H, W), the finished latents. Then rewards r
+    (P, G), and the captions' y, mask (P, T).
     """
     x, index = images['x'].to(uae.device), images['index']
     P, G = len(x), config.group
@@ -214,7 +214,7 @@ def main(argv):
     if config.guidance != 1.0:
         negative = uae.negative()                       # once: the encoder is frozen
     sigmas = uae.decoder.sigmas(config.denoise_steps)
-    window(start_step, config, sigmas)                  # refused without a noisy step
+    window(start_step, config, sigmas)                  # exits now if no step can be noisy
     sampler = dict(S=config.denoise_steps, kind=config.sde, noise_level=config.noise_level)
     rows_at_once = config.micro_batch
     if config.ratio == 'sequence':              # all steps of a drawing stay in one pass
@@ -223,8 +223,9 @@ def main(argv):
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
     if config.offload:
         take_turns(run.device, [uae.encoder], [uae.decoder, reference], evaluate.towers.values())
-    # in bfloat16 the update's log-prob differs by rounding from the one recorded while sampling
-    replay = config.dtype == 'bfloat16'
+    # old_logp: in float32 the log-prob recorded while sampling; in bfloat16, where that differs by
+    # rounding, the first epoch's own, detached
+    old_is_own = config.dtype == 'bfloat16'
 
     for step in log.progress(start_step):
         evaluate.every(step)
@@ -237,8 +238,8 @@ def main(argv):
         r = all_r[run.rank * P:(run.rank + 1) * P]
         sampled['adv'] = group_advantage(r).flatten()                       # (P, G) -> (B,)
         sampled['old_logp'] = sampled['recorded'].clone()
-        _, trained = window(step, config, sigmas)               # the rollout's, by `step` alone
-        scale = 1 / (P * G * len(trained))              # as many on every rank
+        _, trained = window(step, config, sigmas)               # the same as in the rollout
+        scale = 1 / (P * G * len(trained))      # every rank has as many: DDP's mean is the mean
 
         health = Stats()
         uae.train()                             # turns on the recomputation of activations
@@ -256,7 +257,7 @@ def main(argv):
                     if epoch == 0:
                         difference = logp - part['recorded'][:, at]
                         health.add_max(logp_diff=difference.detach().abs().max())
-                    if epoch == 0 and replay:
+                    if epoch == 0 and old_is_own:
                         sampled['old_logp'][rows, at] = logp.detach()   # so the ratio is 1
                     old_logp = sampled['old_logp'][rows, at]
                     loss, fields = policy_loss(
@@ -268,7 +269,7 @@ def main(argv):
                         kl = kl_gauss(mean, ref_mean, std)
                         loss = loss + config.kl * kl
                         fields['kl'] = kl.detach()
-                    # a mean times its number is a sum; the scaled sums add up to the mean
+                    # the micro-batch's mean -> its sum -> its part of the mean over all
                     loss = loss * logp.numel() * scale
                     loss.backward()
                 stats.add_update(loss.detach(), fields, logp.numel())

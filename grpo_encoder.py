@@ -29,8 +29,8 @@ Its vision tower, projector and decoder are frozen; no gradient passes through t
     batch size 1 (v5)           tiny: 8 images, paper: 64    less noise; theirs was for the cost
     KL 1e-6 (v5)                tiny: 0.03, and a falling    it keeps captions true: without it
                                 learning rate                they become a code for this decoder
-    truncated captions          rewarded as they stand       what was cut off draws nothing; the
-    not stated                                               field `truncated` is their share
+    captions without an end     rewarded as they stand       log field `truncated` is their share;
+    token: not stated                                        `cut` counts what cond_len cannot hold
     old log-prob not stated     float32: as recorded while   in bfloat16 another batch shape is
                                 sampling; bfloat16: the      another rounding, which must not count
                                 update's own, ratio 1        as a policy ratio
@@ -88,7 +88,8 @@ limits = dict(
 def group_advantage(r, std=True):
     """A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4) over the group: r (P, G) -> (P, G).
 
-    Exactly 0 where all rewards are equal. Without std it is not divided (Dr. GRPO, 2503.20783).
+    std over G - 1. Exactly 0 where all rewards are equal. Without std it is not divided (Dr. GRPO,
+    arXiv 2503.20783).
     """
     centred = r - r.mean(1, keepdim=True)
     equal = (r == r[:, :1]).all(1, keepdim=True)
@@ -152,7 +153,7 @@ def rollout(uae, tower, images, step, config):
     """G captions per image, drawn and rewarded. images: x (P, 3, R, R), index (P,) in the batch.
 
     All randomness is a function of (seed, step, position in the global batch, group member).
-    Returns a dict of y tokens, mask and recorded, the log-probs while sampling, (B, T), B = P * G,
+    Returns a dict of y, mask and recorded (the log-probs while sampling), all (B, T), B = P * G,
     groups together; rewards r (P, G); and vision, P rows.
     """
     x, index = images['x'].to(uae.device), images['index']
@@ -193,8 +194,9 @@ def main(argv):
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
     if config.offload:
         take_turns(run.device, [uae.encoder, reference], [uae.decoder], evaluate.towers.values())
-    # in bfloat16 the update's log-prob differs by rounding from the one recorded while sampling
-    replay = config.dtype == 'bfloat16'
+    # old_logp: in float32 the log-prob recorded while sampling; in bfloat16, where that differs by
+    # rounding, the first epoch's own, detached
+    old_is_own = config.dtype == 'bfloat16'
 
     for step in log.progress(start_step):
         evaluate.every(step)
@@ -223,7 +225,7 @@ def main(argv):
                     if epoch == 0:
                         difference = torch.where(valid, logp - part['recorded'], 0.0)
                         health.add_max(logp_diff=difference.detach().abs().max())
-                    if epoch == 0 and replay:
+                    if epoch == 0 and old_is_own:
                         sampled['old_logp'][rows] = logp.detach()       # so the ratio is 1
                     old_logp = sampled['old_logp'][rows]
                     loss, fields = policy_loss(
@@ -236,7 +238,7 @@ def main(argv):
                         kl = (k3 * part['weight']).sum() / part['weight'].sum()
                         loss = loss + config.kl * kl
                         fields['kl'] = kl.detach()
-                    # a mean times its weight is a sum; the scaled sums add up to the mean
+                    # the micro-batch's mean -> its sum -> its part of the mean over all
                     loss = loss * part['weight'].sum() * scale
                     loss.backward()
                 stats.add_update(loss.detach(), fields, part['weight'].sum())

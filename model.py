@@ -4,7 +4,8 @@
 
 Shape alphabet, the same in every file:
     P images per rank   G group   B = P*G   T caption tokens   V vocabulary   L prompt tokens
-    S denoising steps   W noisy ones   (C, H, W) latent   d encoder width   D condition width
+    S denoising steps   M noisy ones   n trained ones   (C, H, W) latent   R resolution
+    d encoder width   D condition width   N image tokens
     x image (P, 3, R, R) in [-1, 1]   vision: what the vision tower makes of it, P rows
     y caption tokens (B, T)   mask (B, T), 1 where y was sampled, end token included
     c condition (B, cond_len, D)   z latent (B, C, H, W)   x_hat reconstruction
@@ -93,7 +94,7 @@ class UAE(nn.Module):
     def negative(self, width=0):
         """The unconditional branch's condition (1, cond_len, D), the negative prompt's.
 
-        As long as `condition`'s; width: its length where cond_len is 0.
+        As long as what `condition` returns; width: that length where cond_len is 0.
         """
         y, mask, _ = self.encoder.tokens([self.config.negative_prompt])
         if self.config.cond_len:

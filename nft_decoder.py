@@ -71,7 +71,7 @@ limits = dict(
 def group_advantage(r):
     """A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4) over the group: r (P, G) -> (P, G).
 
-    Exactly 0 where all rewards are equal.
+    std over G - 1. Exactly 0 where all rewards are equal.
     """
     centred = r - r.mean(1, keepdim=True)
     equal = (r == r[:, :1]).all(1, keepdim=True)
@@ -181,7 +181,7 @@ def main(argv):
         sampled['adv'] = group_advantage(r).flatten()                       # (P, G) -> (B,)
         clipped = sampled['adv'].clamp(-config.clip_adv, config.clip_adv)
         sampled['good'] = clipped / (2 * config.clip_adv) + 0.5
-        scale = 1 / (P * G * config.levels)             # as many on every rank
+        scale = 1 / (P * G * config.levels)     # every rank has as many: DDP's mean is the mean
 
         uae.train()                             # turns on the recomputation of activations
         for epoch in range(config.epochs):

@@ -27,8 +27,8 @@ def images_at_once(config):
 def warn_of_losses(what, lost, config):
     """One line for what a text loses on its way to tokens; lost: see `Encoder.tokens`."""
     if lost.get('cut'):
-        print(f'warning: of {what} {lost["cut"]} longer than caption_len - 1 = '
-              f'{config.caption_len - 1} tokens, cut there')
+        print(f'warning: of {what} {lost["cut"]} with more than caption_len - 1 = '
+              f'{config.caption_len - 1} tokens, which were cut')
     if lost.get('unknown'):
         print(f'warning: of {what} {lost["unknown"]} words are not in the tokenizer')
 
