@@ -1,4 +1,5 @@
-"""How the repository is kept: 100 columns, 550 lines a file, imports in one direction."""
+"""How the repository is kept: 100 columns, 550 lines a file, 60 a function, imports in one direction,
+and the names of a family of models in the one file that drives it."""
 import ast
 import graphlib
 import os
@@ -11,7 +12,16 @@ from conftest import ROOT
 
 COLUMNS = 100
 LINES = 550
+FUNCTION = 60
 MAY_BE_LONG = ('data/shapes/', 'tests/')
+# what a stage reads, and what it may not import; the last three are doors to bench/ and tools/
+CORE = re.compile(r'(lib/)?\w+\.py')
+DOORS = ('eval_unified.py', 'eval_t2i.py', 'sample.py')
+BESIDE = ('bench', 'tools', 'docs', 'tests')
+# what a model's classes and fields are called -> the file that knows it
+FAMILIES = {
+    r'Qwen2_|text_config|vision_config|image_token_id|image_grid_thw|get_rope_index': 'encoder.py',
+    r'SD3|StableDiffusion|AutoencoderKL|joint_attention_dim|pooled_proj|CLIPText': 'decoder.py'}
 FENCE = ('```', '~~~')
 # a list's or a reference's mark and then one word with a URL in it, which nothing can break
 LONE_URL = re.compile(r'\s*([-*>]|\d+\.|\[[^]]+\]:)?\s*\S*https?://\S+')
@@ -59,6 +69,24 @@ def long_files(root, files):
         if file.endswith('.py') and not file.startswith(MAY_BE_LONG):
             if len(read(root, file).splitlines()) > LINES:
                 found.append(file)
+    return found
+
+
+def long_functions(root, files):
+    """file: name of every function that is too long; of a `main` its loop counts."""
+    found = []
+    for file in files:
+        if not file.endswith('.py') or file.startswith(MAY_BE_LONG):
+            continue
+        for node in ast.walk(ast.parse(read(root, file))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            parts = [node]
+            if node.name == 'main':
+                parts = [part for part in node.body if isinstance(part, ast.For)]
+            for part in parts:
+                if part.end_lineno - part.lineno >= FUNCTION:
+                    found.append(f'{file}: {node.name}')
     return found
 
 
@@ -127,18 +155,34 @@ def cycle(graph):
     return []
 
 
-def imports_from_tests(root, files):
-    """'importer: name' wherever something outside tests/ imports from it."""
+def imports_from(folders, root, files, importers):
+    """'importer: name' wherever one of them imports from one of the folders."""
     found = []
-    for file in files:
-        if not file.endswith('.py') or file.startswith('tests/'):
-            continue
+    for file in importers:
         for name in imported_names(root, file):
-            targets = files_of(name, file, files)
-            inside = any(target.startswith('tests/') for target in targets)
-            if name.split('.')[0] == 'tests' or inside:
+            places = {name.split('.')[0]}
+            places.update(target.split('/')[0] for target in files_of(name, file, files))
+            if places & set(folders):
                 found.append(f'{file}: {name}')
     return found
+
+
+def outside_tests(files):
+    return [file for file in files if file.endswith('.py') and not file.startswith('tests/')]
+
+
+def code_of(root, file):
+    """A Python file without its comments and docstrings."""
+    return ast.unparse(without_docstrings(ast.parse(read(root, file))))
+
+
+def without_docstrings(tree):
+    for node in ast.walk(tree):
+        body = getattr(node, 'body', None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            body[0] = ast.Pass()
+    return tree
 
 
 # --- the repository -------------------------------------------------------------------------------
@@ -156,8 +200,14 @@ def test_lines_have_at_most_100_columns(files):
     assert not wide_lines(ROOT, files)
 
 
-def test_files_have_at_most_550_lines(files):
+def test_files_and_functions_are_not_long(files):
     assert not long_files(ROOT, files)
+    assert not long_functions(ROOT, files)
+
+
+def test_nothing_is_left_to_do(files):
+    for file in outside_tests(files):
+        assert not re.search(r'\b(TODO|FIXME|XXX)\b', read(ROOT, file)), file
 
 
 def test_imports_go_in_one_direction(files):
@@ -168,7 +218,22 @@ def test_imports_go_in_one_direction(files):
 
 
 def test_nothing_outside_tests_imports_from_tests(files):
-    assert not imports_from_tests(ROOT, files)
+    assert not imports_from(['tests'], ROOT, files, outside_tests(files))
+
+
+def test_what_a_stage_reads_imports_nothing_of_what_lies_beside_it(files):
+    core = [file for file in files if CORE.fullmatch(file) and file not in DOORS]
+    assert {'grpo_encoder.py', 'encoder.py', 'lib/checkpoint.py'} <= set(core)
+    assert not imports_from(BESIDE, ROOT, files, core)
+
+
+@pytest.mark.parametrize('names, home', FAMILIES.items(), ids=FAMILIES.values())
+def test_a_family_of_models_is_known_to_one_file(files, names, home):
+    """What a stage imports knows neither Qwen's names nor SD3's: another takes another class."""
+    core = [file for file in files if CORE.fullmatch(file) and file != home]
+    known = [file for file in core if re.search(names, code_of(ROOT, file))]
+    assert not known
+    assert re.search(names, code_of(ROOT, home))
 
 
 # --- the rules themselves -------------------------------------------------------------------------
@@ -195,20 +260,23 @@ see https://example.org/{WIDE}
 '''
 
 
-def test_wide_lines_and_long_files_are_seen(tmp_path):
+def test_wide_lines_and_long_files_and_functions_are_seen(tmp_path):
+    function = 'def long():\n' + '    pass\n' * 60
     files = [
-        plant(tmp_path, 'a.py', f'{WIDE}\n{WIDE[1:]}\n'),
+        plant(tmp_path, 'a.py', f'"{WIDE}"\n"{WIDE[3:]}"\n'),
         plant(tmp_path, 'Makefile', f'all:\n\t{WIDE}\n'),
         plant(tmp_path, 'docs/a.md', MARKDOWN),
         plant(tmp_path, 'data/table.json', WIDE),
         plant(tmp_path, 'b.py', '\n' * 551),
         plant(tmp_path, 'c.py', '\n' * 550),
+        plant(tmp_path, 'd.py', function + function.replace('    pass\n', '', 1)),
         plant(tmp_path, 'tests/b.py', '\n' * 551),
         plant(tmp_path, 'data/shapes/b.py', '\n' * 551),
     ]
     expected = ['a.py:1', 'Makefile:2', 'docs/a.md:2', 'docs/a.md:5', 'docs/a.md:12']
     assert wide_lines(tmp_path, files) == expected
     assert long_files(tmp_path, files) == ['b.py']
+    assert long_functions(tmp_path, files) == ['d.py: long']
 
 
 @pytest.mark.parametrize('back', [
@@ -245,4 +313,4 @@ def test_imports_from_tests_are_seen(tmp_path, line, count):
         plant(tmp_path, 'tests/running.py', 'import a'),
         plant(tmp_path, 'tests/test_a.py', line),
     ]
-    assert len(imports_from_tests(tmp_path, files)) == count
+    assert len(imports_from(['tests'], tmp_path, files, outside_tests(files))) == count
