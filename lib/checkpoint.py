@@ -1,10 +1,9 @@
 """Checkpoints: where a run starts, what it leaves, and how a killed one goes on.
 
 A checkpoint is a folder step_NNNNNN of safetensors and JSON: encoder/, decoder/ and
-projector.safetensors hold full weights, or with LoRA the adapters (the encoder's in peft's layout,
-the decoder's as StableDiffusion3Pipeline.save_lora_weights writes it). meta.json has the step and
-the keys, state.pt the optimizer. It is written beside and renamed, so that a kill never leaves half
-a checkpoint.
+projector.safetensors hold full weights, or with LoRA the adapters (lib/lora.py). meta.json has the
+step and the keys, state.pt the optimizer. It is written beside and renamed, so that a kill never
+leaves half a checkpoint.
 """
 import argparse
 import json
@@ -31,6 +30,7 @@ from model import Projector, UAE, frozen_copy
 FIXED = ('encoder', 'decoder', 'lora_rank', 'cond_len')
 TOLD = ('condition', 'resolution', 'caption_prompt', 'negative_prompt', 'guidance', 'caption_len')
 TEXT_ENCODER = 'text_encoder/model.safetensors'
+POOLED = 'out/pooled'                   # where `open_decoder` keeps a constant of each decoder
 
 
 # --- finding one ---------------------------------------------------------------------------------
@@ -53,6 +53,13 @@ def newest(out_dir):
     return None
 
 
+def resumed(config):
+    """The checkpoint that --resume goes on from; None without the flag, or where none is yet."""
+    if config.resume:
+        return newest(config.out_dir)
+    return None
+
+
 def find_checkpoint(config, need_projector=True):
     """The folder a run starts from: --resume's own newest, --init_from, or the shipped base.
 
@@ -60,9 +67,7 @@ def find_checkpoint(config, need_projector=True):
     it is. Raises SystemExit in one line when there is none, when it is half-written, or when it
     belongs to other base models.
     """
-    folder = None
-    if config.resume:
-        folder = newest(config.out_dir)
+    folder = resumed(config)
     if not folder and not config.init_from:
         return find_base(config, need_projector)
     if not folder and config.init_from.startswith('uae:'):
@@ -200,7 +205,7 @@ def open_decoder(config, start):
     local = os.path.isdir(config.decoder)
     if not local or os.path.isdir(f'{config.decoder}/text_encoder'):
         name = config.decoder.strip('/').replace('/', '--')
-        cache = os.path.join('out', f'pooled-{name}.safetensors')
+        cache = f'{POOLED}-{name}.safetensors'
         if not os.path.exists(cache):
             pooled = decoder.pooled_of_nothing(config.decoder)
             write_atomic(cache, lambda path: save_file(dict(pooled=pooled), path))
@@ -245,7 +250,7 @@ def open_reference(uae, parts, config):
     parts: of 'encoder', 'projector', 'decoder'. A resumed run loads them from where it began.
     """
     twin = uae.reference(*parts)
-    if not config.resume or not newest(config.out_dir):
+    if not resumed(config):
         return twin
     begun = argparse.Namespace(**dict(vars(config), resume=False))
     start = find_checkpoint(begun)
@@ -311,9 +316,7 @@ def open_out_dir(config, run):
     if ranks.total(used and not config.resume, run):
         raise SystemExit(f'{config.out_dir} is not empty: --resume continues it, '
                          '--out_dir=ELSEWHERE starts anew')
-    folder = None
-    if config.resume:
-        folder = newest(config.out_dir)
+    folder = resumed(config)
     folders = ranks.gather_objects([folder], run)
     if folder != folders[0]:
         raise SystemExit(f'--resume: rank 0 goes on from {folders[0]}, rank {run.rank} sees '
@@ -341,7 +344,7 @@ def tell_changes(begun, config):
     """Prints the keys in which a resumed run differs from the configuration it was begun with."""
     now = json.loads(json.dumps(vars(config)))       # a tuple comes back from JSON as a list
     for key, old in begun.items():
-        new = now.get(key)
+        new = now.get(key, old)                      # old: a key of before
         if new != old and key not in ('resume', 'out_dir', 'changed'):
             print(f'resume: {key}={new!r}, the run was begun with {old!r}')
 
@@ -384,11 +387,8 @@ def save_models(uae, folder):
 
 
 def restore(config, optimiser):
-    """With --resume: loads the optimizer's state of out_dir's newest checkpoint -> what was extra.
-    """
-    folder = None
-    if config.resume:
-        folder = newest(config.out_dir)
+    """With --resume: loads the optimizer's state -> what `save` was given as extra."""
+    folder = resumed(config)
     if not folder:
         return {}
     try:

@@ -5,8 +5,10 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from config import shared
@@ -175,6 +177,34 @@ def test_a_projector_of_another_width_is_refused(tmp_path):
     tensors = load_file(f'{BASE}/projector.safetensors')
     save_file(dict(tensors, **{'up.bias': torch.zeros(3)}), tmp_path / 'projector.safetensors')
     assert 'does not fit' in refusal(opened, shared_config(flag))
+
+
+def test_the_pooled_embedding_of_nothing_is_the_pipelines(tmp_path, monkeypatch):
+    """Computed once by the text encoders that come with the decoder, and cached."""
+    flag = model_folder('decoder', tmp_path)
+    folder = tmp_path / 'decoder'
+    parts = {}
+    for number in ('', '_2'):
+        vocabulary = {'<|startoftext|>': 0, '<|endoftext|>': 1, 'a</w>': 2}
+        tokenizer = transformers.CLIPTokenizer(vocabulary, [], model_max_length=6)
+        text_encoder = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
+            vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=6, projection_dim=16, eos_token_id=1,
+            bos_token_id=0)).eval()
+        tokenizer.save_pretrained(folder / f'tokenizer{number}')
+        text_encoder.save_pretrained(folder / f'text_encoder{number}')
+        parts.update({f'tokenizer{number}': tokenizer, f'text_encoder{number}': text_encoder})
+    monkeypatch.setattr(checkpoint, 'POOLED', f'{tmp_path}/pooled')
+    decoder = checkpoint.open_decoder(shared_config(flag), '')
+    pipe = diffusers.StableDiffusion3Pipeline(
+        **parts, text_encoder_3=None, tokenizer_3=None, transformer=decoder.transformer,
+        vae=decoder.vae, scheduler=decoder.scheduler)
+    expected = pipe.encode_prompt('', '', '', do_classifier_free_guidance=False)[2]
+    assert expected.any()
+    torch.testing.assert_close(decoder.pooled, expected)
+    shutil.rmtree(folder / 'tokenizer')
+    again = checkpoint.open_decoder(shared_config(flag), '')
+    assert torch.equal(again.pooled, decoder.pooled)
 
 
 # --- the reference policy of a resumed run --------------------------------------------------------
