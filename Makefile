@@ -42,10 +42,10 @@ bench: demo
 # published sizes, random weights, no recomputation: SD3.5-medium, then -large, with Qwen2.5-VL-3B;
 # sized for a card of 80 GB (others: ARGS="--micro_batch=1")
 FULL = bench/speed.py --random=True --steps=5 --checkpointing=False --guidance=1.0
-COLD_START = --stage=cold_start --prompts=4 --micro_batch=1
-GRPO_ENCODER = --stage=grpo_encoder --prompts=8 --group=4 --micro_batch=8
-GRPO_DECODER = --stage=grpo_decoder --prompts=4 --group=8 --micro_batch=4 --sde_window=3 \
-    --train_steps=1
+COLD_START = --stage=cold_start --batch=4 --micro_batch=1
+GRPO_ENCODER = --stage=grpo_encoder --batch=8 --group=4 --micro_batch=8
+GRPO_DECODER = --stage=grpo_decoder --batch=4 --group=8 --micro_batch=4 --noisy_steps=3 \
+    --trained_steps=1
 OF_MEDIUM = --preset=medium --json=out/bench/medium
 OF_LARGE = --preset=paper --json=out/bench/paper
 bench-gpu: setup

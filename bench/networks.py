@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import grpo_decoder
-from policy import CaptionCache, cached_states, next_state
+from encoder import CaptionCache, next_state
 
 
 class Call(NamedTuple):
@@ -31,7 +31,7 @@ class Call(NamedTuple):
     def repeat(self, uae):
         """All calls of a step, with their backward passes."""
         for _ in range(self.times):
-            with torch.set_grad_enabled(self.backward), uae.autocast():
+            with torch.set_grad_enabled(self.backward), uae.encoder.autocast():
                 out = self.run(self.rows)
             if self.backward:
                 out.backward(torch.ones_like(out))
@@ -46,20 +46,22 @@ class Networks:
         self.uae = uae
         self.tower = stage.tower
         self.G = stage.G
-        self.language_model = uae.language_model
-        self.text_encoder = uae.text_encoder or uae.language_model
+        encoder = uae.encoder
+        self.encoder = encoder
+        self.language_model = encoder.language_model
+        self.text_encoder = encoder.text_encoder or encoder.language_model
         blank = torch.zeros(3, c.resolution, c.resolution, dtype=torch.uint8)
-        pixels = uae.processor.image_processor(images=[blank], return_tensors='pt')
+        pixels = encoder.processor.image_processor(images=[blank], return_tensors='pt')
         self.pixels = pixels['pixel_values'].to(uae.device)
         self.grid = pixels['image_grid_thw'].to(uae.device)
-        merged = uae.encoder.config.vision_config.spatial_merge_size ** 2
+        merged = encoder.vlm.config.vision_config.spatial_merge_size ** 2
         image_tokens = int(self.grid.prod()) // merged
-        self.prompt_len = len(uae.before_image) + image_tokens + len(uae.after_image)
-        text_len = len(uae.before_text) + c.caption_len + len(uae.after_text)
+        self.prompt_len = len(encoder.before_image) + image_tokens + len(encoder.after_image)
+        text_len = len(encoder.before_text) + c.caption_len + len(encoder.after_text)
         self.attend = (torch.arange(c.cond_len, device=uae.device) < text_len).long()
 
     def embedded(self, n, length):
-        return self.uae.embed(torch.zeros(n, length, dtype=torch.long, device=self.uae.device))
+        return self.encoder.embed(torch.zeros(n, length, dtype=torch.long, device=self.uae.device))
 
     def noise(self, n, shape, dtype, requires_grad=False):
         return torch.randn(n, *shape, device=self.uae.device, dtype=dtype,
@@ -68,13 +70,13 @@ class Networks:
     # --- the language model ----------------------------------------------------------------------
     def cached(self, n, length, start, cache):
         """States (n, length, d) of new tokens behind those in the cache."""
-        positions = start + torch.arange(length, device=self.uae.device).expand(3, n, length)
-        return cached_states(self.language_model, self.embedded(n, length), positions, cache)
+        positions = self.encoder.positions_after(start, n, length)
+        return self.encoder.run(self.embedded(n, length), positions, cache)
 
     def prefill(self, n, G, room=0):
         """The prompt once for G captions: the cache of n rows and their last state (n, 1, d)."""
         G = min(n, G)
-        cache = DynamicCache(config=self.uae.encoder.config.text_config)
+        cache = DynamicCache(config=self.language_model.config)
         h = self.cached(n // G, self.prompt_len, 0, cache)
         if room:
             cache = CaptionCache(cache, G, room)
@@ -86,17 +88,17 @@ class Networks:
         """n captions token by token, G for each image."""
         T = self.config.caption_len
         cache, h = self.prefill(n, G, T)
-        self.uae.head(h)
+        self.encoder.head(h)
         for t in range(T - 1):
-            position = self.prompt_len + t
+            position = torch.full((1,), self.prompt_len + t, device=self.uae.device)
             h = next_state(self.language_model, self.embedded(n, 1), position, cache)
-            self.uae.head(h)
+            self.encoder.head(h)
 
     def scores(self, n):
         """Logits (n, T, V) of n captions at once."""
         cache, first = self.prefill(n, self.G)
         others = self.cached(n, self.config.caption_len, self.prompt_len, cache)
-        return self.uae.head(torch.cat([first, others], 1)[:, :-1])
+        return self.encoder.head(torch.cat([first, others], 1)[:, :-1])
 
     def text(self, n):
         """Captions to conditions (n, cond_len, D)."""
@@ -107,24 +109,25 @@ class Networks:
     # --- the others ------------------------------------------------------------------------------
     def vision(self, n):
         pixels = self.pixels.repeat(n, 1)
-        return self.uae.encoder.model.get_image_features(pixels, self.grid.repeat(n, 1))
+        return self.encoder.vlm.model.get_image_features(pixels, self.grid.repeat(n, 1))
 
     def decoder(self, n, condition_grad=False, latent_grad=False):
         """v (n, C, H, W), its inputs with the gradients that a step asks of them."""
         decoder = self.uae.decoder
-        width = self.uae.projector.down.out_features
-        z = self.noise(n, self.uae.decoder.latent_shape(), decoder.dtype, latent_grad)
-        c = self.noise(n, (self.config.cond_len, width), decoder.dtype, condition_grad)
-        pooled = self.uae.pooled.expand(n, -1).to(decoder.dtype)
-        return decoder(z, c, pooled, torch.ones(n, device=self.uae.device)).sample
+        dtype = decoder.transformer.dtype
+        z = self.noise(n, decoder.latent_shape(), dtype, latent_grad)
+        c = self.noise(n, (self.config.cond_len, decoder.width), dtype, condition_grad)
+        pooled = decoder.pooled.expand(n, -1).to(dtype)
+        return decoder.transformer(z, c, pooled, torch.ones(n, device=self.uae.device)).sample
 
     def vae(self, n, grad=False):
-        z = self.noise(n, self.uae.decoder.latent_shape(), self.uae.vae.dtype, grad)
-        return self.uae.vae.decode(z).sample
+        z = self.noise(n, self.uae.decoder.latent_shape(), self.uae.decoder.vae.dtype, grad)
+        return self.uae.decoder.vae.decode(z).sample
 
     def reward(self, n, grad=False):
-        side = self.tower.pre['crop']
-        return self.tower.tower(self.noise(n, (3, side, side), torch.float32, grad))
+        (clip,) = self.tower.towers
+        side = clip.pre['crop']
+        return clip.tower(self.noise(n, (3, side, side), torch.float32, grad))
 
 
 # --- what a step needs from them -----------------------------------------------------------------
@@ -142,7 +145,7 @@ def network_calls(stage):
         raise SystemExit('the bare networks are known for --condition=text --reward=clip '
                          '--checkpointing=False')
     networks = Networks(stage)
-    P, G = len(stage.x), stage.G
+    P, G = c.batch, stage.G
     calls = [Call('vision tower', P, networks.vision, 1, False)]
     if stage.name == 'cold_start':
         calls += cold_start_calls(networks, P)
@@ -160,7 +163,7 @@ def rows_of_a_denoising_step(c, rows):
 
 def cold_start_calls(net, P):
     c = net.config
-    S, K = c.sample_steps, c.grad_steps
+    S, K = c.denoise_steps, c.grad_steps
     part = whole_groups(P, 1, c.micro_batch)
     updates = P // part
     unconditional = updates * K if c.guidance != 1.0 else 0
@@ -180,39 +183,34 @@ def cold_start_calls(net, P):
     ]
 
 
+def passes(name, rows, run, times, size):
+    """`times` calls on `rows` rows each, which go in passes of at most `size` rows (0 = all)."""
+    at_once = min(rows, size or rows)
+    return Call(name, at_once, run, times * (rows // at_once), False)
+
+
 def drawing_calls(net, B, G, captions):
     """A rollout's drawings and rewards; captions: how many of an image are drawn."""
     c = net.config
-    rows = whole_groups(B, G, c.micro_batch)
-    drawn = min(rows, c.micro_batch or rows)        # the VAE goes by micro_batch in any case
-    rollouts = B // rows
-    images = rows // G
-    denoised = rows_of_a_denoising_step(c, rows)
+    P = B // G
+    denoised = rows_of_a_denoising_step(c, B)
     return [
-        Call('caption to condition', images * captions, net.text, rollouts, False),
-        Call('decoder', denoised, net.decoder, rollouts * c.sample_steps, False),
-        Call('vae', drawn, net.vae, B // drawn, False),
-        Call('reward tower', images, net.reward, rollouts, False),
-        Call('reward tower', rows, net.reward, rollouts, False),
+        passes('caption to condition', P * captions, net.text, 1, c.micro_batch),
+        passes('decoder', denoised, net.decoder, c.denoise_steps, c.micro_batch),
+        passes('vae', B, net.vae, 1, c.micro_batch),
+        Call('reward tower', P, net.reward, 1, False),
+        Call('reward tower', B, net.reward, 1, False),
     ]
-
-
-def update_rows(B, G, size):
-    """Rows of ranks.sample_slices, of a number of samples that they divide."""
-    if size and size < G:
-        return min(B, size)
-    return whole_groups(B, G, size)
 
 
 def grpo_encoder_calls(net, P, G):
     c, B = net.config, P * G
-    written = whole_groups(B, G, c.caption_batch)
     write = partial(net.captions, G=G)
-    part = update_rows(B, G, c.micro_batch)
+    part = min(B, c.micro_batch or B)
     updates = B // part
     of_reference = updates if c.kl else 0
     return [
-        Call('captions token by token', written, write, B // written, False),
+        Call('captions token by token', B, write, 1, False),
         *drawing_calls(net, B, G, captions=G),
         Call('captions at once', part, net.scores, updates, True),
         Call('captions at once', part, net.scores, of_reference, False),
@@ -220,16 +218,18 @@ def grpo_encoder_calls(net, P, G):
 
 
 def grpo_decoder_calls(net, P, G):
-    """The trained steps are replayed in one pass."""
+    """Rows are samples times their trained steps."""
     c, B = net.config, P * G
-    _, trained = grpo_decoder.window(0, c, net.uae.sigmas(c.sample_steps))
-    part = update_rows(B, G, c.micro_batch)
-    rows = len(trained) * part
-    updates = B // part
-    of_reference = updates if c.kl else 0
-    return [
+    _, trained = grpo_decoder.window(0, c, net.uae.decoder.sigmas(c.denoise_steps))
+    rows = B * len(trained)
+    part = min(rows, c.micro_batch or rows)
+    updates = rows // part
+    calls = [
         Call('captions token by token', P, net.captions, 1, False),
         *drawing_calls(net, B, G, captions=1),
-        Call('decoder', rows, net.decoder, updates, True),
-        Call('decoder', rows_of_a_denoising_step(c, rows), net.decoder, of_reference, False),
+        Call('decoder', part, net.decoder, updates, True),
     ]
+    if c.kl:
+        branches = rows_of_a_denoising_step(c, part)
+        calls.append(passes('decoder', branches, net.decoder, updates, c.micro_batch))
+    return calls

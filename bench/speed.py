@@ -6,7 +6,7 @@
     python bench/speed.py --part=ranks          # one rank and two
     python bench/speed.py --random=True --preset=medium     # published sizes (make bench-gpu)
 
-Keys of the stages and shared keys are taken too (--prompts=2 --preset=paper). What is compared is
+Keys of the stages and shared keys are taken too (--batch=2 --preset=paper). What is compared is
 measured in turn; numbers are medians. Captions are exactly caption_len tokens: the end token is
 forbidden. With one CPU thread the clock is the process's own CPU time, else wall time.
 
@@ -30,8 +30,8 @@ import config
 from bench.networks import network_calls
 from bench.steps import SCRIPTS, STEPS, WARM_UP, Stage
 from bench.steps import forget_gradients, in_turn, key_of, measure, medians, seconds
-from log import peak_memory
-from tools.plan import flop_counter
+from lib.log import peak_memory
+from tools.flops import flop_counter
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
@@ -122,14 +122,14 @@ def one_stage(name, options, argv):
         torch.cuda.reset_peak_memory_stats()
     row, labels = limit(stage, options.steps)
     unit = 'captions' if name == 'grpo_encoder' else 'images'
-    per_second = len(stage.x) * stage.G / row['total']
+    per_second = stage.config.batch * stage.G / row['total']
     row[f'{unit}_per_sec'] = per_second
     row['peak_gb'] = peak_memory()
     row.update(utilisation(stage, row['update']))
 
     own = stage.config
-    title = (f'{name}: {len(stage.x)} x {stage.G}, T {own.caption_len}, '
-             f'S {own.sample_steps}, guidance {own.guidance}, {own.dtype}')
+    title = (f'{name}: {own.batch} x {stage.G}, T {own.caption_len}, '
+             f'S {own.denoise_steps}, guidance {own.guidance}, {own.dtype}')
     print_column(title, {part: row.get(part, 0.0) for part in PRINTED})
     bare = {label: row[label] for label in [*labels, 'networks']}
     print_column('bare networks, times x call x rows', bare)
@@ -142,19 +142,19 @@ def one_stage(name, options, argv):
 
 # --- part growth ---------------------------------------------------------------------------------
 SIZES = dict(
-    prompts=(2, 4, 8, 16),
+    batch=(2, 4, 8, 16),
     group=(2, 4, 8, 16),
     caption_len=(8, 16, 32, 64),
-    sample_steps=(4, 8, 16, 32),
+    denoise_steps=(4, 8, 16, 32),
 )
 # stage, the key that grows, the parts of the step that are timed
 GROWTHS = (
-    ('grpo_encoder', 'prompts', ('total',)),
+    ('grpo_encoder', 'batch', ('total',)),
     ('grpo_encoder', 'group', ('total',)),
     ('grpo_encoder', 'caption_len', ('captions', 'update')),
-    ('grpo_decoder', 'prompts', ('total',)),
+    ('grpo_decoder', 'batch', ('total',)),
     ('grpo_decoder', 'group', ('total',)),
-    ('grpo_decoder', 'sample_steps', ('rollout dit',)),
+    ('grpo_decoder', 'denoise_steps', ('rollout dit',)),
 )
 
 
@@ -172,7 +172,7 @@ def growth_of(name, key, parts, options, argv):
     sizes = SIZES[key]
     by_size = {}
     for size in sizes:
-        changes = {'prompts': 2, 'group': 4, 'cond_len': 72, key: size}
+        changes = {'batch': 2, 'group': 4, 'cond_len': 72, key: size}
         by_size[size] = Stage(name, argv, options.random, options.layers, **changes)
     turns = []
     for _ in range(options.steps + WARM_UP):
@@ -185,7 +185,7 @@ def growth_of(name, key, parts, options, argv):
     found = medians(turns)
     row = {}
     for size, stage in by_size.items():
-        units = len(stage.x) * stage.G
+        units = stage.config.batch * stage.G
         if parts != ('total',):
             units *= size                        # tokens or steps, not samples
         row[f'x {size // sizes[0]}'] = found[size] / units
@@ -198,9 +198,9 @@ def compiled(options, argv):
     """grpo_decoder.py's step with and without --compile=True."""
     off = Stage('grpo_decoder', argv, options.random, options.layers)
     on = Stage('grpo_decoder', argv, options.random, options.layers)
-    on.uae.compile_decoder()
+    on.uae.decoder.compile_blocks()
     if on.reference:
-        on.reference.compile_decoder()
+        on.reference.decoder.compile_blocks()
     first_step = seconds(measure, on)
     found = in_turn(dict(off=(off, None), on=(on, None)), options.steps)
     out = {}

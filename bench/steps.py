@@ -8,15 +8,15 @@ import time
 
 import torch
 
-from lib import checkpoint
 import cold_start
-from lib import ranks
 import grpo_decoder
 import grpo_encoder
 from config import parse, shared
 from data.images import open_data
+from lib import checkpoint, ranks
+from lib.optimiser import Optimiser
 from reward import reward_tower
-from tools import plan
+from tools.rehearse import ARCHITECTURES, RandomImages, random_reward, shortened, skeleton
 
 SCRIPTS = dict(cold_start=cold_start, grpo_encoder=grpo_encoder, grpo_decoder=grpo_decoder)
 TRAINED = dict(
@@ -56,36 +56,6 @@ def medians(turns):
     return found
 
 
-# --- models with random weights ------------------------------------------------------------------
-LAYER_COUNTS = ('depth', 'num_layers', 'num_hidden_layers')
-LAYER_LISTS = ('fullatt_block_indexes', 'dual_attention_layers')
-
-
-def shortened(architecture, layers):
-    """A published configuration with at most that many layers in each network; widths stay."""
-    found = {}
-    for key, value in architecture.items():
-        if isinstance(value, dict):
-            value = shortened(value, layers)
-        elif key in LAYER_COUNTS:
-            value = min(value, layers)
-        elif key in LAYER_LISTS:
-            value = [i for i in value if i < layers]
-        found[key] = value
-    return found
-
-
-def random_models(config, layers, device):
-    """UAE and reward tower in the published sizes of c's models; layers: see `shortened`, 0 = all.
-
-    The tokenizer is the tiny one.
-    """
-    known = plan.ARCHITECTURES
-    if layers:
-        known = shortened(known, layers)
-    return plan.skeleton(config, device, known), plan.random_reward(config, device, known)
-
-
 # --- a stage and its step ------------------------------------------------------------------------
 def key_of(argument):
     return argument.split('=')[0].removeprefix('--')
@@ -103,30 +73,32 @@ class Stage:
         known = {'preset', *shared, *script.keys}
         argv = [*argv, *(f'--{key}={value}' for key, value in changes.items())]
         argv = [argument for argument in argv if key_of(argument) in known]
-        config = parse(script.keys, script.own_presets, argv, script.__file__)
+        config = parse(script.keys, script.own_presets, argv, script.__file__, script.limits)
         run = ranks.start(config)
         self.name = name
         self.config = config
         self.G = getattr(config, 'group', 1)
         self.open_models(random, layers, run.device)
-        self.optimiser = common.Optimiser(self.params, config)
-        self.train = None
+        self.optimiser = Optimiser(self.params, config)
+        self.train = RandomImages(config)
         if not random:
             self.train, _ = open_data(config, run)
-        batch = self.data()
-        self.x = batch['x'].to(run.device)
-        self.index = batch['index']
+        self.images = self.data()
         self.spent = collections.Counter()       # seconds of the present step by part
         self.watch_networks()
 
     def open_models(self, random, layers, device):
+        """layers: of every network with random weights, widths as published; 0 = all."""
         config = self.config
         if random:
-            self.uae, self.tower = random_models(config, layers, device)
+            known = shortened(ARCHITECTURES, layers) if layers else ARCHITECTURES
+            self.uae = skeleton(config, device, known)
+            self.tower = random_reward(config, device, known)
         else:
             self.uae = checkpoint.open_uae(config, device)
             self.tower = reward_tower(config, device)
-        self.uae.forbidden[self.uae.end] = True
+        encoder = self.uae.encoder
+        encoder.forbidden[encoder.end] = True
         self.params = self.uae.train_only(*TRAINED[self.name])
         self.negative = None
         if config.guidance != 1.0 and self.name == 'grpo_decoder':
@@ -137,11 +109,7 @@ class Stage:
 
     def data(self):
         """A batch of images, read anew."""
-        config = self.config
-        if self.train:
-            return self.train.batch(config.seed, 0, config.prompts)
-        x = torch.rand(config.prompts, 3, config.resolution, config.resolution) * 2 - 1
-        return dict(x=x, index=torch.arange(config.prompts))
+        return self.train.batch(self.config.seed, 0, self.config.batch)
 
     def watch(self, owner, name, part):
         """Adds the seconds of every call of owner.name to spent[part]."""
@@ -156,65 +124,88 @@ class Stage:
         setattr(owner, name, watched)
 
     def watch_networks(self):
-        self.watch(self.uae, 'see', 'captions')
-        self.watch(self.uae, 'sample_captions', 'captions')
+        encoder, decoder = self.uae.encoder, self.uae.decoder
+        self.watch(encoder, 'see', 'captions')
+        self.watch(encoder, 'sample', 'captions')
         self.watch(self.uae, 'condition', 'condition')
-        self.watch(self.uae.vae, 'decode', 'vae')
-        self.watch(self.tower, 'features', 'reward')
-        self.watch(self.uae.decoder, 'forward', 'dit')
-        if self.reference and self.reference.decoder is not self.uae.decoder:
-            self.watch(self.reference.decoder, 'forward', 'dit')
+        self.watch(decoder.vae, 'decode', 'vae')
+        self.watch(self.tower, 'reward', 'reward')
+        self.watch(decoder.transformer, 'forward', 'dit')
+        if self.reference and self.reference.decoder is not decoder:
+            self.watch(self.reference.decoder.transformer, 'forward', 'dit')
 
 
 # Each step as its script does it, without data, optimiser and log: yields the name of each part
 # that is done, and leaves the gradients.
 def cold_start_step(stage):
-    config = stage.config
-    seen, batch = cold_start.caption(stage.uae, stage.x, stage.index, 0, config)
+    config, uae = stage.config, stage.uae
+    sampled, vision = cold_start.rollout(uae, stage.images, 0, config)
     yield 'rollout'
-    for _, rows, _ in ranks.group_slices(len(stage.x), 1, config.micro_batch):
-        part, seen_part = ranks.take(batch, rows), ranks.take(seen, rows)
-        share = 1 / config.prompts
-        loss = stage.uae(cold_start.loss_of, stage.tower, seen_part, part, share, config)
-        loss.backward()
+    uae.train()
+    for _, rows, _ in ranks.sample_slices(config.batch, 1, config.micro_batch):
+        part = ranks.take(sampled, rows)
+        loss = cold_start.reconstruction_loss(uae, stage.tower, **part, config=config,
+                                              vision=ranks.take(vision, rows))
+        (loss * len(part['x']) / config.batch).backward()
+    uae.eval()
     yield 'update'
 
 
 def grpo_encoder_step(stage):
     config, uae = stage.config, stage.uae
-    seen, batch, r = grpo_encoder.rollout(uae, stage.tower, stage.x, stage.index, 0, config)
-    batch['adv'] = grpo_encoder.group_advantage(r, config.adv_std).flatten()
+    sampled, r, vision = grpo_encoder.rollout(uae, stage.tower, stage.images, 0, config)
+    sampled['adv'] = grpo_encoder.group_advantage(r, config.adv_std).flatten()
     yield 'rollout'
-    batch['old_logp'] = batch['recorded']
-    batch['weight'], count = grpo_encoder.token_weights(batch['mask'], config)
-    if stage.reference:
-        batch['ref_logp'] = grpo_encoder.reference_logp(stage.reference, seen, batch['y'], config)
-    for images, rows, _ in ranks.sample_slices(len(stage.x), config.group, config.micro_batch):
-        part, seen_part = ranks.take(batch, rows), ranks.take(seen, images)
-        loss, _, _ = uae(grpo_encoder.loss_of, seen_part, part, 1 / count, True, config)
-        loss.backward()
+    sampled['weight'], count = grpo_encoder.token_weights(sampled['mask'], config.loss_mean)
+    uae.train()
+    for shown, rows, _ in ranks.sample_slices(config.batch, config.group, config.micro_batch):
+        part, seen = ranks.take(sampled, rows), ranks.take(vision, shown)
+        logp = uae.encoder.logp(seen, part['y'], config.temperature)
+        loss, _ = grpo_encoder.policy_loss(
+            logp, logp.detach(), part['adv'], part['mask'], config.clip_range, config.ratio,
+            part['weight'])
+        weight = part['weight'].sum()
+        if stage.reference:
+            with torch.no_grad():
+                ref_logp = stage.reference.encoder.logp(seen, part['y'], config.temperature)
+            k3 = grpo_encoder.kl_k3(logp, ref_logp)
+            loss = loss + config.kl * (k3 * part['weight']).sum() / weight
+        (loss * weight / count).backward()
+    uae.eval()
     yield 'update'
 
 
 def decoder_rollout(stage):
-    """The batch of grpo_decoder.loss_of."""
-    batch, r, _ = grpo_decoder.rollout(stage.uae, stage.tower, stage.x, stage.index, 0,
-                                       stage.config, stage.negative)
-    batch['adv'] = grpo_decoder.group_advantage(r).flatten()
-    batch['old_logp'] = batch['recorded']
-    return batch
+    """What an update of stage 3 takes, and the numbers of its trained steps."""
+    config = stage.config
+    sampled, r, _ = grpo_decoder.rollout(stage.uae, stage.tower, stage.images, 0, config,
+                                         stage.negative)
+    sampled['adv'] = grpo_decoder.group_advantage(r).flatten()
+    sigmas = stage.uae.decoder.sigmas(config.denoise_steps)
+    return sampled, grpo_decoder.window(0, config, sigmas)[1]
 
 
 def grpo_decoder_step(stage):
-    config = stage.config
-    batch = decoder_rollout(stage)
+    config, uae = stage.config, stage.uae
+    sampled, trained = decoder_rollout(stage)
     yield 'rollout'
-    share = 1 / len(batch['adv'])
-    for _, rows, _ in ranks.sample_slices(len(stage.x), config.group, config.micro_batch):
-        part = ranks.take(batch, rows)
-        loss, _, _ = stage.uae(grpo_decoder.loss_of, stage.reference, part, 0, share, True, config,
-                               stage.negative)
-        loss.backward()
+    P, G, n = config.batch, config.group, len(trained)
+    uae.train()
+    for rows, at, _ in ranks.step_slices(P, G, n, config.micro_batch):
+        part = ranks.take(sampled, rows)
+        stored = dict(z=part['z'][:, at], z_next=part['z_next'][:, at], c=part['c'],
+                      steps=trained[at], S=config.denoise_steps, kind=config.sde,
+                      noise_level=config.noise_level, negative=stage.negative)
+        v0 = part['v0'][:, at] if 'v0' in part else None
+        logp, mean, std = uae.decoder.step_logp(**stored, v0=v0)
+        loss, _ = grpo_decoder.policy_loss(logp, logp.detach(), part['adv'],
+                                           clip=config.clip_range)
+        if stage.reference:
+            with torch.no_grad():
+                _, ref_mean, _ = stage.reference.decoder.step_logp(**stored)
+            loss = loss + config.kl * grpo_decoder.kl_gauss(mean, ref_mean, std)
+        (loss * logp.numel() / (P * G * n)).backward()
+    uae.eval()
     yield 'update'
 
 
