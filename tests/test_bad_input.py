@@ -85,7 +85,9 @@ def test_a_folder_of_everything_trains_and_counts_what_it_skips(tmp_path, capsys
     # 2 steps of 8 see all 14
     log = tiny(name, out, f'--data={folder}', '--eval_every=2', images=8)
     assert [line['step'] for line in log] == [0, 1]
-    assert len(lines(out / 'eval.jsonl')) == 2
+    evaluations = lines(out / 'eval.jsonl')
+    assert len(evaluations) == 2
+    assert 'judge' in evaluations[0] and 'caption_recall' not in evaluations[0]
     skipped = []
     for line in capsys.readouterr().out.splitlines():
         if line.startswith('warning: skipped '):
