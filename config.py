@@ -15,9 +15,9 @@ import sys
 
 # --- shared keys ---------------------------------------------------------------------------------
 shared = dict(
-    # models: hub ids, or local folders in the library's own format
-    encoder = 'data/shapes/base/encoder',      # Qwen2_5_VLForConditionalGeneration + processor
-    decoder = 'data/shapes/base/decoder',      # transformer/ vae/ scheduler/ of diffusers
+    # models: hub ids, or local folders in the library's own format (docs/exchange.md: which)
+    encoder = 'data/shapes/base/encoder',      # of transformers, with its processor
+    decoder = 'data/shapes/base/decoder',      # of diffusers: transformer/ vae/ scheduler/
     clip = 'local-dir:data/shapes/base/clip',  # open_clip name:weights, or local-dir:FOLDER
     judge = 'data/shapes/base/judge',          # image tower that only evaluation sees; '' = none
     init_from = '',            # checkpoint of an earlier stage, or uae:DIR (the authors' release);
