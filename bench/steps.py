@@ -84,6 +84,7 @@ class Stage:
         if not random:
             self.train, _ = open_data(config, run)
         self.images = self.data()
+        self.x = self.images['x']
         self.spent = collections.Counter()       # seconds of the present step by part
         self.watch_networks()
 

@@ -231,7 +231,7 @@ def by_rows(call, size, *tensors):
     """
     if not size or torch.is_grad_enabled():
         return call(*tensors)
-    pieces = zip(*(tensor.split(size) for tensor in tensors))
+    pieces = zip(*(tensor.detach().split(size) for tensor in tensors))
     return torch.cat([call(*piece) for piece in pieces])
 
 

@@ -13,11 +13,11 @@ from bench import speed, steps
 from bench.networks import network_calls
 from bench.steps import Stage, measure
 from conftest import at
-from model import Parts
-from encoder import cached_states, next_state
+from decoder import Decoder
+from encoder import next_state
 from running import STAGES, refusal, tiny
 from tests.peers import flow_grpo, full_logits
-from tools import plan
+from tools import rehearse
 
 SMALL = ['--batch=2', '--group=2', '--temperature=3', '--caption_len=6', '--denoise_steps=4',
          '--noisy_steps=2', '--trained_steps=2', '--eval_images=4', '--device=cpu']
@@ -39,7 +39,8 @@ def test_a_step_of_the_bench_is_the_script_s(name, extra, tmp_path):
     """The same gradient, up to the end token, which the bench forbids."""
     argv = SMALL + extra
     stage = Stage(name, argv)
-    stage.uae.encoder.forbidden[stage.uae.encoder.end] = False
+    for model in filter(None, (stage.uae, stage.reference)):
+        model.encoder.forbidden[model.encoder.end] = False
     known = {*config.shared, *steps.SCRIPTS[name].keys}
     argv = [argument for argument in argv if steps.key_of(argument) in known]
     log = tiny(name, tmp_path / 'run', *argv, steps=1)
@@ -53,7 +54,7 @@ def networks_by_part(stage):
     parts = [
         ('decoder', uae.decoder.transformer.pos_embed),
         ('vae', uae.decoder.vae.decoder),
-        ('reward', stage.tower.tower),
+        ('reward', stage.tower.towers[0].tower),
         ('lm', uae.encoder.vlm.model.language_model.layers[0].mlp),
         ('head', uae.encoder.head),
         ('projector', uae.projector),
@@ -64,7 +65,7 @@ def networks_by_part(stage):
         encoder = stage.reference.encoder.vlm
         of_reference = [
             ('decoder', stage.reference.decoder.transformer.pos_embed),
-            ('head', stage.reference.head),
+            ('head', stage.reference.encoder.head),
             ('lm', encoder.model.language_model.layers[0].mlp),
         ]
         for part, network in of_reference:
@@ -112,40 +113,44 @@ def test_bare_networks_are_what_a_step_calls(name, extra):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_one_more_token_is_the_language_model_s_own_forward(uae, seen, dtype):
+def test_one_more_token_is_the_language_model_s_own_forward(uae, vision, dtype):
     """next_state against the library, token by token, the caches included."""
-    own = at(uae)
-    own._modules = dict(uae._modules, encoder=copy.deepcopy(uae.encoder.vlm).to(dtype))
-    language_model = own.encoder.model.language_model
+    own = copy.deepcopy(at(uae).encoder).to(dtype)
     y = torch.tensor([[7, 9, 11]]).repeat(8, 1)
     tolerance = 1e-4 if dtype == torch.float32 else 0.03
     with torch.no_grad():
-        fast, _, start = own.prefill(seen, 2, y.shape[1])
-        plain, _, _ = own.prefill(seen, 2)
+        prompt, _, start = own.prefill(vision)
+        fast = own.caption_cache(prompt, 2, y.shape[1])
+        plain, _, _ = own.prefill(vision)
+        plain.batch_repeat_interleave(2)
         for t in range(y.shape[1]):
             x = own.embed(y[:, t:t + 1])
-            a = next_state(language_model, x, start + t, fast)
-            positions = torch.full((3, 8, 1), start + t)
-            b = cached_states(language_model, x, positions, plain)
+            position = torch.tensor([start + t])
+            a = next_state(own.language_model, x, position, fast)
+            b = own.run(x, own.positions_after(position, 8, 1), plain)
             assert a.dtype == b.dtype
             assert (a - b).abs().max() < tolerance * b.abs().max()
     for i, layer in enumerate(plain.layers):
         for a, b in ((fast.keys[i], layer.keys), (fast.values[i], layer.values)):
-            assert a.shape == b.shape, 'as many tokens as there was room for'
+            a = a[:, :, :fast.place.item()]
+            assert a.shape == b.shape
             assert (a - b).abs().max() < 0.03 * b.abs().max()
 
 
 @pytest.mark.parametrize('name', ['cache', 'past_key_values'])
-def test_the_cache_goes_by_the_name_that_the_library_knows(name):
-    def new(cache=None, **others):
-        return SimpleNamespace(last_hidden_state=cache)
+def test_the_cache_goes_by_the_name_that_the_library_knows(uae, monkeypatch, name):
+    own = copy.deepcopy(at(uae).encoder)
+    assert own.cache_name in ('cache', 'past_key_values')
+    own.cache_name = name
+    given = {}
 
-    def old(past_key_values=None, **others):
-        return SimpleNamespace(last_hidden_state=past_key_values)
+    def forward(**options):
+        given.update(options)
+        return SimpleNamespace(last_hidden_state='states')
 
-    language_model = torch.nn.Module()
-    language_model.forward = dict(cache=new, past_key_values=old)[name]
-    assert cached_states(language_model, None, None, 'keys and values') == 'keys and values'
+    monkeypatch.setattr(type(own), 'language_model', property(lambda self: forward))
+    assert own.run('embedded', 'positions', 'keys and values') == 'states'
+    assert given[name] == 'keys and values' and given['use_cache']
 
 
 def test_compiled_blocks_are_the_plain_ones(tmp_path, monkeypatch):
@@ -173,13 +178,13 @@ def test_compiled_blocks_are_the_plain_ones(tmp_path, monkeypatch):
 def test_every_block_is_compiled_by_itself(monkeypatch):
     blocks = []
     layers = [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)]
-    net = SimpleNamespace(decoder=SimpleNamespace(transformer_blocks=layers))
+    net = SimpleNamespace(transformer=SimpleNamespace(transformer_blocks=layers))
 
     def spy(self, **options):
         blocks.append(options)
 
     monkeypatch.setattr(torch.nn.Module, 'compile', spy)
-    Parts.compile_decoder(net)
+    Decoder.compile_blocks(net)
     assert len(blocks) == 2
     assert all(options == dict(dynamic=True) for options in blocks)
 
@@ -217,37 +222,15 @@ def test_every_stage_on_random_weights(tmp_path, capsys):
         assert f'{name}: 2 x' in text
 
 
-def test_published_sizes_with_fewer_layers(monkeypatch):
+def test_published_sizes_with_fewer_layers():
     """--layers cuts every network of a published architecture; widths and what is known stay."""
-    monkeypatch.setattr(plan, 'skeleton', lambda c, device, known: known)
-    monkeypatch.setattr(plan, 'random_reward', lambda c, device, known: known)
-    c = config.parse({}, {}, ['--preset=medium'], 'x.py')
-    cut, of_tower = steps.random_models(c, 2, 'cpu')
-    assert cut == of_tower
-    decoder = cut[c.decoder]['transformer']
-    encoder = cut[c.encoder]
-    known = plan.ARCHITECTURES[c.decoder]['transformer']
-    assert decoder['num_layers'] == 2
+    name = 'stabilityai/stable-diffusion-3.5-medium'
+    cut = rehearse.shortened(rehearse.ARCHITECTURES, 2)
+    decoder, whole = cut[name]['transformer'], rehearse.ARCHITECTURES[name]['transformer']
+    assert decoder['num_layers'] == 2 and whole['num_layers'] == 24
     assert list(decoder['dual_attention_layers']) == [0, 1]
-    assert decoder['num_attention_heads'] == known['num_attention_heads']
-    assert known['num_layers'] == 24
+    assert decoder['num_attention_heads'] == whole['num_attention_heads']
+    encoder = cut['Qwen/Qwen2.5-VL-3B-Instruct']
     assert encoder['text_config']['num_hidden_layers'] == 2
     assert encoder['vision_config']['depth'] == 2
     assert encoder['text_config']['hidden_size'] == 2048
-    assert encoder['image_token_id'] == 151655
-    whole, _ = steps.random_models(c, 0, 'cpu')
-    assert whole == plan.ARCHITECTURES
-
-
-@pytest.mark.parametrize('flag, said', [
-    ('--part=all', 'growth'),
-    ('--stage=reca', 'cold_start'),
-    ('--peer=trl', 'peer'),
-    ('--setps=3', 'setps'),
-    ('--checkpointing=True', 'checkpointing=False'),
-])
-def test_bad_arguments_get_one_line(flag, said):
-    argv = [flag]
-    if flag.startswith('--checkpointing'):
-        argv.append('--stage=grpo_decoder')
-    assert said in refusal(speed.main, argv)

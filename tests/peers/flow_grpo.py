@@ -20,22 +20,21 @@ from decoder import sde_step
 PRINTED = ('rollout', 'update', 'total', 'vae', 'reward')
 
 
-def replay(stage, uae, batch, j):
-    """The j-th noisy step by itself: z_next, logp (B,), mean, std.
+def replay(stage, decoder, batch, j, number):
+    """The j-th stored step, the number-th of all, by itself: z_next, logp (B,), mean, std.
 
     One forward pass of 2B rows for both branches of the guidance; the unconditional half has a
     gradient too, and is then detached.
     """
-    c, cond = stage.config, batch['cond']
+    c, cond = stage.config, batch['c']
     z, z_next = batch['z'][:, j], batch['z_next'][:, j]
-    sigmas = uae.decoder.sigmas(c.denoise_steps)
-    noisy, _ = grpo_decoder.window(0, c, sigmas)
-    s, s_next = sigmas[noisy[0] + j], sigmas[noisy[0] + j + 1]
+    sigmas = decoder.sigmas(c.denoise_steps)
+    s, s_next = sigmas[number], sigmas[number + 1]
     if c.guidance == 1.0:
-        v = uae.decoder.velocity(z, s, cond)
+        v = decoder.velocity(z, s, cond)
     else:
         both = torch.cat([stage.negative.expand_as(cond), cond])
-        v0, v = uae.decoder.velocity(torch.cat([z, z]), s, both).chunk(2)
+        v0, v = decoder.velocity(torch.cat([z, z]), s, both).chunk(2)
         v = v0.detach() + c.guidance * (v - v0.detach())
     return sde_step(z, v, s, s_next, c.sde, c.noise_level, z_next=z_next)
 
@@ -47,18 +46,17 @@ def step(stage):
     in the rollout and the whole update.
     """
     c = stage.config
-    batch = decoder_rollout(stage)
+    batch, trained = decoder_rollout(stage)
     yield 'rollout'
 
-    _, trained = grpo_decoder.window(0, c, stage.uae.decoder.sigmas(c.denoise_steps))
-    for j in trained:
-        _, logp, mean, std = replay(stage, stage.uae, batch, j)
-        old_logp = batch['old_logp'][:, j:j + 1]
+    for j, number in enumerate(trained):
+        _, logp, mean, std = replay(stage, stage.uae.decoder, batch, j, number)
+        old_logp = batch['recorded'][:, j:j + 1]
         loss, _ = grpo_decoder.policy_loss(logp[:, None], old_logp, batch['adv'],
                                            clip=c.clip_range)
         if c.kl:
             with torch.no_grad():
-                _, _, ref_mean, _ = replay(stage, stage.reference, batch, j)
+                _, _, ref_mean, _ = replay(stage, stage.reference.decoder, batch, j, number)
             loss = loss + c.kl * grpo_decoder.kl_gauss(mean, ref_mean, std)
         (loss / len(trained)).backward()
     yield 'update'

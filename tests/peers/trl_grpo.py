@@ -72,16 +72,16 @@ def our_loss(stage, y=None):
     B = len(stage.x) * stage.G
     mask = torch.ones(B, c.caption_len)
     with torch.no_grad():
-        seen = uae.encoder.see(stage.x)
+        vision = uae.encoder.see(stage.x)
         if y is None:
             u = ranks.uniform((c.caption_len,), range(B), c.seed, 'token', 0)
-            y, mask, old_logp = uae.encoder.sample(seen, stage.G, 1.0, u)
+            y, mask, old_logp = uae.encoder.sample(vision, stage.G, 1.0, u)
         else:
-            old_logp = uae.encoder.logp(seen, y)
+            old_logp = uae.encoder.logp(vision, y)
     r = torch.tensor(reward_of(y.tolist())).view(-1, stage.G)
     adv = grpo_encoder.group_advantage(r).flatten()
-    batch = dict(y=y, weight=mask, recorded=old_logp, old_logp=old_logp, adv=adv)
-    loss, _, _ = uae(grpo_encoder.loss_of, seen, batch, 1 / mask.sum(), True, c)
+    logp = uae.encoder.logp(vision, y)
+    loss, _ = grpo_encoder.policy_loss(logp, old_logp, adv, mask, c.clip_range)
     loss.backward()
 
 
@@ -108,7 +108,7 @@ def trainer_of(captioner, stage, steps, callbacks=()):
         save_strategy='no', logging_strategy='no', disable_tqdm=True,
         per_device_train_batch_size=len(stage.x) * stage.G, num_generations=stage.G,
         max_completion_length=T, max_steps=steps, beta=0.0, loss_type='grpo', num_iterations=1,
-        learning_rate=c.lr, lr_scheduler_type='constant', max_grad_norm=c.grad_clip,
+        learning_rate=c.lr, lr_scheduler_type='constant', max_grad_norm=optimiser.GRAD_CLIP,
         temperature=1.0, top_p=1.0, top_k=0, shuffle_dataset=False,
         gradient_checkpointing=False, remove_unused_columns=False,
         generation_kwargs=dict(min_new_tokens=T, suppress_tokens=special))
@@ -158,7 +158,7 @@ def gradients_differ(stage, captioner):
     captioner.zero_grad()
     rows = [data[i // stage.G] for i in range(B)]
     inputs = trainer._generate_and_score_completions(rows)
-    image_tokens = uae.encoder.see(stage.x[:1])[0].shape[1]
+    image_tokens = uae.encoder.see(stage.x[:1])['features'].shape[1]
     prompt_len = len(uae.encoder.before_image) + image_tokens + len(uae.encoder.after_image)
     assert inputs['prompt_ids'].shape[1] == prompt_len, 'the prompts differ'
     trainer.current_gradient_accumulation_steps = 1
