@@ -211,7 +211,7 @@ def test_every_stage_on_random_weights(tmp_path, capsys):
     text = capsys.readouterr().out
     for name, unit in zip(STAGES, ('images', 'captions', 'images')):
         row = out[name]
-        assert all(value > 0 for value in row.values() if isinstance(value, float))
+        assert all(value >= 0 for value in row.values() if isinstance(value, float))
         assert row['total'] == pytest.approx(row['rollout'] + row['update'])
         assert row['limit'] == pytest.approx(row['total'] / row['networks'])
         assert row['update_flops'] > 1e6
