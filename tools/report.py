@@ -295,7 +295,7 @@ def write_pictures(folders, png, gif):
     _, stops = read_runs(folders)
     stops = [stop for stop in stops if stop.step in stop.run.samples]
     if not stops:
-        raise SystemExit(f'{" ".join(folders)}: no watched images here (key watch)')
+        raise SystemExit(f'{" ".join(folders)}: no watched images here (key eval_every)')
     scenes = scenes_of(stops)
     if png:
         last = {stop.run: stop for stop in stops}          # of each run the last one stays

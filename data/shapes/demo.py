@@ -5,7 +5,7 @@ base -> cold_start -> grpo_encoder -> grpo_decoder -> evaluation.
     python data/shapes/demo.py                       # about eleven minutes on two slow cores
     python data/shapes/demo.py --seed=1 --out_dir=out/demo_1
 
-Stopped half-way it goes on where it was; delete out_dir to start anew. Writes report.html,
+Stopped half-way it goes on with the stage that ran; delete out_dir to start anew. Writes report.html,
 report.json, report.md, curves.png and before_after.png. The truth about the scenes is used by the
 evaluation alone.
 """
@@ -13,6 +13,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 import time
 
@@ -28,7 +29,7 @@ from lib import ranks
 from lib.files import write_atomic, write_json, write_lines
 import grpo_decoder
 import grpo_encoder
-from lib.checkpoint import open_uae
+from lib.checkpoint import newest, open_uae
 from lib import watch
 from config import parse
 from data.images import open_data
@@ -69,6 +70,8 @@ def train(name, script, config, flags):
     """
     os.makedirs(config.out_dir, exist_ok=True)
     out = f'{config.out_dir}/{name}'
+    if not newest(out):                     # stopped before its first checkpoint: from its start
+        shutil.rmtree(out, ignore_errors=True)
     shared = [f'--out_dir={out}', f'--seed={config.seed}', f'--device={config.device}', '--resume']
     with open(f'{out}.txt', 'a') as f, contextlib.redirect_stdout(f):
         script.main(shared + flags)
