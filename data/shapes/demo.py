@@ -5,9 +5,9 @@ base -> cold_start -> grpo_encoder -> grpo_decoder -> evaluation.
     python data/shapes/demo.py                       # about eleven minutes on two slow cores
     python data/shapes/demo.py --seed=1 --out_dir=out/demo_1
 
-Stopped half-way it goes on with the stage that ran; delete out_dir to start anew. Writes report.html,
-report.json, report.md, curves.png and before_after.png. The truth about the scenes is used by the
-evaluation alone.
+Stopped half-way it goes on with the stage that ran; delete out_dir to start anew. Writes
+report.html, report.json, report.md, curves.png and before_after.png. The truth about the scenes is
+used by the evaluation alone.
 """
 import contextlib
 import importlib.metadata
