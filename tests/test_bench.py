@@ -1,5 +1,5 @@
-"""bench/ measures what it says: its steps are the scripts' own, its bare networks what a step
-needs; and every fast path equals the plain one."""
+"""bench/ runs the scripts' own steps; these call no network more often than they must; and every
+fast path equals the plain one."""
 import collections
 import copy
 import json
@@ -8,10 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import config
-from bench import speed, steps
-from bench.networks import network_calls
-from bench.steps import Stage, measure
+from bench import speed
 from conftest import at
 from decoder import Decoder
 from encoder import next_state
@@ -23,95 +20,101 @@ SMALL = ['--batch=2', '--group=2', '--temperature=3', '--caption_len=6', '--deno
          '--noisy_steps=2', '--trained_steps=2', '--eval_images=4', '--device=cpu']
 
 
-def gradient_norm(stage):
-    """Norm of the gradients that a step of the bench leaves behind."""
-    measure(stage)
-    norms = [p.grad.norm() for p in stage.params if p.grad is not None]
-    return torch.stack(norms).norm().item()
+@pytest.fixture
+def once(monkeypatch):
+    """Options of the bench for one update that counts."""
+    monkeypatch.setattr(speed, 'WARM_UP', 0)
+    return SimpleNamespace(steps=1, random=False, layers=0)
 
 
-@pytest.mark.parametrize('name, extra', [
-    ('cold_start', ['--micro_batch=1']),
-    ('grpo_encoder', ['--kl=0.1', '--loss_mean=caption']),
-    ('grpo_decoder', ['--micro_batch=2', '--guidance=2', '--kl=0.1']),
-])
-def test_a_step_of_the_bench_is_the_script_s(name, extra, tmp_path):
-    """The same gradient, up to the end token, which the bench forbids."""
-    argv = SMALL + extra
-    stage = Stage(name, argv)
-    for model in filter(None, (stage.uae, stage.reference)):
-        model.encoder.forbidden[model.encoder.end] = False
-    known = {*config.shared, *steps.SCRIPTS[name].keys}
-    argv = [argument for argument in argv if steps.key_of(argument) in known]
-    log = tiny(name, tmp_path / 'run', *argv, steps=1)
-    assert log[0]['grad_norm'] > 0
-    assert gradient_norm(stage) == pytest.approx(log[0]['grad_norm'], rel=1e-4)
+# --- no network more often than the mathematics needs ---------------------------------------------
+class RowCount(speed.Run):
+    """rows: {(network, with gradient): how many rows, of the language model tokens}."""
 
-
-def networks_by_part(stage):
-    """[(part, network)]: a place in each network that every one of its rows goes through once."""
-    uae = stage.uae
-    parts = [
-        ('decoder', uae.decoder.transformer.pos_embed),
-        ('vae', uae.decoder.vae.decoder),
-        ('reward', stage.tower.towers[0].tower),
-        ('lm', uae.encoder.vlm.model.language_model.layers[0].mlp),
-        ('head', uae.encoder.head),
-        ('projector', uae.projector),
-        ('vision', uae.encoder.vlm.model.visual),
-    ]
-    if stage.reference:
-        known = [network for _, network in parts]
-        encoder = stage.reference.encoder.vlm
-        of_reference = [
-            ('decoder', stage.reference.decoder.transformer.pos_embed),
-            ('head', stage.reference.encoder.head),
-            ('lm', encoder.model.language_model.layers[0].mlp),
+    def opened(self):
+        self.rows = collections.Counter()
+        encoder, decoder = self.uae.encoder, self.uae.decoder
+        places = [
+            ('decoder', decoder.transformer.pos_embed),
+            ('vae', decoder.vae.decoder),
+            ('reward', self.tower.towers[0].tower),
+            ('lm', encoder.language_model.layers[0].mlp),
+            ('head', encoder.head),
+            ('projector', self.uae.projector),
+            ('vision', encoder.vlm.model.visual),
         ]
-        for part, network in of_reference:
-            if not any(network is other for other in known):
-                parts.append((part, network))
-    return parts
+        if encoder.text_encoder:
+            places.append(('lm', encoder.text_encoder.layers[0].mlp))
+        if self.reference:
+            own = self.reference.encoder
+            copies = [('decoder', self.reference.decoder.transformer.pos_embed),
+                      ('lm', own.language_model.layers[0].mlp), ('head', own.head)]
+            known = [network for _, network in places]
+            places += [(name, network) for name, network in copies if network not in known]
+        for name, network in places:
+            network.register_forward_pre_hook(self.counter_of(name), with_kwargs=True)
+
+    def counter_of(self, name):
+        def count(network, args, kwargs):
+            x = next(iter((*args, *kwargs.values())))
+            tokens = x.shape[1] if name in ('lm', 'head') and x.dim() == 3 else 1
+            self.rows[name, torch.is_grad_enabled()] += x.shape[0] * tokens
+
+        return count
+
+
+def needed_rows(run, name):
+    """What one step needs by its mathematics, as RowCount counts it."""
+    c, P, G = run.config, run.P, run.G
+    B, S, T, C = P * G, c.denoise_steps, c.caption_len, c.cond_len
+    vision = run.uae.encoder.see(torch.zeros(1, 3, c.resolution, c.resolution))
+    image = vision['features'].shape[1]
+    L = image + len(run.uae.encoder.before_image) + len(run.uae.encoder.after_image)
+    branches = 2 if c.guidance != 1.0 else 1
+    patches = image * run.uae.encoder.vlm.config.vision_config.spatial_merge_size ** 2
+    written = B if name == 'grpo_encoder' else P                # captions
+    rows = collections.Counter({
+        ('vision', False): P * patches,
+        ('lm', False): P * L + written * (T - 1),               # prompts once, then token by token
+        ('head', False): written * T,
+    })
+    if name == 'cold_start':
+        K = c.grad_steps
+        rows.update({('lm', True): P * C, ('projector', True): P, ('decoder', False): (S - K) * P,
+                     ('decoder', True): K * P, ('vae', True): P, ('reward', False): P,
+                     ('reward', True): P})
+        return rows
+    rows.update({('lm', False): written * C, ('projector', False): written,
+                 ('decoder', False): branches * S * B, ('vae', False): B,
+                 ('reward', False): P + B})                     # sources once, not once a drawing
+    passes = [True, False] if c.kl else [True]                  # the policy, the reference
+    if name == 'grpo_encoder':
+        prompts = P if c.micro_batch in (0, G) else B
+        for grad in passes:
+            rows.update({('lm', grad): prompts * L + B * T, ('head', grad): B * T})
+    else:                                                       # v0 is the rollout's
+        rows.update({('decoder', True): B * c.trained_steps})
+        rows.update({('decoder', False): bool(c.kl) * branches * B * c.trained_steps})
+    return rows
 
 
 @pytest.mark.parametrize('name, extra', [
     ('cold_start', ['--grad_steps=2']),
     ('cold_start', ['--micro_batch=1']),
     ('grpo_encoder', ['--kl=0.1']),
-    ('grpo_encoder', ['--micro_batch=2']),
+    ('grpo_encoder', ['--micro_batch=2', '--kl=0']),
+    ('grpo_encoder', ['--micro_batch=1']),
     ('grpo_decoder', ['--kl=0.1']),
     ('grpo_decoder', ['--micro_batch=1']),
     ('grpo_decoder', ['--guidance=2', '--kl=0.1']),
 ])
-def test_bare_networks_are_what_a_step_calls(name, extra):
-    """As many rows go through every network, with gradients and without, in the step and in the
-    list that its limit is measured with."""
-    stage = Stage(name, SMALL + extra)
-    rows = collections.Counter()
-
-    def counter_of(part):
-        def count(network, args, kwargs):
-            x = next(iter((*args, *kwargs.values())))
-            size = x.shape[0]
-            if part in ('lm', 'head') and x.dim() == 3:
-                size *= x.shape[1]
-            rows[part, torch.is_grad_enabled()] += size
-
-        return count
-
-    for part, network in networks_by_part(stage):
-        network.register_forward_pre_hook(counter_of(part), with_kwargs=True)
-    measure(stage)
-    of_step = dict(rows)
-    rows.clear()
-    for call in network_calls(stage):
-        with torch.set_grad_enabled(call.backward):
-            for _ in range(call.times):
-                call.run(call.rows)
-    assert of_step == dict(rows)
-    assert len(of_step) >= 6
+def test_a_step_calls_its_networks_no_more_than_it_must(name, extra, once):
+    run = RowCount(name, SMALL + extra, once)
+    rows = dict(run.rows)
+    assert rows == {key: count for key, count in needed_rows(run, name).items() if count}
 
 
+# --- fast paths -----------------------------------------------------------------------------------
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_one_more_token_is_the_language_model_s_own_forward(uae, vision, dtype):
     """next_state against the library, token by token, the caches included."""
@@ -166,7 +169,8 @@ def test_compiled_blocks_are_the_plain_ones(tmp_path, monkeypatch):
         compile(self, backend='eager', **options)
 
     monkeypatch.setattr(torch.nn.Module, 'compile', traced)
-    on = tiny('grpo_decoder', tmp_path / 'on', '--compile=True', '--denoise_steps=3')
+    on = tiny('grpo_decoder', tmp_path / 'on', '--compile=True', '--offload=True',
+              '--denoise_steps=3')
     off = tiny('grpo_decoder', tmp_path / 'off', '--compile=False', '--denoise_steps=3')
     assert blocks == ['JointTransformerBlock'] * 4
     for a, b in zip(on, off):
@@ -190,9 +194,10 @@ def test_every_block_is_compiled_by_itself(monkeypatch):
 
 
 # --- peers ----------------------------------------------------------------------------------------
-def test_flow_grpo_s_gradient_is_ours():
-    stage = Stage('grpo_decoder', SMALL + ['--guidance=4.5', '--kl=0.04'])
-    assert flow_grpo.gradients_differ(stage) < 1e-5
+def test_flow_grpo_s_gradient_is_ours(once):
+    run = flow_grpo.Beside(SMALL, once, guidance=4.5, kl=0.04)
+    assert run.ours.norm() > 0
+    assert run.differ < 1e-5
 
 
 def test_full_logits_gradient_is_ours_and_needs_more_memory(capsys):
@@ -211,26 +216,27 @@ def test_every_stage_on_random_weights(tmp_path, capsys):
     text = capsys.readouterr().out
     for name, unit in zip(STAGES, ('images', 'captions', 'images')):
         row = out[name]
-        assert all(value >= 0 for value in row.values() if isinstance(value, float))
         assert row['total'] == pytest.approx(row['rollout'] + row['update'])
         assert row['limit'] == pytest.approx(row['total'] / row['networks'])
+        assert row[f'{unit}_per_sec'] > 0
         assert row['update_flops'] > 1e6
         share = row['update_flops'] / row['update'] / row['matmul_peak']
         assert row['update_share_of_peak'] == pytest.approx(share)
-        networks = sum(value for label, value in row.items() if ' x ' in label)
-        assert row['networks'] == pytest.approx(networks)
         assert f'{name}: 2 x' in text
 
 
 def test_published_sizes_with_fewer_layers():
     """--layers cuts every network of a published architecture; widths and what is known stay."""
-    name = 'stabilityai/stable-diffusion-3.5-medium'
     cut = rehearse.shortened(rehearse.ARCHITECTURES, 2)
-    decoder, whole = cut[name]['transformer'], rehearse.ARCHITECTURES[name]['transformer']
-    assert decoder['num_layers'] == 2 and whole['num_layers'] == 24
-    assert list(decoder['dual_attention_layers']) == [0, 1]
-    assert decoder['num_attention_heads'] == whole['num_attention_heads']
+    decoder = cut['stabilityai/stable-diffusion-3.5-medium']['transformer']
     encoder = cut['Qwen/Qwen2.5-VL-3B-Instruct']
-    assert encoder['text_config']['num_hidden_layers'] == 2
-    assert encoder['vision_config']['depth'] == 2
+    assert (decoder['num_layers'], decoder['num_attention_heads']) == (2, 24)
+    assert decoder['dual_attention_layers'] == (0, 1)
+    assert encoder['text_config']['num_hidden_layers'] == encoder['vision_config']['depth'] == 2
     assert encoder['text_config']['hidden_size'] == 2048
+
+
+def test_an_unknown_part_or_stage_gets_one_line():
+    assert 'growth' in refusal(speed.main, ['--part=all'])
+    assert 'cold_start' in refusal(speed.main, ['--stage=reca'])
+    assert 'setps' in refusal(speed.main, ['--setps=3'])

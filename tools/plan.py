@@ -254,9 +254,10 @@ class Rehearsal:
             return types.SimpleNamespace(every=lambda step: self.evaluate(own))
 
         log = types.SimpleNamespace(progress=progress)
-        return dict(stand_ins(self.config, self.uae, self.towers['reward']),
-                    Log=lambda *args: log, Optimiser=optimiser, Evaluator=evaluator,
-                    open_reference=open_reference)
+        return dict(stand_ins(self.config), open_uae=lambda *args, **options: self.uae,
+                    reward_tower=lambda *args: self.towers['reward'],
+                    open_reference=open_reference, Log=lambda *args: log, Optimiser=optimiser,
+                    Evaluator=evaluator)
 
     def followed_by_lap(self, original, act, whose):
         def call(*args, **kwargs):

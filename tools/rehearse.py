@@ -173,16 +173,14 @@ def replaced(script, **others):
         yield
 
 
-def stand_ins(config, uae, tower):
-    """For `replaced`: these models, noise as images, and no checkpoint is read or written."""
+def stand_ins(config):
+    """For `replaced`: noise as images, and no checkpoint is read or written."""
     images = RandomImages(config)
     held_out = dict(x=images.draw(config.eval_images), skipped=0, scenes=None,
                     names=[''] * config.eval_images)
     return dict(
         open_data=lambda *args: (images, held_out),
         open_captioned=lambda *args: (images, 0, held_out),
-        open_uae=lambda *args, **kwargs: uae,
-        reward_tower=lambda *args: tower,
         open_out_dir=lambda *args: 0,
         restore=lambda *args: {},
         maybe_save=lambda *args, **kwargs: None,

@@ -2,7 +2,7 @@
 
     python tests/peers/full_logits.py --batch=2 --group=4
 
-Takes the keys of bench/speed.py and of grpo_encoder.py.
+Takes the keys of grpo_encoder.py.
 """
 import itertools
 import os
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 os.chdir(ROOT)
-from bench.speed import parse, table, write_report
-from bench.steps import Stage, seconds
+import grpo_encoder
+from bench.speed import seconds, table
+from config import parse
 from encoder import token_logp
 
 V = 151936                      # tokens of the real vocabulary
@@ -49,8 +50,8 @@ WAYS = dict(token_logp=token_logp, naive=naive_logp)
 
 def compare(argv):
     """Peak of the caption log-prob and its gradient on rows of the stage, V = 152k."""
-    c = Stage('grpo_encoder', argv).config
-    B, T = c.batch * c.group, c.caption_len
+    config = parse(grpo_encoder.keys, grpo_encoder.own_presets, argv, __file__)
+    B, T = config.batch * config.group, config.caption_len
     head = torch.nn.Linear(d, V, bias=False)
     states = torch.randn(B, T, d)
     y = torch.randint(V, (B, T))
@@ -63,7 +64,7 @@ def compare(argv):
         took = []
 
         def logp_and_gradient():
-            logp = way(h, head, y, c.temperature, forbidden)
+            logp = way(h, head, y, config.temperature, forbidden)
             logp.clamp(min=-100).mean().backward()
 
         def timed():
@@ -81,10 +82,5 @@ def compare(argv):
     return out
 
 
-def main(argv):
-    options, of_stages = parse(argv, __file__)
-    write_report(options, argv, compare(of_stages))
-
-
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    compare(sys.argv[1:])

@@ -21,6 +21,7 @@ import copy
 import os
 import statistics
 import sys
+from types import SimpleNamespace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
@@ -28,10 +29,11 @@ os.chdir(ROOT)
 import torch
 from PIL import Image
 
-from lib import files, optimiser, ranks
 import grpo_encoder
-from bench.speed import table
-from bench.steps import Stage, clock, forget_gradients, key_of, seconds
+from bench.speed import clock, key_of, seconds, table
+from config import parse
+from data.images import open_data
+from lib import checkpoint, files, optimiser, ranks
 from tests.peers.full_logits import peak
 
 
@@ -52,15 +54,19 @@ def widened(encoder, vocab):
 
 def open_stage(argv, vocab):
     """Stage 2 whose captioner has another vocabulary, if one is asked for."""
-    stage = Stage('grpo_encoder', argv)
-    uae = stage.uae
-    uae.encoder.vlm = widened(uae.encoder.vlm, vocab)
+    config = parse(grpo_encoder.keys, grpo_encoder.own_presets, argv, __file__)
+    run = ranks.start(config)
+    uae = checkpoint.open_uae(config, run.device)
+    encoder = uae.encoder
+    encoder.vlm = widened(encoder.vlm, vocab)
     uae.requires_grad_(False)
-    stage.params = uae.train_only('encoder')
-    stage.optimiser = optimiser.Optimiser(stage.params, stage.config)
-    uae.encoder.forbidden = torch.zeros(uae.encoder.head.weight.shape[0], dtype=torch.bool)
-    uae.encoder.forbidden[uae.encoder.tokenizer.all_special_ids] = True
-    return stage
+    params = uae.train_only('encoder')
+    encoder.forbidden = torch.zeros(encoder.head.weight.shape[0], dtype=torch.bool)
+    encoder.forbidden[encoder.tokenizer.all_special_ids] = True     # captions cannot end
+    train, _ = open_data(config, run)
+    x = train.batch(config.seed, 0, config.batch)['x']
+    return SimpleNamespace(config=config, uae=uae, x=x, G=config.group,
+                           optimiser=optimiser.Optimiser(params, config))
 
 
 def our_loss(stage, y=None):
@@ -164,7 +170,7 @@ def gradients_differ(stage, captioner):
     trainer.current_gradient_accumulation_steps = 1
     trainer.compute_loss(captioner, inputs).backward()
 
-    forget_gradients(stage)
+    uae.zero_grad()
     our_loss(stage, y)
     their_parameters = dict(captioner.model.language_model.named_parameters())
     ours = []
@@ -198,7 +204,7 @@ def main(argv):
     encoder.load_state_dict(start.state_dict())
     trainer, _ = trainer_of(copy.deepcopy(start), stage, 1)
     out['trl_peak_bytes'] = peak(trainer.train, stage.x.device)
-    stage.optimiser = optimiser.Optimiser(stage.params, stage.config)
+    stage.optimiser = optimiser.Optimiser(stage.optimiser.params, stage.config)
     out['ours_peak_bytes'] = peak(lambda: our_step(stage), stage.x.device)
 
     encoder.load_state_dict(start.state_dict())
