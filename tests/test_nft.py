@@ -1,0 +1,97 @@
+"""DiffusionNFT: its loss by hand, the old policy; micro-batches and a resume change nothing."""
+import shutil
+
+import pytest
+import torch
+
+import nft_decoder
+from comparing import check_same_training, optimizer_state, plain_descent, timeless_log
+from running import lines, same, tiny, weights
+
+N, SHAPE = 5, (2, 3, 3)
+
+
+@pytest.fixture(scope='module')
+def rows():
+    """v, v_old, z_s, z_0, s of N rows in float64."""
+    noise = torch.Generator().manual_seed(0)
+    v, v_old, z_s, z_0 = torch.randn(4, N, *SHAPE, generator=noise, dtype=torch.float64)
+    s = torch.tensor([0.1, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
+    return v, v_old, z_s, z_0, s
+
+
+def by_hand(v, v_old, z_s, z_0, s, good, beta):
+    """The loss of one row, number by number."""
+    found = []
+    for i in range(N):
+        loss = 0.0
+        for share, sign in ((good[i], 1), (1 - good[i], -1)):
+            velocity = (1 - sign * beta) * v_old[i] + sign * beta * v[i]
+            off = (z_s[i] - s[i] * velocity - z_0[i]).flatten()
+            loss += share * (off @ off) / len(off) / (off.abs().sum() / len(off))
+        found.append(loss)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize('beta', [1.0, 0.3])
+def test_the_loss_by_hand(rows, beta):
+    good = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    found = nft_decoder.nft_loss(*rows, good, beta)
+    torch.testing.assert_close(found, by_hand(*rows, good, beta))
+
+
+def test_the_gradient_goes_towards_good_drawings_and_away_from_bad_ones(rows):
+    """On policy a neutral drawing teaches nothing, a good one as much as a bad one, reversed."""
+    v, _, z_s, z_0, s = rows
+    gradients = {}
+    for good in (0.0, 0.5, 1.0):
+        leaf = v.clone().requires_grad_()
+        nft_decoder.nft_loss(leaf, v, z_s, z_0, s, torch.full((N,), good), 1.0).sum().backward()
+        gradients[good] = leaf.grad
+    assert gradients[0.5].abs().max() < 1e-12
+    torch.testing.assert_close(gradients[0.0], -gradients[1.0])
+    target = (z_s - z_0) / s.view(-1, 1, 1, 1)              # the velocity that points at z_0
+    assert (gradients[1.0] * (v - target)).sum() > 0, 'descent on it goes to the target'
+
+
+def test_the_old_policy_follows_what_is_trained():
+    old, new = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    new.bias.requires_grad_(False)
+    weight, bias = old.weight.detach().clone(), old.bias.detach().clone()
+    nft_decoder.follow(old, new, 0.75)
+    torch.testing.assert_close(old.weight, 0.75 * weight + 0.25 * new.weight)
+    assert torch.equal(old.bias, bias)
+
+
+SMALL = ('--group=4', '--denoise_steps=3', '--warmup=0', '--levels=2', '--batch=2')
+
+
+def test_micro_batches_equal_the_whole(tmp_path, monkeypatch):
+    plain_descent(monkeypatch)
+    for size in (0, 3, 1):
+        tiny('nft_decoder', tmp_path / f'{size}', *SMALL, '--lr=0.03', f'--micro_batch={size}')
+    for size in (3, 1):
+        check_same_training(tmp_path / '0' / 'step_000002', tmp_path / f'{size}' / 'step_000002')
+
+
+def test_resume_is_bitwise_with_an_old_policy(tmp_path):
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    switches = (*SMALL, '--old_decay=0.5', '--epochs=2', '--save_every=1', '--eval_every=1')
+    tiny('nft_decoder', whole, *switches, steps=3)
+    log = lines(whole / 'log.jsonl')
+    assert all(line['moved'] > 0 for line in log[1:]), 'the old policy lags behind'
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns('step_000003'))
+    tiny('nft_decoder', resumed, *switches, '--resume', steps=3)
+    assert same(weights(whole / 'step_000003'), weights(resumed / 'step_000003'))
+    states = [optimizer_state(out / 'step_000003') for out in (whole, resumed)]
+    assert states[0]['extra']['old'] and same(*states)
+    assert timeless_log(whole) == timeless_log(resumed)
+    assert lines(whole / 'eval.jsonl') == lines(resumed / 'eval.jsonl')
+
+
+def test_shuffled_rewards_teach_something_else(tmp_path):
+    for name, flag in (('a', False), ('b', True)):
+        tiny('nft_decoder', tmp_path / name, *SMALL, f'--shuffle_reward={flag}')
+    a, b = (lines(tmp_path / name / 'log.jsonl') for name in ('a', 'b'))
+    assert a[0]['reward'] == pytest.approx(b[0]['reward'], abs=1e-6)
+    assert a[0]['grad_norm'] != b[0]['grad_norm']
