@@ -36,6 +36,7 @@ EXERCISES = dict(
     policy_loss=dict(
         where=['grpo_encoder.py:policy_loss', 'grpo_decoder.py:policy_loss'],
         grader=['test_losses.py::test_surrogate_hand_table',
+                'test_losses.py::test_the_three_means_over_tokens',
                 'test_losses.py::test_masked_tokens_weigh_nothing'],
         wrong=[('the clipped term alone, without the minimum',
                 'torch.min(ratios * A, clipped * A)', 'clipped * A'),
