@@ -126,6 +126,9 @@ def test_decoder_lora_in_a_plain_pipeline(adapters):
 def test_encoder_lora_in_plain_peft(adapters, x):
     from peft import PeftModel
     out, uae = adapters
+    for model in (uae.encoder.vlm, uae.decoder.transformer):
+        lora = model.peft_config['default']
+        assert (lora.r, lora.lora_alpha, lora.init_lora_weights) == (4, 8, 'gaussian')
     processor = uae.encoder.processor
     plain = VLM.from_pretrained(f'{BASE}/encoder', dtype=torch.float32)
     ours = logits(uae.encoder.vlm, processor, x[0])
