@@ -3,38 +3,28 @@
 Photos ask of the captioner: images of more than one size, two-dimensional positions, logits of a
 vocabulary of 152k in pieces.
 """
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import cold_start
-from lib import ranks
-import config
-import grpo_decoder
-import grpo_encoder
-import model
-from lib.checkpoint import DECODER_LORA, ENCODER_LORA
-from conftest import at
+import encoder
+from conftest import at, shared_config, uniforms
 from encoder import token_logp
-from test_logp import full_forward, uniforms
-from tools.plan import skeleton
+from lib import ranks
+from test_logp import full_forward, library_logp
+from tools import plan
+from tools.rehearse import skeleton
 
-
-def without_weights(preset):
-    """The UAE of a preset without weights, with LoRA."""
-    ranks.quiet()
-    c = config.parse({}, {}, [f'--preset={preset}'], 'x.py')
-    return skeleton(c, 'meta')
+LAYERS = dict(medium=24, paper=38)              # of the decoder
 
 
 @pytest.fixture(scope='module', params=['medium', 'paper'])
 def full(request):
     """(preset, UAE without weights, with LoRA)."""
-    return request.param, without_weights(request.param)
+    ranks.quiet()
+    return request.param, skeleton(shared_config(f'--preset={request.param}'), 'meta')
 
 
 def count(module):
@@ -50,15 +40,17 @@ def adapted(tower):
 
 # --- the published models -------------------------------------------------------------------------
 def test_parameter_counts_are_the_published_ones(full):
+    """What the architectures leave to the libraries' defaults is right as well."""
     preset, uae = full
+    vlm, transformer = uae.encoder.vlm, uae.decoder.transformer
     assert all(p.is_meta for p in uae.parameters())
-    assert round(count(uae.encoder.vlm) / 1e9, 2) == 3.75
-    assert round(count(uae.encoder.vlm.model.visual) / 1e6) == 669
+    assert count(vlm) == 3_754_622_976
+    assert round(count(vlm.model.visual) / 1e6) == 669
+    assert tuple(list(vlm.config.vision_config.fullatt_block_indexes)) == (7, 15, 23, 31)
     assert uae.encoder.head.weight is uae.encoder.embed.weight
     assert tuple(uae.encoder.head.weight.shape) == (151936, 2048)
-    assert round(count(uae.decoder.transformer) / 1e9, 2) == dict(medium=2.24, paper=8.06)[preset]
-    table = uae.decoder.transformer.pos_embed.pos_embed
-    with_table = count(uae.decoder.transformer) + table.numel()
+    assert round(count(transformer) / 1e9, 2) == dict(medium=2.24, paper=8.06)[preset]
+    with_table = count(transformer) + transformer.pos_embed.pos_embed.numel()
     assert round(with_table / 1e9, 2) == dict(medium=2.47, paper=8.15)[preset]
     assert round(count(uae.decoder.vae) / 1e6, 1) == 83.8
     assert uae.decoder.latent_shape() == (16, 64, 64)
@@ -67,81 +59,51 @@ def test_parameter_counts_are_the_published_ones(full):
     assert tuple(uae.projector.down.weight.shape) == (4096, 8192)
 
 
-def test_every_target_of_lora_is_there_and_nothing_else_is_adapted(full):
-    """7 linear layers in each of 36 layers of the language model; Flow-GRPO's 8 projections of
-    each block's joint attention (the last block has no to_add_out), and not the second attention
-    (attn2) of SD3.5-medium, which those names do not reach."""
+def test_lora_at_full_size(full):
+    """7 linear layers in each of 36 layers of the language model, rank (in + out) numbers each;
+    Flow-GRPO's 8 projections of each block's joint attention (the last block has no to_add_out),
+    not SD3.5-medium's second attention. test_logp has the names."""
     preset, uae = full
-    encoder = adapted(uae.encoder.vlm)
-    decoder = adapted(uae.decoder.transformer)
-    layers = dict(medium=24, paper=38)[preset]
-
-    linear = [f'self_attn.{k}_proj' for k in 'qkvo']
-    linear += [f'mlp.{k}_proj' for k in ('gate', 'up', 'down')]
-    assert encoder == {f'model.language_model.layers.{i}.{k}' for i in range(36) for k in linear}
-    assert len(encoder) == 252
-
-    joint = ['add_k_proj', 'add_q_proj', 'add_v_proj', 'to_add_out']
-    joint += ['to_k', 'to_out.0', 'to_q', 'to_v']
-    expected = {f'transformer_blocks.{i}.attn.{k}' for i in range(layers) for k in joint}
-    assert decoder == expected - {f'transformer_blocks.{layers - 1}.attn.to_add_out'}
-
-    second = any('attn2.to_q' in name for name, _ in uae.decoder.transformer.named_modules())
-    assert second == (preset == 'medium')
-    assert not adapted(uae.projector)
-    assert not adapted(uae.decoder.vae)
-    for part in ('visual', 'lm_head', 'embed_tokens', 'attn2'):
-        assert not any(part in name for name in encoder | decoder)
-    module = uae.encoder.vlm.model.language_model.layers[0].mlp.up_proj
-    assert module.r['default'] == 32
-    assert module.scaling['default'] == 2        # alpha 64
-    assert all(re.fullmatch(ENCODER_LORA, name) for name in encoder)
-    assert all(re.fullmatch(DECODER_LORA, name) for name in decoder)
-
-
-@pytest.mark.parametrize('part, trained', [('encoder', 32 * 36 * 51968), ('decoder', None)])
-def test_what_trains_at_full_size(full, part, trained):
-    """The adapters of one tower, rank (in + out) numbers each, as float32 master weights."""
-    _, uae = full
-    params = uae.train_only(part)
-    names = [name for name, p in uae.named_parameters() if p.requires_grad]
-    uae.requires_grad_(False)
-    assert all(name.startswith(part) and '.lora_' in name for name in names)
-    assert all(p.dtype == torch.float32 for p in params)
-    assert trained in (None, sum(p.numel() for p in params))
-
-    last = f'decoder.transformer_blocks.{uae.decoder.transformer.config.num_layers - 1}.attn.add_q_proj'
-    assert not any(name.startswith(last) for name in names)
-    layers = 252 if part == 'encoder' else len(adapted(uae.decoder.transformer)) - 1
-    assert len(names) == 2 * layers
+    transformer = uae.decoder.transformer
+    assert len(adapted(uae.encoder.vlm)) == 7 * 36
+    assert len(adapted(transformer)) == 8 * LAYERS[preset] - 1
+    second = [name for name, _ in transformer.named_modules() if name.endswith('attn2.to_q')]
+    assert len(second) == dict(medium=13, paper=0)[preset]
+    assert not any('attn2' in name for name in adapted(transformer))
+    module = uae.encoder.language_model.layers[0].mlp.up_proj
+    assert (module.r['default'], module.scaling['default']) == (32, 2)       # alpha 64
+    for part, layers, trained in (('encoder', 7 * 36, 32 * 36 * 51968),
+                                  ('decoder', 8 * LAYERS[preset] - 2, None)):    # add_q of the last
+        params = uae.train_only(part)
+        names = [name for name, p in uae.named_parameters() if p.requires_grad]
+        uae.requires_grad_(False)
+        assert all(name.startswith(part) and '.lora_' in name for name in names)
+        assert len(names) == 2 * layers
+        assert all(p.dtype == torch.float32 for p in params)
+        assert trained in (None, sum(p.numel() for p in params))
 
 
 @pytest.mark.parametrize('preset', ['medium', 'paper'])
 def test_presets_are_the_paper_s(preset):
     """Prompts, sizes and rates from the paper and its released code."""
-    def configuration(stage):
-        return config.parse(stage.keys, stage.own_presets, [f'--preset={preset}'], 'x.py')
-
-    enc = configuration(grpo_encoder)
-    dec = configuration(grpo_decoder)
-    cold = configuration(cold_start)
-    negative = 'Generate a random, low quality, ugly, blur, bad and anime, cartoon image.'
-    assert enc.negative_prompt == negative
-    assert enc.caption_prompt.startswith(
+    captions = plan.read('grpo_encoder', [f'--preset={preset}'])[1]
+    drawings = plan.read('grpo_decoder', [f'--preset={preset}'])[1]
+    assert captions.negative_prompt == (
+        'Generate a random, low quality, ugly, blur, bad and anime, cartoon image.')
+    assert captions.caption_prompt.startswith(
         'You are an expert vision-language model.  \n'
         'Your task is: Given an input image, generate a **textual description**')
-    assert enc.caption_prompt.endswith(
+    assert captions.caption_prompt.endswith(
         'transcribe it inside double quotes "".  \n'
         'Now, carefully analyze the input image and output the full description. ')
-    assert enc.resolution == 512
-    assert (enc.denoise_steps, enc.eval_denoise_steps) == (10, 40)
-    assert (enc.lora_rank, enc.cond_len, enc.dtype) == (32, 512, 'bfloat16')
-    assert (enc.lr, enc.kl, enc.group, enc.temperature) == (1e-6, 1e-6, 4, 1.0)      # v5
-    assert dec.lr == 3e-4
-    assert dec.clip_range[0] == dict(medium=1e-5, paper=1e-4)[preset]
-    assert cold.lr == 1e-6
-    assert enc.guidance == dict(medium=1.0, paper=5.0)[preset]
-    assert enc.clip == 'ViT-L-14-quickgelu:openai'
+    expected = dict(resolution=512, denoise_steps=10, eval_denoise_steps=40, lora_rank=32,
+                    cond_len=512, dtype='bfloat16', clip='ViT-L-14-quickgelu:openai',
+                    lr=1e-6, kl=1e-6, group=4, temperature=1.0,              # v5
+                    guidance=dict(medium=1.0, paper=5.0)[preset])
+    assert {key: getattr(captions, key) for key in expected} == expected
+    assert drawings.lr == 3e-4
+    assert drawings.clip_range[0] == dict(medium=1e-5, paper=1e-4)[preset]
+    assert plan.read('cold_start', [f'--preset={preset}'])[1].lr == 1e-6
 
 
 # --- photos of any size: the library's own forward on tokens, pixels and mm_token_type_ids --------
@@ -151,14 +113,12 @@ def photos(request, uae):
     g = torch.Generator().manual_seed(3)
     blurred = torch.rand(3, 3, 8, 8, generator=g) * 2 - 1
     x = F.interpolate(blurred, request.param, mode='bilinear')
-    with torch.no_grad():
-        return x, uae.encoder.see(x)
+    return x, uae.encoder.see(x)
 
 
-def sample(uae, seen, u):
+def sample(uae, vision, u):
     """Captions at temperature 1 for the uniforms u: y, mask, logp."""
-    G = len(u) // len(seen[0])
-    return uae.encoder.sample(seen, G, 1.0, u)
+    return uae.encoder.sample(vision, len(u) // len(vision['grid']), 1.0, u)
 
 
 @pytest.mark.parametrize('G', [1, 3])
@@ -166,114 +126,88 @@ def sample(uae, seen, u):
 def test_shared_prompt_is_the_naive_forward(uae, photos, G, checkpointing):
     """One vision pass and prefill per image, expanded to the group, against the whole model on
     every row alone: 1e-5."""
-    x, seen = photos
-    y, mask, recorded = sample(uae, seen, uniforms(3 * G, uae.config.caption_len))
-    want = full_forward(uae, x, y).masked_fill(uae.encoder.forbidden, -torch.inf).log_softmax(-1)
+    x, vision = photos
+    y, mask, recorded = sample(uae, vision, uniforms(3 * G, uae.config.caption_len))
+    want = library_logp(uae, full_forward(uae, x, y), y, 1.0)
     with torch.no_grad():
-        states = at(uae, checkpointing=checkpointing).caption_states(seen, y)[:, :-1]
-        logits = uae.encoder.head(states).masked_fill(uae.encoder.forbidden, -torch.inf).log_softmax(-1)
-    valid = mask.bool()
-    torch.testing.assert_close(logits[valid], want[valid], atol=1e-5, rtol=0)
-    picked = want.gather(-1, y[..., None])[..., 0]
-    assert ((picked - recorded) * mask).abs().max() < 1e-5
+        scored = at(uae, checkpointing=checkpointing).encoder.logp(vision, y)
+    assert ((want - recorded) * mask).abs().max() < 1e-5
+    assert ((want - scored) * mask).abs().max() < 1e-5
 
 
 def test_positions_are_the_library_s_in_three_dimensions(uae, photos):
     """The prompt's positions are get_rope_index's; a caption goes on after the largest of them,
     which is less than the number of tokens."""
-    x, seen = photos
-    emb, pos = uae.encoder.prompt(seen)
-    patches = seen[1][0].tolist()
-    t, h, w = patches[0], patches[1] // 2, patches[2] // 2
-    before = len(uae.encoder.before_image)
-    after = len(uae.encoder.after_image)
+    _, vision = photos
+    _, positions = uae.encoder.prompt(vision)
+    t, h, w = vision['grid'][0].tolist()
+    h, w = h // 2, w // 2
+    before, after = len(uae.encoder.before_image), len(uae.encoder.after_image)
     n = t * h * w
-    length = before + n + after
-
-    image = pos[:, 0, before:before + n] - before
-    rows = torch.arange(h)[:, None].expand(h, w)
-    columns = torch.arange(w).expand(h, w)
-    assert torch.equal(image[1].view(h, w), rows)
-    assert torch.equal(image[2].view(h, w), columns)
+    image = positions[:, 0, before:before + n] - before
+    assert torch.equal(image[1].view(h, w), torch.arange(h)[:, None].expand(h, w))
+    assert torch.equal(image[2].view(h, w), torch.arange(w).expand(h, w))
     assert not image[0].any()
-    assert torch.equal(pos, pos[:, :1].expand_as(pos))
-    assert torch.equal(pos[:, 0, :before], torch.arange(before).expand(3, before))
+    assert torch.equal(positions, positions[:, :1].expand_as(positions))
+    assert torch.equal(positions[:, 0, :before], torch.arange(before).expand(3, before))
     text = before + max(h, w) + torch.arange(after)
-    assert torch.equal(pos[:, 0, before + n:], text.expand(3, -1))
-
+    assert torch.equal(positions[:, 0, before + n:], text.expand(3, -1))
     with torch.no_grad():
-        cache, _, start = uae.prefill(seen, 2)
+        cache, _, start = uae.encoder.prefill(vision)
     assert start == before + max(h, w) + after
-    assert start < length == cache.get_seq_length()
+    assert start < before + n + after == cache.get_seq_length()
 
 
 def test_leaving_out_mm_token_type_ids_would_be_seen(uae, photos, monkeypatch):
-    x, seen = photos
-    y, mask, recorded = sample(uae, seen, uniforms(6, uae.config.caption_len))
-    rope_index = uae.encoder.vlm.model.get_rope_index
+    _, vision = photos
+    y, mask, recorded = sample(uae, vision, uniforms(6, uae.config.caption_len))
+    inner = uae.encoder.vlm.model
+    rope_index = inner.get_rope_index
 
     def without_kinds(ids, mm_token_type_ids, **other):
         return rope_index(ids, mm_token_type_ids=torch.zeros_like(mm_token_type_ids), **other)
 
-    monkeypatch.setattr(uae.encoder.vlm.model, 'get_rope_index', without_kinds)
+    monkeypatch.setattr(inner, 'get_rope_index', without_kinds)
     with torch.no_grad():
-        logp = uae.encoder.logp(seen, y)
+        logp = uae.encoder.logp(vision, y)
     assert ((logp - recorded) * mask).abs().amax(1).min() > 1e-3
 
 
-def test_rope_deltas_of_an_earlier_image_do_not_leak(uae, photos):
-    """The library keeps the offset of the last image on the model; ours must not read it, nor
-    leave one behind."""
-    x, seen = photos
+def test_an_earlier_image_leaves_nothing_behind(uae, photos, monkeypatch):
+    """The library keeps the offset of the last image on the model: ours must not read it, nor leave
+    one. A small image after a large one is captioned as if it came first."""
+    x, vision = photos
     u = uniforms(6, uae.config.caption_len)
     inner = uae.encoder.vlm.model
-    y, mask, logp = sample(uae, seen, u)
-    before = inner.rope_deltas
-    try:
-        for other in (torch.tensor([[-7]]), torch.tensor([[500]]), None):
-            inner.rope_deltas = other
-            again = sample(uae, seen, u)
-            assert torch.equal(again[0], y)
-            assert torch.equal(again[2], logp)
-            with torch.no_grad():
-                scored = uae.encoder.logp(seen, y)
-            assert ((scored - logp) * mask).abs().max() < 1e-5
-            assert inner.rope_deltas is other
-    finally:
-        inner.rope_deltas = before
-
-
-def test_images_of_two_sizes_one_after_the_other(uae):
-    """A small image after a large one is captioned as if it came first."""
-    g = torch.Generator().manual_seed(4)
-    small = torch.rand(1, 3, 32, 32, generator=g) * 2 - 1
-    large = torch.rand(1, 3, 96, 96, generator=g) * 2 - 1
-    u = uniforms(2, uae.config.caption_len)
-    with torch.no_grad():
-        first = sample(uae, uae.encoder.see(small), u)
-        y, _, _ = sample(uae, uae.encoder.see(large), u)
-        full_forward(uae, large, y)
-        again = sample(uae, uae.encoder.see(small), u)
-    uae.encoder.vlm.model.rope_deltas = None
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    y, mask, logp = sample(uae, vision, u)
+    for other in (torch.tensor([[-7]]), torch.tensor([[500]]), None):
+        monkeypatch.setattr(inner, 'rope_deltas', other)
+        again = sample(uae, vision, u)
+        assert torch.equal(again[0], y) and torch.equal(again[2], logp)
+        with torch.no_grad():
+            assert ((uae.encoder.logp(vision, y) - logp) * mask).abs().max() < 1e-5
+        assert inner.rope_deltas is other
+    small = uae.encoder.see(x[:, :, :32, :32])
+    first = sample(uae, small, u)
+    full_forward(uae, x, y)
+    assert all(torch.equal(a, b) for a, b in zip(first, sample(uae, small, u)))
 
 
 # --- truncated captions ---------------------------------------------------------------------------
-def test_a_truncated_caption_counts_as_it_stands(uae, seen):
+def test_a_truncated_caption_counts_as_it_stands(uae, vision):
     """No end token within caption_len: every one of the T tokens is valid, is scored, and is what
     the decoder gets; nothing is dropped or appended."""
     short = at(uae, caption_len=3)
-    y, mask, logp = sample(short, seen, uniforms(16, 3))
-    cut = y[:, -1] != short.end
+    y, mask, logp = sample(short, vision, uniforms(16, 3))
+    cut = y[:, -1] != short.encoder.end
     assert cut.any()
     assert mask[cut].all()
     assert (logp[cut] < 0).all()
     with torch.no_grad():
-        assert ((short.encoder.logp(seen, y) - logp) * mask).abs().max() < 1e-5
-        longer = F.pad(y[cut], (0, 2), value=short.end)
-        longer_mask = F.pad(mask[cut], (0, 2))
+        assert ((short.encoder.logp(vision, y) - logp) * mask).abs().max() < 1e-5
+        longer = F.pad(y[cut], (0, 2), value=short.encoder.end)
         c = short.condition(y[cut], mask[cut])
-        assert torch.equal(c, short.condition(longer, longer_mask))
+        assert torch.equal(c, short.condition(longer, F.pad(mask[cut], (0, 2))))
 
 
 # --- the vocabulary in pieces ---------------------------------------------------------------------
@@ -314,9 +248,9 @@ def test_logits_of_the_real_vocabulary_are_never_whole():
     assert h.grad.abs().sum() > 0
 
 
-def test_the_captioner_s_log_prob_goes_through_those_pieces(uae, seen, sampled, monkeypatch):
-    """caption_logp asks for the logits of T positions a caption, none of the prompt's, through
-    token_logp alone."""
+def test_the_captioner_s_log_prob_goes_through_those_pieces(uae, vision, sampled, monkeypatch):
+    """It asks for the logits of T positions a caption, none of the prompt's, by token_logp alone.
+    """
     y, mask, logp = sampled
     shapes = []
 
@@ -324,8 +258,8 @@ def test_the_captioner_s_log_prob_goes_through_those_pieces(uae, seen, sampled, 
         shapes.append(tuple(h.shape[:2]))
         return token_logp(h, *args, chunk=64 * 5)
 
-    monkeypatch.setattr(model, 'token_logp', in_pieces)
+    monkeypatch.setattr(encoder, 'token_logp', in_pieces)
     with torch.no_grad():
-        scored = uae.encoder.logp(seen, y)
+        scored = uae.encoder.logp(vision, y)
     assert ((scored - logp) * mask).abs().max() < 1e-5
     assert shapes == [tuple(y.shape)]
