@@ -466,7 +466,8 @@ def rows_of(call, module, count):
 
 @pytest.mark.parametrize('size', [0, 1, 3, 16, 100])
 def test_micro_batch_bounds_the_rows_of_every_pass(uae, x, sampled, inputs, size):
-    """Transformer, VAE both ways, text encoder, vision tower: the same values, a few rows at a time."""
+    """Transformer, VAE both ways, text encoder, vision tower: the same values,
+    a few rows at a time."""
     y, mask, _ = sampled
     z, c, negative = inputs
     u = at(uae, micro_batch=size, guidance=2.0)

@@ -1,4 +1,5 @@
-"""How the repository is kept: 100 columns, 550 lines a file, 60 a function, imports in one direction,
+"""How the repository is kept: 100 columns, 550 lines a file, 60 a function, imports in one
+direction,
 and the names of a family of models in the one file that drives it."""
 import ast
 import graphlib
