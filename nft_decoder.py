@@ -31,7 +31,7 @@ import sys
 import torch
 
 from config import parse
-from data.images import open_data
+from data.images import keep_captioned, open_data
 from lib import checkpoint, ranks, watch
 from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
 from lib.optimiser import Optimiser
@@ -152,6 +152,8 @@ def main(argv):
     P, G = ranks.per_rank('batch', config.batch, run.world), config.group
     start_step = checkpoint.open_out_dir(config, run)
     train, held_out = open_data(config, run)
+    if config.captions == 'given':
+        keep_captioned(train, config, run)
     uae = checkpoint.open_uae(config, run.device)
     params = uae.train_only('decoder')
     # while it draws, the present policy is the old one; later in an update it has moved on
