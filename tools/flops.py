@@ -4,6 +4,8 @@ import math
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from reward import Backbone
+
 
 def attention_flops(q, k, *others, **unused):
     """Scores and their mixture of values: a matrix product each, of every query head."""
@@ -29,7 +31,7 @@ def flop_counter():
 
 @torch.no_grad()
 def forward_flops(uae, tower):
-    """{network: operations} of one sample's forward pass; tower: of the reward.
+    """{network: operations} of one sample's forward pass; tower: the `Reward`.
 
     A condition is cond_len tokens long, a caption caption_len behind its prompt.
     """
@@ -48,8 +50,10 @@ def forward_flops(uae, tower):
         'denoising step': (uae.decoder.network, z, torch.zeros(1), condition()),
         'latent to image': (uae.decoder.to_image, z),
         'image to latent': (uae.decoder.to_latent, x),
-        'reward': (tower.features, x),
     }
+    for one in tower.towers:
+        if isinstance(one, Backbone):
+            calls['reward'] = one.features, x
     found = {}
     for name, (call, *args) in calls.items():
         with flop_counter() as counter, uae.encoder.autocast():

@@ -31,7 +31,7 @@ from encoder import Encoder
 from lib import checkpoint, ranks
 from lib.scores import Evaluator, images_at_once
 from model import UAE
-from reward import Backbone
+from reward import Backbone, Function
 from tools.flops import forward_flops
 from tools.rehearse import random_reward, random_tower, replaced, skeleton, stand_ins
 
@@ -213,7 +213,7 @@ class Rehearsal:
                 inner.enter_context(contextlib.suppress(Done))
                 script.main(argv)
             self.rows = self.weigh()
-            self.flops = forward_flops(self.uae, self.towers['reward'].towers[0])
+            self.flops = forward_flops(self.uae, self.towers['reward'])
 
     def others(self):
         """(place, name, what stands there during main); asked for while there are values."""
@@ -221,6 +221,7 @@ class Rehearsal:
         yield sys.modules['encoder'], 'by_rows', by_rows
         yield sys.modules['decoder'], 'by_rows', by_rows
         yield Encoder, 'texts', lambda encoder, y, mask: [''] * len(y)
+        yield Function, 'reward', lambda function, x, x_hat, captions: torch.zeros(len(x_hat))
         yield ranks, 'total', lambda value, run: 1.0
         yield ranks, 'sample_slices', first_of(ranks.sample_slices)
         yield ranks, 'step_slices', first_of(ranks.step_slices)
@@ -327,8 +328,7 @@ def rehearse(stage, argv, world=1):
     script, config = read(stage, argv)
     argv = [*argv, f'--batch={ranks.per_rank("batch", config.batch, world)}', '--device=cpu',
             f'--eval_images={math.ceil(config.eval_images / world)}']
-    if hasattr(config, 'offload'):
-        argv.append('--offload=False')
+    argv += [f'--{key}=False' for key in ('offload', 'compile') if hasattr(config, key)]
     ranks.quiet()
     with patch.dict(os.environ, WORLD_SIZE='1', RANK='0'):
         return Rehearsal(script, read(stage, argv)[1], argv)
@@ -385,6 +385,7 @@ def verdict(total):
 def plan(stage, *argv):
     """Prints what a stage needs, and what would make it less; returns these numbers."""
     world = int(os.environ.get('WORLD_SIZE', 1))
+    argv = tuple(argument for argument in argv if argument != '--resume')
     rehearsal = rehearse(stage, argv, world)
     _, config = read(stage, argv)
     total, when = most(rehearsal, config)

@@ -181,6 +181,7 @@ def stand_ins(config):
     return dict(
         open_data=lambda *args: (images, held_out),
         open_captioned=lambda *args: (images, 0, held_out),
+        keep_captioned=lambda *args: 0,
         open_out_dir=lambda *args: 0,
         restore=lambda *args: {},
         maybe_save=lambda *args, **kwargs: None,
