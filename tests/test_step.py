@@ -296,7 +296,7 @@ def test_given_captions_are_what_is_drawn(uae, x, tower):
     torch.testing.assert_close(found['c'], c, **CLOSE)
 
 
-@pytest.mark.parametrize('name', ['cold_start', 'grpo_decoder'])
+@pytest.mark.parametrize('name', ['cold_start', 'grpo_decoder', 'nft_decoder'])
 def test_given_captions_of_a_folder(tmp_path, name):
     """Images without one are left out; where none has one, a line says so."""
     folder = tmp_path / 'images'
