@@ -163,11 +163,12 @@ class UAE(nn.Module):
 
 
 def frozen_copy(module):
-    """A frozen copy of a module that shares every weight which is not trained.
+    """A frozen copy of a module that shares buffers and every weight which is not trained.
 
     With LoRA only the adapters are copied, in full fine-tuning everything that is trained.
     """
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    shared.update({id(buffer): buffer for buffer in module.buffers()})
     for name, value in vars(module).items():
         if not name.startswith('_'):            # no weights: config, processor, schedule
             shared[id(value)] = value
