@@ -41,7 +41,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lib import checkpoint, ranks, watch
+from lib import checkpoint, pictures, ranks
 from lib.scores import images_at_once, warn_of_losses
 from lib.files import write_atomic, write_json, write_lines
 from bench.dpg import dpg_scorer, drop_first_row
@@ -316,7 +316,7 @@ def prompt_sheet(items, configs):
             images = [Image.open(path)] if os.path.exists(path) else []
             cells.append((images, ''))
     heads = ('', *(config.name for config in configs))
-    return watch.sheet(cells, len(heads), heads, lines=0)
+    return pictures.sheet(cells, len(heads), heads, lines=0)
 
 
 def edits(config):

@@ -162,12 +162,14 @@ class UAE(nn.Module):
         return twin
 
 
-def frozen_copy(module):
-    """A frozen copy of a module that shares buffers and every weight which is not trained.
+def frozen_copy(module, own=None):
+    """A frozen copy of a module that shares its buffers and all other weights than its own.
 
-    With LoRA only the adapters are copied, in full fine-tuning everything that is trained.
+    own: their names; None = what is trained: with LoRA the adapters alone.
     """
-    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    if own is None:
+        own = [name for name, p in module.named_parameters() if p.requires_grad]
+    shared = {id(p): p for name, p in module.named_parameters() if name not in own}
     shared.update({id(buffer): buffer for buffer in module.buffers()})
     for name, value in vars(module).items():
         if not name.startswith('_'):            # no weights: config, processor, schedule

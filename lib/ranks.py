@@ -5,12 +5,10 @@ import hashlib
 import importlib.metadata
 import inspect
 import os
-import random
 import sys
 import types
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -37,9 +35,7 @@ def start(config):
         say_unseen()
     torch.backends.cudnn.allow_tf32 = False     # float32 means float32, in convolutions too
     torch.backends.cuda.enable_cudnn_sdp(False)     # it plans 60 ms for each new length
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)              # of fresh weights; all else is addressed
     return types.SimpleNamespace(rank=rank, world=world, device=device, master=rank == 0)
 
 

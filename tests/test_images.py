@@ -24,7 +24,7 @@ import pretrain_decoder
 from conftest import ROOT
 from data import images
 from data.files import name_bytes, printable
-from data.images import DataError, ImageError, open_data, open_images
+from data.images import DataError, ImageError, keep_captioned, open_data, open_images
 from data.shapes import scenes as world
 
 R = 16
@@ -550,7 +550,7 @@ def test_captions_that_say_nothing_or_are_no_text(tmp_path, capsys, kind):
     assert s.first(99)['captions'] == SAID + [None] * len(NOTHING)
     assert s.left_out + len(s.skipped) == 2
     assert 'not UTF-8, or has half a character' in capsys.readouterr().out
-    s.keep_captioned()
+    keep_captioned(s, config.parse({}, {}, [], 'x.py'), types.SimpleNamespace(master=True))
     assert s.first(99)['captions'] == SAID
 
 

@@ -280,7 +280,7 @@ def write_curves(folders, panels, out_dir):
 # --- pictures ------------------------------------------------------------------------------------
 def draw_stop(stop, scenes, count):
     """The first scenes at a stop, each as source, drawing and caption -> a Pillow image."""
-    from lib.watch import sheet                             # it imports torch, the page needs none
+    from lib.pictures import sheet                          # it imports torch, the page needs none
     lines = [scene['at'][stop.index] for scene in scenes if stop.index in scene['at']]
     items = []
     for line in lines[:count]:

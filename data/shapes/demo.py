@@ -30,7 +30,8 @@ from lib.files import write_atomic, write_json, write_lines
 import grpo_decoder
 import grpo_encoder
 from lib.checkpoint import newest, open_uae
-from lib import watch
+from lib.pictures import sheet
+from lib.watch import picture, to_bytes
 from config import parse
 from data.images import open_data
 from data.shapes import scenes as world
@@ -159,12 +160,12 @@ def before_after(held, base, last):
     """Source | reconstruction and caption before | after, for eight held-out scenes."""
     items = []
     for i in range(PICTURES):
-        items.append(([watch.picture(watch.to_bytes(held['x'][i:i + 1])[0])], ''))
+        items.append(([picture(to_bytes(held['x'][i:i + 1])[0])], ''))
         for result in (base, last):
             x_hat = torch.tensor(result['images'][i]).view(1, 3, 32, 32)
-            items.append(([watch.picture(watch.to_bytes(x_hat)[0])], result['captions'][i]))
+            items.append(([picture(to_bytes(x_hat)[0])], result['captions'][i]))
     heads = ('source', 'before: base', 'after: grpo_decoder') * 2
-    return watch.sheet(items, len(heads), heads, lines=7)
+    return sheet(items, len(heads), heads, lines=7)
 
 
 def table(report):
