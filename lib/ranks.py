@@ -189,9 +189,7 @@ def group_slices(P, G, size):
 
     Yields (images, rows, last). size 0 means all at once; smaller than G it means one group.
     """
-    step = P
-    if size:
-        step = max(1, size // G)
+    step = max(1, (size or P * G) // G)
     for i in range(0, P, step):
         stop = min(i + step, P)
         yield slice(i, stop), slice(i * G, stop * G), stop == P
@@ -199,13 +197,11 @@ def group_slices(P, G, size):
 
 def sample_slices(P, G, size):
     """`group_slices` of exactly `size` samples also where that splits a group."""
-    if not size or size >= G:
-        yield from group_slices(P, G, size)
-        return
-    for i in range(P):
-        for row in range(i * G, (i + 1) * G, size):
-            stop = min(row + size, (i + 1) * G)
-            yield slice(i, i + 1), slice(row, stop), stop == P * G
+    size = size or P * G
+    for images, rows, _ in group_slices(P, G, size):
+        for start in range(rows.start, rows.stop, size):
+            stop = min(start + size, rows.stop)
+            yield images, slice(start, stop), stop == P * G
 
 
 def step_slices(P, G, n, size):
@@ -214,9 +210,10 @@ def step_slices(P, G, n, size):
     Yields (rows, steps, last). Whole groups where they fit, one sample's steps in pieces where they
     do not. size 0 means all at once.
     """
-    for _, rows, end in sample_slices(P, G, size and max(1, size // n)):
-        for start in range(0, n, size or n):
-            stop = min(start + (size or n), n)
+    size = size or P * G * n
+    for _, rows, end in sample_slices(P, G, max(1, size // n)):
+        for start in range(0, n, size):
+            stop = min(start + size, n)
             yield rows, slice(start, stop), end and stop == n
 
 

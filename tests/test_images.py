@@ -927,6 +927,14 @@ def test_what_is_left_out_counts_as_skipped(tmp_path):
     assert held['skipped'] == 6
 
 
+def test_the_last_images_are_held_out_but_never_more_than_half(tmp_path):
+    for count, trained in ((2, 1), (3, 2), (4, 2), (9, 7)):
+        train, held = opened(numbered(tmp_path / str(count), count))        # eval_images is 2
+        names = [f'{i:02d}.png' for i in range(count)]
+        assert (train.names, held['names']) == (names[:trained], names[trained:])
+        assert len({*train.names, *held['names']}) == count
+
+
 def test_held_out_beside_the_embedded_world(tmp_path):
     train, held = opened('shapes', held_out=str(numbered(tmp_path, 3)))
     assert len(train) == 4096
