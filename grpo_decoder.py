@@ -44,7 +44,6 @@ from lib import checkpoint, ranks, watch
 from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
 from lib.optimiser import Optimiser
 from lib.scores import Evaluator
-from model import take_turns
 from reward import clip_reward, reward_tower
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -222,7 +221,8 @@ def main(argv):
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
     if config.offload:
-        take_turns(run.device, [uae.encoder], [uae.decoder, reference], evaluate.towers.values())
+        parts = [uae.encoder], [uae.decoder, reference], evaluate.towers.values()
+        ranks.take_turns(run.device, *parts)
     # old_logp: in float32 the log-prob recorded while sampling; in bfloat16, where that differs by
     # rounding, the first epoch's own, detached
     old_is_own = config.dtype == 'bfloat16'

@@ -176,39 +176,3 @@ def frozen_copy(module, own=None):
             shared[id(value)] = value
     twin = copy.deepcopy(module, shared)
     return twin.requires_grad_(False)
-
-
-def take_turns(device, *parts):
-    """From now on only the part that works is on the device, the others wait on the CPU.
-
-    parts: lists of modules, or of None. What moves are the modules' children: buffers of their own
-    stay. A part comes when one of its weights is used.
-    """
-    here = None
-
-    def move(part, device):
-        for module in part:
-            for child in module.children():
-                child.to(device)
-
-    def bring(part):
-        def before_forward(module, inputs):
-            nonlocal here
-            if here is part:
-                return
-            if here:
-                move(here, 'cpu')
-                if device.startswith('cuda'):
-                    torch.cuda.empty_cache()    # what comes has weights of other sizes
-            move(part, device)
-            here = part
-
-        return before_forward
-
-    for part in parts:
-        part = [module for module in part if module]
-        move(part, 'cpu')
-        for module in part:
-            for inner in module.modules():
-                if list(inner.parameters(recurse=False)):
-                    inner.register_forward_pre_hook(bring(part))

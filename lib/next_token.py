@@ -1,4 +1,4 @@
-"""A Qwen2.5 language model one token at a time, as fast as it gets; `Encoder.sample` writes with it.
+"""One token at a time of a Qwen2.5 language model, as fast as it gets, for `Encoder.sample`.
 
 Taken on trust: a test compares every state with the library's own.
 """

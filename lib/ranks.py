@@ -1,4 +1,5 @@
-"""Who does which part of the work: ranks, micro-batches, and randomness that depends on neither."""
+"""Who does which part of the work: ranks, parts that take turns on a GPU, micro-batches, and
+randomness that depends on none of these."""
 import contextlib
 import functools
 import hashlib
@@ -156,6 +157,39 @@ def no_sync(ddp, last):
     if last or not hasattr(ddp, 'no_sync'):
         return contextlib.nullcontext()
     return ddp.no_sync()
+
+
+def take_turns(device, *parts):
+    """From now on only the part that works is on the device, the others wait on the CPU.
+
+    parts: lists of modules, or of None. What moves are the modules' children: buffers of their own
+    stay. A part comes when one of its weights is used.
+    """
+    here = None
+
+    def move(part, device):
+        for module in part:
+            for child in module.children():
+                child.to(device)
+
+    def before_forward(part, module, inputs):
+        nonlocal here
+        if here is part:
+            return
+        if here:
+            move(here, 'cpu')
+            if device.startswith('cuda'):
+                torch.cuda.empty_cache()        # what comes has weights of other sizes
+        move(part, device)
+        here = part
+
+    for part in parts:
+        part = [module for module in part if module]
+        move(part, 'cpu')
+        for module in part:
+            for inner in module.modules():
+                if list(inner.parameters(recurse=False)):
+                    inner.register_forward_pre_hook(functools.partial(before_forward, part))
 
 
 # --- addressed randomness: the same numbers at every world size, and nothing to save -------------

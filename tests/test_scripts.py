@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import model
 import reward
 from lib import log, optimiser, ranks
 from comparing import BASE, optimizer_state, timeless, without_step
@@ -318,12 +317,12 @@ def test_offload_takes_turns_and_changes_nothing(tmp_path, monkeypatch, name, tu
             moves.append(move)
         return to(self, device, **other)
 
-    def take_turns(device, *parts, original=model.take_turns):
+    def take_turns(device, *parts, original=ranks.take_turns):
         monkeypatch.setattr(torch.nn.Module, 'to', recorded)
         original('cpu:0', *parts)
 
     plain = tiny(name, tmp_path / 'plain', steps=1)
-    monkeypatch.setattr(model, 'take_turns', take_turns)
+    monkeypatch.setattr(ranks, 'take_turns', take_turns)
     offloaded = tiny(name, tmp_path / 'offloaded', '--offload=True', steps=1)
     expected = [(part, 'out') for part in ('encoder', 'decoder', 'towers')]
     before = None
