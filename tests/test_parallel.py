@@ -192,6 +192,17 @@ def test_randomness_is_addressed():
     assert abs(ranks.normal((1000,), [0], 'n').std() - 1) < 0.1
 
 
+def test_shuffled_rewards_are_the_same_in_another_order():
+    """Of all groups together, by the address alone."""
+    r = torch.rand(6, 4)
+    other = ranks.permuted(r, 1, 'shuffle', 0)
+    assert other.shape == r.shape
+    assert torch.equal(other.flatten().sort()[0], r.flatten().sort()[0])
+    assert ((other[:, :, None] == r[:, None]).any(2).sum(1) < 4).all(), 'not inside the groups'
+    assert torch.equal(other, ranks.permuted(r, 1, 'shuffle', 0))
+    assert not torch.equal(other, ranks.permuted(r, 1, 'shuffle', 1))
+
+
 def test_sums_for_the_log_are_exact_where_the_device_has_no_float64():
     run = types.SimpleNamespace(rank=0, world=1, device='mps:0')
     t = ranks.in_float64(torch.ones(2), run)
