@@ -50,7 +50,7 @@ from bench.geneval import geneval_correct, relative_position     # them from her
 from bench.geneval import geneval_scorer, judge_scorer, shapes_scorer
 from bench.pictures import Unusable, write_results
 from bench.prompts import files_to_score, item_files, read_items
-from bench.summary import dpg_summary, geneval_summary, judge_summary
+from bench.summary import dpg_summary, geneval_summary, judge_summary, markdown
 from config import parse
 
 # --- script keys -------------------------------------------------------------------------------
@@ -258,19 +258,8 @@ def score(config, run, items):
 
 def write_table(config, summaries):
     """table.md: a row per checkpoint. summaries {name: summary}."""
-    first = list(summaries.values())[0]
-    columns = list(first['columns'])
-    rows = [[config.bench] + columns, ['---'] * (len(columns) + 1)]
-    for name, summary in summaries.items():
-        row = [name]
-        for column in columns:
-            value = summary['columns'].get(column)
-            if value is None:
-                row.append('-')
-            else:
-                row.append(f'{value:.3f}')
-        rows.append(row)
-    text = ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+    rows = {name: summary['columns'] for name, summary in summaries.items()}
+    text = markdown(config.bench, rows)
     if config.bench == 'geneval':
         text += ('\nThe detector has other weights than the official one: near the official '
                  'numbers, not equal.\n')

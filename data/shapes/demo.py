@@ -29,6 +29,7 @@ from lib.files import write_atomic, write_json, write_lines
 import grpo_decoder
 import grpo_encoder
 from lib.checkpoint import newest, open_uae
+from bench.summary import markdown
 from config import parse
 from data.images import open_data
 from data.shapes import scenes as world
@@ -147,13 +148,12 @@ def table(report):
     columns = dict(report['stages'])
     if CONTROL in report['controls']:
         columns[CONTROL] = report['controls'][CONTROL]
-    lines = ['| | ' + ' | '.join(columns) + ' | ceiling |', '|---|' + '---|' * (len(columns) + 1)]
+    rows = {}
     for field in SHOWN:
         name = 't2i' if field.startswith('t2i') else field
-        cells = [f'{summary[field]:.3f}' for summary in columns.values()]
-        cells.append(f'{report["ceiling"][name]:.3f}' if name in report['ceiling'] else '')
-        lines.append(f'| {field} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        rows[field] = {stage: summary[field] for stage, summary in columns.items()}
+        rows[field]['ceiling'] = report['ceiling'].get(name)
+    return markdown('', rows)
 
 
 def versions():
@@ -214,7 +214,7 @@ def main(argv):
 
     total = sum(seconds.values())
     summary = f'seed {config.seed}, {total:.0f} seconds, {len(held["x"])} held-out scenes'
-    text = f'{table(report)}\n\n{summary}\n'
+    text = f'{table(report)}\n{summary}\n'
     write_atomic(f'{config.out_dir}/report.md', lambda tmp: write_lines(tmp, [text]))
     write_report([config.out_dir], config.out_dir)
     print(f'\n{text}\n{NEXT.format(out=config.out_dir)}')
