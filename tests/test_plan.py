@@ -3,7 +3,6 @@ import contextlib
 import importlib
 import os
 import re
-import socket
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -221,15 +220,6 @@ def test_recomputation_wants_no_gradient_through_a_frozen_encoder(x):
 
 
 # --- the command ----------------------------------------------------------------------------------
-@pytest.fixture
-def offline(monkeypatch):
-    def refuse(*args, **other):
-        raise AssertionError('--plan asks the network')
-
-    monkeypatch.setattr(socket.socket, 'connect', refuse)
-    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
-
-
 def test_plan_of_a_script(tmp_path):
     """Printed by a process of its own, with nothing written; without LoRA also without peft."""
     result = python('-c', 'import sys; sys.modules["peft"] = None; from tools import plan; '

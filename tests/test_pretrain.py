@@ -351,14 +351,6 @@ def one(tmp_path_factory):
     return root, data
 
 
-def test_micro_batches_equal_the_whole(one, tmp_path, monkeypatch):
-    root, data = one
-    plain_descent(monkeypatch)
-    in_parts = plain('pretrain_decoder', data, '--micro_batch=1')
-    tiny('pretrain_decoder', tmp_path / 'out', *in_parts)
-    agree('pretrain_decoder', root / 'pretrain_decoder', tmp_path / 'out')
-
-
 def test_two_ranks_equal_one(one, tmp_path):
     """Both scripts in one torchrun of two ranks, in micro-batches of one."""
     root, data = one
