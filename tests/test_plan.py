@@ -88,6 +88,8 @@ def nothing(*args):
 
 
 @pytest.mark.parametrize('name, checkpointing', [
+    ('pretrain_decoder', False),
+    ('cold_start', True),
     ('grpo_encoder', False),
     ('grpo_encoder', True),
     ('grpo_decoder', True),
@@ -242,6 +244,10 @@ def test_plan_of_a_script(tmp_path):
     assert 'fits 16 GB' in result.stdout
     assert 'would save' not in result.stdout
     assert not os.path.exists(f'{tmp_path}/out')
+
+
+def test_only_stages_have_a_plan():
+    assert refusal(plan.plan, 'sample').startswith('only stages have a plan')
 
 
 def test_unknown_models_are_named():

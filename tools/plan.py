@@ -319,6 +319,9 @@ class Rehearsal:
 # --- the plan ------------------------------------------------------------------------------------
 def read(stage, argv):
     """A stage's module and its configuration."""
+    if stage not in STAGES:
+        raise SystemExit(f'only stages have a plan, {stage!r} is none: python tools/plan.py STAGE '
+                         f'[--key=value ...] with one of {" ".join(STAGES)}')
     script = importlib.import_module(stage)
     return script, parse(script.keys, script.own_presets, argv, script.__file__, script.limits)
 
@@ -416,7 +419,4 @@ def plan(stage, *argv):
 
 
 if __name__ == '__main__':
-    if not sys.argv[1:] or sys.argv[1] not in STAGES:
-        raise SystemExit('python tools/plan.py STAGE [--key=value ...]: expected one of '
-                         f'{" ".join(STAGES)}')
-    plan(*sys.argv[1:])
+    plan(*sys.argv[1:] or [''])
