@@ -182,7 +182,11 @@ def edit_distance(a, b):
 
 
 class Ocr(nn.Module):
-    """The reward `ocr`: how alike the text is that RapidOCR reads in source and reconstruction."""
+    """The reward `ocr`: how alike the text is that RapidOCR reads in source and reconstruction.
+
+    Fewer than SHORTEST letters are no text: a wheel reads as 0 (docs/results.md).
+    """
+    SHORTEST = 3
 
     def __init__(self):
         super().__init__()
@@ -209,7 +213,7 @@ class Ocr(nn.Module):
             source = self.read(image)
             for drawn in group:
                 alike = math.nan
-                if source:
+                if len(source) >= self.SHORTEST:
                     text = self.read(drawn)
                     alike = 1 - edit_distance(source, text) / max(len(source), len(text))
                 r.append(alike)

@@ -370,7 +370,7 @@ def test_edit_distance(a, b, distance):
 
 class Reader(reward.Ocr):
     """Reads in an image what TEXTS says of its first value."""
-    TEXTS = {0.0: '', 0.25: 'stop', 0.5: 'shop', 1.0: 'stops'}
+    TEXTS = {0.0: 'it', 0.25: 'stop', 0.5: 'shop', 1.0: 'stops', -1.0: 'sto'}
 
     def __init__(self):
         torch.nn.Module.__init__(self)
@@ -389,9 +389,10 @@ def images_of(*values):
 def test_ocr_is_one_minus_the_distance_over_the_longer_text():
     """A source is read once for its group; where it is without text, nothing else is read."""
     reader = Reader()
-    r = reader.reward(images_of(0.25, 0.0, 1.0), images_of(1.0, 0.5, 0.25, 0.5, 0.25, 0.0))
-    assert r.tolist() == pytest.approx([0.8, 0.75, math.nan, math.nan, 0.8, 0], nan_ok=True)
-    assert reader.asked == [0.25, 1.0, 0.5, 0.0, 1.0, 0.25, 0.0]
+    x, x_hat = images_of(0.25, 0.0, -1.0), images_of(1.0, 0.5, 0.0, 0.0, 0.25, 0.125)
+    expected = [0.8, 0.75, math.nan, math.nan, 0.75, 0]
+    assert reader.reward(x, x_hat).tolist() == pytest.approx(expected, nan_ok=True)
+    assert reader.asked == [0.25, 1.0, 0.5, 0.0, -1.0, 0.25, 0.125]
 
 
 def test_without_text_the_weight_goes_to_the_others():
