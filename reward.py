@@ -200,11 +200,11 @@ class Ocr(nn.Module):
         self.engine = RapidOCR(params=options)
 
     def read(self, image):
-        """image (3, H, W) in [-1, 1] -> its text, lines from the top, without blanks."""
+        """image (3, H, W) in [-1, 1] -> its letters and digits, lines from the top."""
         pixels = ((image.detach().clamp(-1, 1) + 1) * 127.5).round().byte()
         bgr = pixels.flip(0).permute(1, 2, 0)                # the colours in OpenCV's order
         lines = self.engine(bgr.cpu().numpy()).txts or ()
-        return ''.join(''.join(lines).split())
+        return ''.join(filter(str.isalnum, ''.join(lines)))
 
     def reward(self, x, x_hat, captions=None):
         """1 - edit distance / length of the longer text: (B,), NaN where x_i has no text."""

@@ -435,7 +435,7 @@ def written(*words, ink='black'):
 
 
 def test_drawn_words_are_read(ocr):
-    assert ocr.read(written('Exit 42', 'Main Street')) == 'Exit42MainStreet'
+    assert ocr.read(written('Exit 42!', 'Main-Street')) == 'Exit42MainStreet'
     assert ocr.read(written()) == ''
 
 
