@@ -281,6 +281,15 @@ def test_no_pictures_of_runs_that_watched_nothing(run, tmp_path, kind):
     assert 'no watched images' in said
 
 
+@pytest.mark.parametrize('content', ['', None])
+def test_no_sheet_without_one_of_its_pictures(run, tmp_path, content):
+    picture = run / 'samples' / 'step_000020_000.png'
+    picture.unlink()
+    if content is not None:
+        picture.write_text(content)
+    assert str(picture) in refusal(report.main, [str(run), f'--png={tmp_path}/a.png'])
+
+
 def test_a_run_begins_where_the_one_before_it_ended(demo):
     folders = [str(demo / stage) for stage in (*STAGES, 'grpo_encoder')]
     runs, _ = report.read_runs(folders)
