@@ -58,7 +58,7 @@ def reconstruction_loss(uae, tower, x, y, mask, z, vision, config):
     """
     c = uae.condition(y, mask, vision)
     x_hat = uae.draw(z, c, config.denoise_steps, config.grad_steps)
-    return (1 - clip_reward(x, x_hat, tower)).mean()
+    return (1 - clip_reward(x, x_hat, tower, uae.encoder.texts(y, mask))).mean()
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ shared = dict(
     denoise_steps = 8,         # S, denoising steps of a training rollout
     # evaluation: on held-out images, greedy captions, ODE sampling, fixed noise
     reward = 'clip',           # NAME of reward.BACKBONES or FILE.py:FUNCTION, or a weighted sum:
-                               # clip:0.7,dinov2:0.3
+                               # clip:0.7,dinov2:0.3. `ocr` reads text: clip:0.7,ocr:0.3
     eval_denoise_steps = 8,
     eval_images = 64,          # held-out images
     eval_every = 20,           # updates between evaluations, 0 = never

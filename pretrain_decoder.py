@@ -74,11 +74,11 @@ def open_captioned(config, run, key):
     """
     image_key, _, folder = config.data_keys
     config = argparse.Namespace(**dict(vars(config), data_keys=(image_key, key, folder)))
-    held_out = dict(skipped=0)
     if config.eval_every or config.data == 'shapes':
         images, held_out = open_data(config, run)
     else:
         images = open_images(config.data, config.resolution, *config.data_keys)
+        held_out = dict(skipped=images.left_out)
     if config.data == 'shapes':
         from data.shapes import scenes as world
         root = os.path.dirname(world.__file__)

@@ -277,8 +277,7 @@ def test_text_too_long_keeps_its_beginning_and_the_template_s_end(uae):
 
 
 def test_answer_is_the_caption_s_states_after_the_image(uae, vision, sampled):
-    """c = g(h_T), the states at the caption's own positions; behind them the projection of nothing.
-    """
+    """c = g(h_T), the states at the caption's own positions; behind them that of nothing."""
     u, (y, mask, _) = at(uae, condition='answer'), sampled
     c = u.condition(y, mask, vision)
     wrong = u.condition(y, mask, rolled(vision))
@@ -466,8 +465,7 @@ def rows_of(call, module, count):
 
 @pytest.mark.parametrize('size', [0, 1, 3, 16, 100])
 def test_micro_batch_bounds_the_rows_of_every_pass(uae, x, sampled, inputs, size):
-    """Transformer, VAE both ways, text encoder, vision tower: the same values,
-    a few rows at a time."""
+    """Transformer, VAE both ways, text encoder, vision tower: the same values by few rows."""
     y, mask, _ = sampled
     z, c, negative = inputs
     u = at(uae, micro_batch=size, guidance=2.0)

@@ -2,7 +2,6 @@
 
 Also which images a step sees, and that what cannot be used is stepped over or refused in one line.
 """
-import csv
 import io
 import json
 import os

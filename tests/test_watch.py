@@ -11,14 +11,13 @@ from PIL import Image
 
 import grpo_encoder
 from lib import pictures, watch
-from comparing import on_two_ranks
-from conftest import ROOT, shared_config
+from conftest import shared_config
 from data.images import open_data
 from data.shapes import scenes as world
-from lib.scores import Evaluator
 from lib.log import Log
+from lib.scores import Evaluator
 from reward import backbone, clip_reward
-from running import arguments, lines, tiny
+from running import lines, tiny
 
 SMALL = ('--eval_every=1', '--denoise_steps=4', '--eval_denoise_steps=4', '--eval_images=2')
 
@@ -121,17 +120,6 @@ def test_a_resumed_run_tells_everything_once(tmp_path):
     tiny('grpo_encoder', whole, *more, steps=2)
     for name in ('samples.jsonl', 'groups.jsonl'):
         assert (first / name).read_bytes() == (whole / name).read_bytes()
-
-
-def test_two_ranks_leave_what_one_leaves(runs, tmp_path):
-    argv = arguments('grpo_encoder', tmp_path / 'two', *SMALL)
-    done = on_two_ranks(f'{ROOT}/grpo_encoder.py', *argv)
-    assert done.returncode == 0, done.stdout
-    one, two = (lines(out / 'samples.jsonl') for out in (runs['grpo_encoder'], tmp_path / 'two'))
-    for a, b in zip(one[:2], two[:2]):
-        assert a['caption'] == b['caption'] and a['reward'] == pytest.approx(b['reward'], abs=1e-4)
-    a, b = (lines(out / 'groups.jsonl')[0] for out in (runs['grpo_encoder'], tmp_path / 'two'))
-    assert [m['caption'] for m in a['members']] == [m['caption'] for m in b['members']]
 
 
 def test_the_watched_images_alone_have_pictures(uae, monkeypatch):
