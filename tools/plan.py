@@ -29,9 +29,10 @@ from config import parse
 from decoder import Decoder
 from encoder import Encoder
 from lib import checkpoint, ranks
+from lib.ocr import Ocr
 from lib.scores import Evaluator, images_at_once
 from model import UAE
-from reward import Backbone, Function, Ocr
+from reward import Backbone, Function
 from tools.flops import forward_flops
 from tools.rehearse import random_reward, random_tower, replaced, skeleton, stand_ins
 
