@@ -351,9 +351,9 @@ class Encoder(nn.Module):
             states = self.caption_states(vision, y)[:, :-1]
             return token_logp(states, self.head, y, temperature, self.forbidden)
 
-    def forward(self, *args):
+    def forward(self, *args, **options):
         """`logp`: what DistributedDataParallel calls, also where a subclass has its own."""
-        return self.logp(*args)
+        return self.logp(*args, **options)
 
     def caption_states(self, vision, y):
         """States (B, T + 1, d) of the prompt's last token and of each caption token.
