@@ -70,6 +70,8 @@ CASES = [
     ('grpo_encoder', *LIVE, *LORA, *REFERENCE),
     ('grpo_encoder', *LORA, *REFERENCE),
     ('grpo_decoder', *LORA, *REFERENCE),
+    ('pretrain_decoder', '--ema=0.6'),
+    ('reca',),
 ]
 
 
