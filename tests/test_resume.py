@@ -39,6 +39,8 @@ def kill_in_save(number):
 def as_killed(whole, folder):
     """A copy of a run as a kill in its second checkpoint would leave it."""
     shutil.copytree(whole, folder)
+    with open(folder + '/samples.jsonl', 'a') as f:
+        f.write('{{"step": 4, "row": 0}}\\n{{"step": 4, "ro')
     os.rename(folder + '/step_000004', folder + '/step_000004.tmp')
     os.remove(folder + '/step_000004.tmp/meta.json')
 
@@ -120,7 +122,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(runs):
 
 @pytest.mark.parametrize('case', CASES, ids=name_of)
 def test_resumed_equals_uninterrupted(runs, case):
-    """Weights, the optimizer's state, and a log that has each step once."""
+    """Weights, the optimizer's state, a log that has each step once, and the pictures."""
     whole = runs / name_of(case) / 'whole'
     resumed = runs / name_of(case) / 'resumed'
     last = weights(resumed / 'step_000004')
@@ -136,6 +138,9 @@ def test_resumed_equals_uninterrupted(runs, case):
     evaluations = lines(resumed / 'eval.jsonl')
     assert lines(whole / 'eval.jsonl') == evaluations
     assert [line['step'] for line in evaluations] == [0, 3, 4]
+    for name in ('samples.jsonl', 'groups.jsonl'):
+        if (whole / name).exists():
+            assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
 def stored_types(folder):
