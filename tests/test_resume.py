@@ -67,8 +67,6 @@ CASES = [
     ('cold_start',),
     ('grpo_encoder',),
     ('grpo_decoder',),
-    ('cold_start', *LORA),
-    ('grpo_encoder', *LIVE, '--kl=0.1', '--dtype=bfloat16'),
     ('grpo_encoder', *LIVE, *LORA, *REFERENCE),
     ('grpo_encoder', *LORA, *REFERENCE),
     ('grpo_decoder', *LORA, *REFERENCE),
