@@ -82,7 +82,7 @@ def name_of(case):
 def command_of(case, out_dir, *more):
     """Four updates with a checkpoint every two."""
     name, *switches = case
-    return arguments(name, out_dir, *switches, '--save_every=2', '--eval_every=3', *more, steps=4)
+    return arguments(name, out_dir, *switches, '--save_every=2', '--eval_every=2', *more, steps=4)
 
 
 @pytest.fixture(scope='module')
@@ -135,7 +135,7 @@ def test_resumed_equals_uninterrupted(runs, case):
     assert timeless_log(whole) == log
     evaluations = lines(resumed / 'eval.jsonl')
     assert lines(whole / 'eval.jsonl') == evaluations
-    assert [line['step'] for line in evaluations] == [0, 3, 4]
+    assert [line['step'] for line in evaluations] == [0, 2, 4]
     for name in ('samples.jsonl', 'groups.jsonl'):
         if (whole / name).exists():
             assert (resumed / name).read_bytes() == (whole / name).read_bytes()
@@ -180,13 +180,13 @@ def test_resuming_a_finished_run_does_nothing(runs, tmp_path, name):
     before = weights(out / 'step_000004')
     log = lines(out / 'log.jsonl')
     evaluations = lines(out / 'eval.jsonl')
-    script(name, *arguments(name, out, '--resume', '--eval_every=3', steps=4))
+    script(name, *arguments(name, out, '--resume', '--eval_every=2', steps=4))
 
     assert same(before, weights(out / 'step_000004'))
     assert sorted(os.listdir(out)) == sorted(os.listdir(runs / name / 'whole'))
     assert lines(out / 'log.jsonl') == log
     found = lines(out / 'eval.jsonl')
-    assert [line['step'] for line in found] == [0, 3, 4]
+    assert [line['step'] for line in found] == [0, 2, 4]
     assert abs(found[-1]['reward'] - evaluations[-1]['reward']) < 1e-4
 
 
