@@ -177,10 +177,11 @@ class Encoder(nn.Module):
     def tokens(self, texts, T=None):
         """Strings -> y, mask (B, T) as the sampler returns them, and what was lost on the way.
 
-        T: caption_len if not given. lost: dict of cut, the texts that do not fit, and unknown, the
-        tokens that the tokenizer does not know. A control token cannot arise from a text.
+        T: if not given, what a condition has room for, and the end token. lost: dict of cut, the
+        texts that do not fit, and unknown, the tokens that the tokenizer does not know. A control
+        token cannot arise from a text.
         """
-        T = T or self.config.caption_len
+        T = T or self.text_room + 1
         y = torch.full((len(texts), T), self.end)
         mask = torch.zeros(len(texts), T)
         lost = dict(cut=0, unknown=0)
@@ -350,7 +351,9 @@ class Encoder(nn.Module):
             states = self.caption_states(vision, y)[:, :-1]
             return token_logp(states, self.head, y, temperature, self.forbidden)
 
-    forward = logp              # what DistributedDataParallel calls
+    def forward(self, *args, **options):
+        """`logp`: what DistributedDataParallel calls, also where a subclass has its own."""
+        return self.logp(*args, **options)
 
     def caption_states(self, vision, y):
         """States (B, T + 1, d) of the prompt's last token and of each caption token.

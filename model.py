@@ -116,8 +116,8 @@ class UAE(nn.Module):
     def train_only(self, *names):
         """Marks what a stage trains and returns those parameters, float32 masters.
 
-        names: of 'encoder' (the language model without lm_head, but where that is tied to the
-        embedding both move; never the vision tower), 'projector', 'decoder' (the transformer,
+        names: of 'encoder' (the language model, never the vision tower; lm_head moves where it is
+        the embedding's own matrix, as in the tiny world), 'projector', 'decoder' (the transformer,
         never the VAE). With LoRA only the adapters. Everything else is frozen, in config.dtype.
         """
         parts = dict(encoder=self.encoder.language_model, projector=self.projector,

@@ -164,9 +164,8 @@ def noised(uae, images, step, config):
     All randomness is addressed by (seed, step, image).
     """
     index, x = images['index'], images['x'].to(uae.device)
-    T = uae.encoder.text_room + 1
-    y, mask, lost = uae.encoder.tokens(images['captions'], T)
-    nothing, nothing_mask, _ = uae.encoder.tokens([config.negative_prompt], T)
+    y, mask, lost = uae.encoder.tokens(images['captions'])
+    nothing, nothing_mask, _ = uae.encoder.tokens([config.negative_prompt])
     drop = ranks.uniform((), index, config.seed, 'drop', step) < config.drop
     y[drop] = nothing[0]
     mask[drop] = nothing_mask[0]

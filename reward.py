@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.files import load
+from lib.ranks import by_rows
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 DINOV3 = 'facebook/dinov3-vitl16-pretrain-lvd1689m'
 # name -> (library, hub id, arguments of `preprocess`). None = the configuration's own.
 BACKBONES = dict(
-    clip=('open_clip', None, None),              # config.clip
+    clip=('open_clip', None, None),              # config.clip, the paper's ViT-L/14 at full size
     judge=('transformers', None, None),          # config.judge
     longclip=('transformers', 'zer0int/LongCLIP-L-Diffusers', dict(OPENAI, resize=224, crop=224)),
     dinov2=('transformers', 'facebook/dinov2-large',
@@ -98,11 +99,13 @@ def own_preprocessing(path):
 class Backbone(nn.Module):
     """A frozen image tower: `features` is differentiable in the image.
 
-    library: open_clip or transformers, whose tower it is; pre: the arguments of `preprocess`.
+    library: open_clip or transformers, whose tower it is; pre: the arguments of `preprocess`; rows:
+    of one pass, 0 = all.
     """
 
-    def __init__(self, library, tower, pre):
+    def __init__(self, library, tower, pre, rows=0):
         super().__init__()
+        self.rows = rows
         self.library = library
         self.tower = tower
         self.pre = pre
@@ -127,8 +130,8 @@ class Backbone(nn.Module):
     def reward(self, x, x_hat, captions=None):
         """R_i = cos(f_I(x_i), f_I(x_hat_i)): (B,); see `clip_reward`."""
         with torch.no_grad():
-            f = self.features(x).repeat_interleave(len(x_hat) // len(x), 0)
-        return (f * self.features(x_hat)).sum(-1)
+            f = by_rows(self.features, self.rows, x).repeat_interleave(len(x_hat) // len(x), 0)
+        return (f * by_rows(self.features, self.rows, x_hat)).sum(-1)
 
 
 def describe(name, config):
@@ -148,7 +151,8 @@ def backbone(name, config, device='cpu', source=''):
     else:
         tower = load_transformers(source or own)
         pre = pre or own_preprocessing(find_preprocessing(source or own))
-    return Backbone(library, tower, pre).to(device)
+    rows = getattr(config, 'micro_batch', 0)
+    return Backbone(library, tower, pre, rows).to(device)
 
 
 class Function(nn.Module):

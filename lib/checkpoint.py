@@ -81,6 +81,12 @@ def find_checkpoint(config, need_projector=True):
         if key in FIXED:
             raise SystemExit(f'{line}; its preset was {meta["config"]["preset"]!r}')
         print(f'warning: {line}', flush=True)
+    # what is held out is the data's end; there, more images than before were trained on
+    kept = meta['config'].get('eval_images', config.eval_images)
+    same = config.data == meta['config'].get('data') and not config.held_out
+    if same and config.data != 'shapes' and config.eval_images > kept:
+        print(f'warning: {folder} was trained with eval_images={kept}, of the {config.eval_images} '
+              'held out now the others were trained on', flush=True)
     check_whole(folder, meta, config.lora_rank)
     return folder
 
@@ -241,12 +247,15 @@ def check_sizes(uae):
 def open_reference(uae, parts, config):
     """A UAE whose `parts` are frozen as the stage began with them: the reference policy.
 
-    parts: of 'encoder', 'projector', 'decoder'. A resumed run loads them from where it began.
+    parts: of 'encoder', 'projector', 'decoder'. A resumed run loads them from where it began, also
+    where the command does not repeat --init_from.
     """
     twin = uae.reference(*parts)
-    if not resumed(config):
+    folder = resumed(config)
+    if not folder:
         return twin
-    begun = argparse.Namespace(**dict(vars(config), resume=False))
+    init_from = config.init_from or read_meta(folder)['config'].get('init_from', '')
+    begun = argparse.Namespace(**dict(vars(config), resume=False, init_from=init_from))
     start = find_checkpoint(begun)
     models = dict(encoder=twin.encoder.vlm, decoder=twin.decoder.transformer)
     for part in parts:

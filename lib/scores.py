@@ -26,8 +26,8 @@ def images_at_once(config):
 def warn_of_losses(what, lost, config):
     """One line for what a text loses on its way to tokens; lost: see `Encoder.tokens`."""
     if lost.get('cut'):
-        print(f'warning: of {what} {lost["cut"]} with more than caption_len - 1 = '
-              f'{config.caption_len - 1} tokens, which were cut')
+        print(f'warning: of {what} {lost["cut"]} with more tokens than cond_len='
+              f'{config.cond_len} has room for, which were cut')
     if lost.get('unknown'):
         print(f'warning: of {what} {lost["unknown"]} words are not in the tokenizer')
 

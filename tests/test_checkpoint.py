@@ -87,6 +87,18 @@ def saved(tmp_path_factory):
     return save(configured(out), uae, params, 1)
 
 
+@pytest.mark.parametrize('flags,warned', [
+    (['--eval_images=3'], True), (['--eval_images=2'], False),
+    (['--eval_images=3', '--held_out=elsewhere'], False), (['--data=b', '--eval_images=3'], False)])
+def test_more_held_out_images_than_the_checkpoint_kept(tmp_path, capsys, flags, warned):
+    """Those were trained on."""
+    kept = configured(tmp_path, '--data=a', '--eval_images=2')
+    uae, params = opened(kept, 'projector')
+    folder = save(kept, uae, params, 1)
+    checkpoint.find_checkpoint(shared_config(f'--init_from={folder}', '--data=a', *flags))
+    assert ('the others were trained on' in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize('key', shared)
 def test_every_key_that_a_checkpoint_can_contradict(saved, capsys, key):
     wanted = CONTRADICTED.get(key, 'silent')
@@ -248,7 +260,7 @@ def test_a_resumed_run_has_the_reference_of_a_fresh_one(
     assert same(wanted, [POLICIES[part](first, x) for part in parts]), 'it does not move'
 
     counted.clear()
-    again = configured(tmp_path / 'run', *flags, resume=True)
+    again = configured(tmp_path / 'run', *way, resume=True)     # --init_from is not repeated
     uae, _ = opened(again, *parts)
     reference = checkpoint.open_reference(uae, parts, again)
     assert same(wanted, [POLICIES[part](reference, x) for part in parts])

@@ -57,6 +57,16 @@ def test_strings_there_and_back(uae):
         assert row[n - 1:] == [uae.encoder.end] * (T - n + 1)
 
 
+@pytest.mark.parametrize('cond_len', [0, 14, 60])
+def test_a_string_may_be_as_long_as_a_condition_has_room_for(uae, monkeypatch, cond_len):
+    monkeypatch.setattr(uae.config, 'cond_len', cond_len)
+    room = uae.encoder.text_room
+    y, mask, lost = uae.encoder.tokens([' '.join(['red'] * n) for n in (room, room + 1)])
+    assert y.shape == (2, room + 1)
+    assert uae.encoder.words(y, mask).sum(1).tolist() == [room, room + 1]
+    assert lost == dict(cut=1, unknown=0)
+
+
 def test_what_strings_lose_is_counted(uae):
     T = uae.config.caption_len
     texts = [' '.join(['red'] * n) for n in (T - 1, T, T + 30)] + ['a zebra', 'large red zebra']

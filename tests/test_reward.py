@@ -300,6 +300,18 @@ def test_missing_backbone_is_one_line(name, key):
     assert '\n' not in str(stop.value) and 'no/such' in str(stop.value)
 
 
+def test_a_tower_s_pass_has_micro_batch_rows(x, x_hat, monkeypatch):
+    config = types.SimpleNamespace(**vars(CONFIG), micro_batch=2)
+    tower = backbone('clip', config)
+    passes = []
+    features = tower.features
+    monkeypatch.setattr(tower, 'features', lambda x: passes.append(len(x)) or features(x))
+    with torch.no_grad():
+        by_two = clip_reward(x, x_hat, tower)
+    assert max(passes) == 2
+    torch.testing.assert_close(by_two, clip_reward(x, x_hat, backbone('clip', CONFIG)))
+
+
 def test_a_weighted_reward_is_the_weighted_sum_of_its_cosines():
     config = shared_config('--reward=clip:0.7,judge:0.3')
     mixed = reward.reward_tower(config)
