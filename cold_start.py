@@ -40,8 +40,8 @@ from reward import clip_reward, reward_tower
 keys = dict(
     steps = 80,                # updates
     batch = 24,                # images an update, all ranks together
-    trains = 'all',            # all | decoder, which goes after stage 2 too: there it wins more than
-                               # stage 3, where the reward has a gradient (docs/results.md)
+    trains = 'all',            # all | decoder: after stage 2, in place of stage 3 where the
+                               # reward has a gradient (docs/results.md)
     captions = 'own',          # what is drawn: own, the encoder's greedy caption | given, the one
                                # that comes with the image
     grad_steps = 2,            # K: gradients flow through the last K denoising steps
