@@ -74,7 +74,7 @@ def already_captioned(path, run):
 def from_images(uae, config, run):
     """Captions every image of --image that is not in captions.jsonl yet, and draws the captions."""
     images = open_images(config.image, config.resolution, *config.data_keys)
-    if any(len(source) > 1 for source, _ in images.sources):
+    if any(len(image) > 1 for image, _, _ in images.places):
         raise SystemExit(f'--image={config.image}: captions.jsonl cannot name one inside a tar; '
                          'unpack it first')
     inside = os.path.realpath(config.out_dir).startswith(os.path.realpath(config.image) + os.sep)
@@ -83,7 +83,7 @@ def from_images(uae, config, run):
                          'its pictures would be captioned next time')
     os.makedirs(config.out_dir, exist_ok=True)
     path = f'{config.out_dir}/captions.jsonl'
-    files = [os.path.abspath(source[0]) for source, _ in images.sources]
+    files = [os.path.abspath(image[0]) for image, _, _ in images.places]
     done = already_captioned(path, run)
     todo = [i for i, file in enumerate(files) if file not in done]
     pictures = picture_files(images.names, config.out_dir)

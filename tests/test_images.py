@@ -100,7 +100,7 @@ def numbered(folder, n):
 # --- what was read --------------------------------------------------------------------------------
 def image_of(s, i):
     """Image i of a set -> (R, R, 3) uint8"""
-    x, _ = s.get(i)
+    x, *_ = s.get(i)
     return ((x + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
@@ -229,7 +229,7 @@ def test_names_of_any_bytes(tmp_path, capsys):
 def test_exact_size_is_not_resampled(tmp_path):
     pixels = noise()
     save(tmp_path / 'x.png', pixels)
-    x, _ = open_images(str(tmp_path), R).get(0)
+    x, *_ = open_images(str(tmp_path), R).get(0)
     assert x.dtype == torch.float32
     assert x.shape == (3, R, R)
     assert x.is_contiguous()
@@ -506,11 +506,11 @@ def test_small_sets_are_decoded_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(images, 'decode', spy)
     s = open_images(str(tmp_path), R)
-    x, _ = s.get(0)
+    x, *_ = s.get(0)
     first = x.clone()
-    x, _ = s.get(0)
+    x, *_ = s.get(0)
     x.zero_()                                    # what a caller does to his x stays with him
-    x, _ = s.get(0)
+    x, *_ = s.get(0)
     assert torch.equal(x, first)
     assert len(calls) == 1
     monkeypatch.setattr(images, 'CACHE_BYTES', 3 * R * R * 3 - 1)
@@ -902,7 +902,7 @@ def test_nothing_below_held_out_is_trained_on(tmp_path, capsys):
     for data in (root / 'scenes.jsonl', root, f'{root}/[th]*', listed):
         train, held = opened(data, data_keys=('file', 'caption', ''))
         assert len(train) == 6
-        assert all('/train/' in os.path.abspath(image[0]) for image, _ in train.sources)
+        assert all('/train/' in os.path.abspath(image[0]) for image, _, _ in train.places)
         assert len(held['names']) == 2
         assert '3 images of ' in capsys.readouterr().out
         train, _ = opened(data, data_keys=('file', 'caption', ''), held_out=f'{own}/*.png')
