@@ -209,6 +209,8 @@ def main(argv):
     if teaching and config.answer_key != config.data_keys[1]:
         teachers, _, _ = open_captioned(config, run, config.answer_key)
     uae = checkpoint.open_uae(config, run.device, new_projector=True)
+    if config.data_keys[3]:
+        uae.edits = config.condition
     params = uae.train_only(*trained)
     model = ranks.parallel(uae, run)
     optimiser = Optimiser(params, config, betas=(0.9, 0.99), weight_decay=0.01)
