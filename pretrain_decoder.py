@@ -1,8 +1,10 @@
-"""Stage 0: long-caption pre-training of the decoder (flow matching on image and caption).
+"""Stage 0: long-caption pre-training of the decoder (flow matching on image and caption), or edits.
 
     python pretrain_decoder.py                 # tiny, the embedded world's scenes and captions
     python pretrain_decoder.py --data=manifest.jsonl --ema=0.999
     torchrun --nproc_per_node=8 pretrain_decoder.py --preset=paper --data=/data/longcap
+    python pretrain_decoder.py --condition=text+image --caption_every=0 \\
+        --data=edits.jsonl --data_keys="('image', 'caption', '', 'source')"
 
 The decoder learns to draw from the encoder's projected states before any reward is used:
 
@@ -22,8 +24,10 @@ The decoder learns to draw from the encoder's projected states before any reward
 
 A caption that does not fit cond_len is cut, counted (log field `cut`) and announced, as are words
 that the tokenizer does not know (`unknown`). An image without a caption is left out and counted
-(`skipped`). With --ema the weights that are evaluated, saved and read by later stages are the
-averaged ones; those in training lie in state.pt.
+(`skipped`). Where data_keys names a source image the caption is an instruction: the encoder sees
+source and instruction, the decoder draws the image, and evaluations draw held-out edits. With --ema
+the weights that are evaluated, saved and read by later stages are the averaged ones; those in
+training lie in state.pt.
 """
 import argparse
 import contextlib
@@ -61,8 +65,7 @@ own_presets = dict(
     paper=dict(steps=10000, batch=256, lr=1e-4, sigma_mean=0.0, sigma_std=1.0,
                train_encoder=False, eval_every=500))
 limits = dict(
-    batch=(1, 1e6), sigma_mean=(-100, 100), drop=(0, 0.999), ema=(0, 1 - 1e-9),
-    )
+    batch=(1, 1e6), sigma_mean=(-100, 100), drop=(0, 0.999), ema=(0, 1 - 1e-9))
 # -------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ FILES = (
 # what no symbol of the paper stands for: the loop, batches, tokens <-> strings, precision,
 # devices, disk
 PLUMBING = {
-    'main', 'open_captioned', 'backbone', 'take_turns', 'Encoder', 'Decoder', 'UAE.pad',
+    'main', 'open_captioned', 'check_edits', 'backbone', 'take_turns', 'Encoder', 'Decoder', 'UAE.pad',
     'UAE.device',
     'UAE.forward', 'UAE.recompute_activations', 'Encoder.texts', 'Encoder.tokens',
     'Encoder.autocast', 'Decoder.autocast', 'Decoder.latent_shape', 'Decoder.compile_blocks',
