@@ -24,8 +24,8 @@ shared = dict(
                                # '' = the shipped base (tiny only)
     out_dir = '',              # '' = out/<script name>
     data = 'shapes',           # 'shapes', or a folder / manifest / tar shards (data/README.md)
-    data_keys = ('image', 'caption', '', ''),   # a manifest's fields of image and caption; the folder
-                               # its paths start at; the field of an edit's source image (stage 0)
+    data_keys = ('image', 'caption', '', ''),   # a manifest's fields of image and caption, the
+                               # folder its paths start at, its field of an edit's source (stage 0)
     held_out = '',             # data for evaluation; '' = the last eval_images of data, kept apart
     # what the models are asked
     resolution = 32,           # images are resized and centre-cropped to this square

@@ -278,7 +278,7 @@ class ImageSet:
         return gone
 
     def get(self, i):
-        """Image i -> x (3, R, R) float32 in [-1, 1], its caption or None, its source, as x, or None.
+        """Image i -> x (3, R, R) float32 in [-1, 1], its caption or None, its source as x or None.
 
         x = u8 / 127.5 - 1. Raises ImageError, also for a caption or source that cannot be read.
         """
@@ -336,11 +336,11 @@ class ImageSet:
         """This rank's share of the n images of step `step` -> a dict.
 
         x (n/world, 3, R, R) float32, captions (list), names (list), index (n/world,) int64, the
-        positions in the global batch; source, like x, where data_keys names one. Position k = step * n + j of the endless order is image
-        permutation(seed, k // N)[k % N]: an epoch shows each image once, across step boundaries
-        too. An unreadable one is replaced by the next readable one in index order, which no rank
-        can see differently. more: 1, 2, ... are other images of the same step. Raises
-        AssertionError if world does not divide n, DataError.
+        positions in the global batch; source, as x, where data_keys names one. Position
+        k = step * n + j of the endless order is image permutation(seed, k // N)[k % N]: an epoch
+        shows each image once, across step boundaries too. An unreadable one is replaced by the next
+        readable one in index order, which no rank can see differently. more: 1, 2, ... are other
+        images of the same step. Raises AssertionError if world does not divide n, DataError.
         """
         assert n % world == 0, f'{n} images a step cannot be split evenly over {world} ranks'
         if world > len(self):

@@ -68,9 +68,10 @@ def draw_edits(uae, source, instructions, rows, seed=()):
 class Evaluator:
     """Scores a UAE on fixed held-out images; every rank takes a share of them.
 
-    held: the images, from data.images.open_data; edits, where they have sources. towers: of 'reward' and 'judge' those that are
-    loaded already, for example {'reward': tower}; the others are loaded here. log: a run's Log,
-    which publishes what `every` finds. temperature: of the captions, 0 = greedy.
+    held: the images, from data.images.open_data; where they have sources, their captions are
+    instructions and what is scored are edits. towers: of 'reward' and 'judge' those that are loaded
+    already, for example {'reward': tower}; the others are loaded here. log: a run's Log, which
+    publishes what `every` finds. temperature: of the captions, 0 = greedy.
     """
 
     def __init__(self, uae, held, config, run, towers=None, log=None, temperature=0.0):

@@ -179,7 +179,8 @@ def count_facts(images, edits):
         if edit.cell:
             errors = cell_errors(image, edit.target)
             error, cells = sum(errors.values()) - errors[edit.cell], len(errors) - 1
-        counts.append([len(asked & seen), len(asked), len(common & seen), len(common), error, cells])
+        shown, kept = len(asked & seen), len(common & seen)
+        counts.append([shown, len(asked), kept, len(common), error, cells])
     return np.array(counts, dtype=float)
 
 
@@ -258,7 +259,8 @@ def main(argv):
     found = dict(copy=[count_facts(copied, held_out)], base=[score('', held_out, config)],
                  pretrain_decoder=[], reca=[])
     for seed in range(config.seed, config.seed + config.seeds):
-        own = argparse.Namespace(**dict(vars(config), seed=seed, out_dir=f'{config.out_dir}/{seed}'))
+        folder = f'{config.out_dir}/{seed}'
+        own = argparse.Namespace(**dict(vars(config), seed=seed, out_dir=folder))
         for name, out in train_both(own, manifest).items():
             found[name].append(score(out, held_out, config))
             edited, kept, _ = shares(found[name][-1])
