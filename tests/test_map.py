@@ -24,8 +24,9 @@ FILES = (
 # devices, disk
 PLUMBING = {
     'main', 'open_captioned', 'check_edits', 'backbone', 'take_turns', 'Encoder', 'Decoder',
-    'UAE.pad', 'UAE.device', 'UAE.forward', 'UAE.recompute_activations', 'Encoder.texts', 'Encoder.tokens',
-    'Encoder.autocast', 'Decoder.autocast', 'Decoder.latent_shape', 'Decoder.compile_blocks',
+    'UAE.pad', 'UAE.device', 'UAE.forward', 'UAE.recompute_activations', 'Encoder.texts',
+    'Encoder.tokens', 'Encoder.autocast', 'Decoder.autocast', 'Decoder.latent_shape',
+    'Decoder.compile_blocks',
 }
 # of the paper's method section, in the letters of the code
 SYMBOLS = (
