@@ -65,12 +65,16 @@ def test_an_unreadable_source_leaves_the_triple_out(manifest, tmp_path, capsys):
     os.remove(tmp_path / 'd' / 'train' / '00005.source.png')
     with open(tmp_path / 'd' / 'edits.jsonl', 'a') as f:
         f.write(json.dumps(dict(image='train/00000.png', caption='red .')) + '\n')
+        row = dict(image='train/00000.png', caption='red .', source=['train/00001.png'])
+        f.write(json.dumps(row) + '\n')
+        row['source'] *= 2
+        f.write(json.dumps(row) + '\n')
     images = open_images(str(tmp_path / 'd' / 'edits.jsonl'), 32, *KEYS)
     assert "no path at 'source' (the source of --data_keys)" in capsys.readouterr().out
-    assert (len(images), images.left_out) == (12, 1)
-    names = images.first(12)['names']
+    assert (len(images), images.left_out) == (13, 2)
+    names = images.first(13)['names']
     assert set(images.skipped) == {'train/00002.png', 'train/00005.png'}
-    assert len(names) == 10 and not set(names) & set(images.skipped)
+    assert len(names) == 11 and not set(names) & set(images.skipped)
 
 
 def test_only_tables_name_sources(manifest):

@@ -952,6 +952,9 @@ IN_LISTS = [
      dict(instruction='echo #', output_image=f'/{ECHO}/images/0000#.jpg')),
     ('sharegpt-4o/text_to_image.json', 'sharegpt-4o/text_to_image/image_#.png',
      dict(input_prompt='share #', output_image='text_to_image/image_#.png')),
+    ('sharegpt-4o/text_and_image_to_image.json', 'sharegpt-4o/edited/image_#.png',
+     dict(input_prompt='share #', input_image=['text_to_image/image_#.png'],
+          output_image='edited/image_#.png')),
     ('docci/docci_descriptions.jsonlines', 'docci/images/train_0000#.jpg',
      dict(split='train', image_file='train_0000#.jpg', description='docci #')),
     ('llava/blip_laion_cc_sbu_558k.json', 'llava/images/0000#/#.jpg',
@@ -998,7 +1001,8 @@ def test_every_command_of_the_readme_finds_its_set(tmp_path):
     lay_out(sets)
     found = {}
     for script_name, *arguments in commands_of(text, sets):
-        keys = config.parse({}, {}, arguments, script_name)
+        own = pretrain_decoder.keys if script_name == 'pretrain_decoder.py' else {}
+        keys = config.parse(own, {}, arguments, script_name)
         s = open_images(keys.data, R, *keys.data_keys)
         [name] = [name for name, folder in SETS.items() if f'{sets}/{folder}' in keys.data]
         found[name] = captions_of(s)

@@ -213,10 +213,10 @@ def score(init_from, edits, config):
 
 def train_both(config, manifest):
     """Stage 0 on edits, then RecA from there -> {script: its out_dir}."""
-    keys = "--data_keys=('image', 'caption', '', 'source')"
     edited, _ = train('pretrain_decoder', pretrain_decoder, config, [
-        f'--data={manifest}', keys, '--condition=text+image', '--caption_every=0',
-        f'--steps={config.steps}', '--batch=32', '--warmup=50', '--eval_every=0'])
+        f'--data={manifest}', "--data_keys=('image', 'caption', '', 'source')",
+        '--condition=text+image', '--caption_every=0', f'--steps={config.steps}', '--batch=32',
+        '--warmup=50', '--eval_every=0'])
     aligned, _ = train('reca', reca, config, [
         f'--init_from={edited}', f'--steps={config.reca_steps}', '--lambda_t2i=0',
         '--eval_every=0'])
