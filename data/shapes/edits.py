@@ -39,7 +39,7 @@ from lib.scores import draw_edits
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    steps = 1000,              # updates of stage 0
+    steps = 1200,              # updates of stage 0
     reca_steps = 64,           # updates of RecA from there
     edits = 16384,             # to learn from
     scenes = 256,              # held-out edits, one of each held-out scene
@@ -47,6 +47,7 @@ keys = dict(
 )
 limits = dict(edits=(1, 1e6), scenes=(1, 256), seeds=(1, 100))
 # -------------------------------------------------------------------------------------------------
+WIRED = ('--condition=text+image', '--guidance=2.0')     # guidance is worth .02 of kept
 KINDS = ('size', 'colour', 'shape', 'removal', 'addition', 'background')
 
 
@@ -200,7 +201,7 @@ def shares(counts):
 # --- make edit -----------------------------------------------------------------------------------
 def score(init_from, edits, config):
     """A checkpoint's drawings of edits -> `count_facts` of them."""
-    settings = [f'--init_from={init_from}', f'--device={config.device}', '--condition=text+image']
+    settings = [f'--init_from={init_from}', f'--device={config.device}', *WIRED]
     own = parse({}, {}, settings, 'eval_t2i.py')
     uae = open_uae(own, ranks.start(own).device)
     drawn = []
@@ -215,11 +216,11 @@ def train_both(config, manifest):
     """Stage 0 on edits, then RecA from there -> {script: its out_dir}."""
     edited, _ = train('pretrain_decoder', pretrain_decoder, config, [
         f'--data={manifest}', "--data_keys=('image', 'caption', '', 'source')",
-        '--condition=text+image', '--caption_every=0', f'--steps={config.steps}', '--batch=32',
-        '--warmup=50', '--eval_every=0'])
+        *WIRED, '--caption_every=0', f'--steps={config.steps}', '--batch=32', '--warmup=50',
+        '--eval_every=0'])
     aligned, _ = train('reca', reca, config, [
         f'--init_from={edited}', f'--steps={config.reca_steps}', '--lambda_t2i=0',
-        '--eval_every=0'])
+        '--guidance=2.0', '--eval_every=0'])
     return dict(pretrain_decoder=edited, reca=aligned)
 
 
