@@ -225,11 +225,11 @@ def test_each_wrong_answer_is_made_from_the_code_as_it_stands(name):
         assert body not in bodies[:i]
 
 
-def test_ten_exercises_each_with_its_hand_out():
+def test_eleven_exercises_each_with_its_hand_out():
     parts = page_of('README.md').split('\n## ')[1:]
     sections = dict(part.split('\n', 1) for part in parts)
     assert [section for section in sections if section in EXERCISES] == list(EXERCISES)
-    assert len(EXERCISES) == 10
+    assert len(EXERCISES) == 11
     for name, exercise in EXERCISES.items():
         assert len(exercise['wrong']) == 3
         for word in ('Shapes.', 'Hint.', 'Plot.'):
