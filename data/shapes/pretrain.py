@@ -38,6 +38,10 @@ keys = dict(
     settle_steps = 250,        # then as many while the learning rate falls to 0
     decoder_images = 32768,    # distinct scenes it draws them from
     full_share = 0.75,         # of the decoder's conditions are full captions, the others terse
+    reader_steps = 200,        # batches of 32 scenes told in words
+    terse_steps = 1000,        # batches of 32 brief captions
+    tower_steps = 300,         # batches of 32
+    pull = 10.0,               # weight that pulls the tower's states to words
     most_phrases = 0,          # most phrases of a caption the captioner is ever taught; 0 = all
 )
 least_one = ('vae_steps', 'clip_steps', 'judge_steps', 'encoder_steps', 'decoder_steps',
@@ -246,12 +250,9 @@ def save_processor(folder):
     return vocab
 
 
-def new_models(config):
-    """Random encoder, decoder and projector beside the trained VAE: every script can load them."""
-    from diffusers import SD3Transformer2DModel
-    from safetensors.torch import save_file
+def new_encoder(config):
+    """A random encoder beside the trained VAE: every script can load it."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from model import Projector
     vocab = save_processor(f'{config.out_dir}/encoder')
     ids = dict(
         image_token_id=vocab['<|image_pad|>'], video_token_id=vocab['<|video_pad|>'],
@@ -269,12 +270,19 @@ def new_models(config):
         fullatt_block_indexes=[0, 1])
     encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
+    encoder.save_pretrained(f'{config.out_dir}/encoder')
+
+
+def new_decoder(config):
+    """The same for decoder and projector."""
+    from diffusers import SD3Transformer2DModel
+    from safetensors.torch import save_file
+    from model import Projector
     decoder = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=4,
         attention_head_dim=32, num_attention_heads=4, joint_attention_dim=128,
         caption_projection_dim=128, pooled_projection_dim=32, pos_embed_max_size=8,
         qk_norm='rms_norm')
-    encoder.save_pretrained(f'{config.out_dir}/encoder')
     decoder.save_pretrained(f'{config.out_dir}/decoder/transformer')
     save_file(Projector(128, 128).state_dict(), f'{config.out_dir}/projector.safetensors')
 
@@ -293,7 +301,8 @@ def pretrain_encoder(config, avoid):
     from lib.checkpoint import open_uae
     torch.manual_seed(config.seed + 3)
     rng = np.random.default_rng(config.seed + 3)
-    new_models(config)
+    new_encoder(config)
+    new_decoder(config)
     uae = open_uae(config)
     params = list(uae.encoder.vlm.parameters())
     for p in params:
@@ -345,7 +354,7 @@ def write_manifest(config, avoid, root):
 
 def pretrain_decoder(config, avoid):
     """Stage 0 with the language model in the loop; leaves the whole base in 16-bit safetensors."""
-    import checkpoint
+    from lib import checkpoint
     import pretrain_decoder as stage0
     root = f'{os.path.normpath(config.out_dir)}_stage0'
     write_manifest(config, avoid, root)
@@ -377,8 +386,104 @@ def ship(folder, out_dir):
     save_file(projector, f'{out_dir}/projector.safetensors')
 
 
+# --- a base whose images are words, for reca.py --------------------------------------------------
+BASE = 'data/shapes/base'
+GRID = torch.tensor([[1, 8, 8]])        # patches of an image: 16 states, four a cell
+
+
+def in_words(uae, scenes):
+    """Scenes as the tower should see them: token ids (n, 16), the four words of each cell.
+
+    An empty cell's are `, gray background ,`.
+    """
+    texts = []
+    for scene in scenes:
+        empty = (',', scene.background, 'background', ',')
+        things = {thing.cell: thing for thing in scene.objects}
+        words = [word for cell in world.CELLS for word in things.get(cell, empty)]
+        texts.append(' '.join(words))
+    ids, _, _ = uae.encoder.tokens(texts, 16)
+    return ids
+
+
+def caption_nll(uae, features, scenes, rng):
+    """Cross-entropy of brief captions, features (n, 16, d) in the image's place."""
+    y, mask, _ = uae.encoder.tokens([brief(scene, rng) for scene in scenes])
+    vision = dict(features=features, grid=GRID.expand(len(scenes), 3))
+    logp = uae.encoder.logp(vision, y)
+    return -(logp * mask).sum() / mask.sum()
+
+
+def pretrain_reader(config, avoid):
+    """The shipped language model learns to caption from words in the image's place.
+
+    What it makes of captions stays: its states are held to the shipped ones.
+    """
+    from lib.checkpoint import open_uae
+    shutil.copytree(BASE, config.out_dir, dirs_exist_ok=True)
+    torch.manual_seed(config.seed + 5)
+    rng = np.random.default_rng(config.seed + 5)
+    uae = open_uae(config)
+    params = uae.train_only('encoder')
+    shipped = uae.reference('encoder').encoder
+
+    def loss_fn():
+        scenes = fresh_scenes(rng, 32, avoid)
+        nll = caption_nll(uae, uae.encoder.embed(in_words(uae, scenes)), scenes, rng)
+        y, mask, _ = uae.encoder.tokens([world.caption(scene) for scene in scenes])
+        with torch.no_grad():
+            kept = shipped.text_states(y, mask)
+        moved = F.mse_loss(uae.encoder.text_states(y, mask), kept)
+        return nll + moved, dict(nll=nll.item(), moved=moved.item())
+
+    train('reader', params, config.reader_steps, 1e-3, loss_fn)
+    uae.encoder.vlm.save_pretrained(f'{config.out_dir}/encoder')
+
+
+def pretrain_terse(config, avoid):
+    """A new decoder and projector, which see brief captions alone; the encoder is frozen."""
+    import pretrain_decoder as stage0
+    from lib import checkpoint
+    root = f'{os.path.normpath(config.out_dir)}_stage0'
+    torch.manual_seed(config.seed + 6)
+    new_decoder(config)
+    config.full_share = 0.0
+    config.decoder_images = 8192
+    write_manifest(config, avoid, root)
+    stage0.main([f'--data={root}/manifest.jsonl', f'--encoder={config.encoder}',
+                 f'--decoder={config.decoder}', '--train_encoder=False', '--eval_every=0',
+                 f'--out_dir={root}/draw', f'--steps={config.terse_steps}', '--batch=32', '--lr=1.5e-3',
+                 f'--seed={config.seed}'])
+    ship(checkpoint.newest(f'{root}/draw'), config.out_dir)
+
+
+def pretrain_tower(config, avoid):
+    """The vision tower learns to be read as words by the frozen language model."""
+    from lib.checkpoint import open_uae
+    torch.manual_seed(config.seed + 7)
+    rng = np.random.default_rng(config.seed + 7)
+    uae = open_uae(config)
+    params = list(uae.encoder.vlm.model.visual.parameters())
+    for p in params:
+        p.requires_grad_(True)
+    see = uae.encoder.see.__wrapped__           # without its no_grad
+    scale = uae.encoder.embed.weight[:48].square().mean()
+
+    def loss_fn():
+        scenes = fresh_scenes(rng, 32, avoid)
+        features = see(uae.encoder, pixels(scenes))['features']
+        words = uae.encoder.embed(in_words(uae, scenes))
+        pull = F.mse_loss(features, words) / scale
+        nll = caption_nll(uae, features, scenes, rng)
+        return nll + config.pull * pull, dict(nll=nll.item(), pull=pull.item())
+
+    train('tower', params, config.tower_steps, 2e-3, loss_fn)
+    uae.encoder.vlm.save_pretrained(f'{config.out_dir}/encoder')
+
+
 PARTS = dict(vae=pretrain_vae, clip=pretrain_clip, judge=pretrain_judge, encoder=pretrain_encoder,
-             decoder=pretrain_decoder)
+             decoder=pretrain_decoder, reader=pretrain_reader, terse=pretrain_terse,
+             tower=pretrain_tower)
 
 
 def main(argv):

@@ -1,0 +1,257 @@
+"""`make reca`: what reconstruction alignment (reca.py) gains, and when.
+
+RecA shows the decoder images in a caption's place. What it learns there reaches captions as far as
+the language model's states of images and of words are alike. Here that is a number: bases that
+differ in the vision tower alone, pulled to words with more or less weight (pretrain.py), and a
+probe that learns from words and is asked about images. Their decoder has seen brief captions alone.
+
+    python data/shapes/shared.py                # one base and its table
+    python data/shapes/shared.py --pulls=0,0.1,1,10 --seeds=3       # the law, and law.png
+
+Stopped half-way it goes on with the run that it was at; delete out_dir to start anew.
+"""
+import json
+import os
+import shutil
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from data.shapes import demo                    # first: it sets how threads wait
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import cold_start
+import eval_t2i
+import pretrain_decoder
+import reca
+from config import parse
+from data.images import open_data
+from data.shapes import pretrain
+from data.shapes import scenes as world
+from lib import ranks
+from lib.checkpoint import open_uae
+from lib.files import write_json
+from lib.scores import Evaluator
+
+# --- script keys ---------------------------------------------------------------------------------
+keys = dict(
+    pulls = '10',              # weights of the pull to words, comma-separated: a base each
+    seeds = 1,                 # runs from each base
+    reca_steps = 300,          # updates; those of the controls take the same seconds
+    terse_steps = 360,
+    cold_steps = 150,
+    scenes = 256,              # held-out scenes of the evaluations
+    geneval = True,            # also GenEval's columns, one image a prompt
+    shorten = 1,               # divides every number of updates, those of the base too
+)
+limits = dict(dict.fromkeys(('seeds', 'reca_steps', 'terse_steps', 'cold_steps', 'scenes',
+                             'shorten'), (1, 1e6)))
+# -------------------------------------------------------------------------------------------------
+FACTS = ('size', 'colour', 'shape')
+
+
+# --- how much images share with words ------------------------------------------------------------
+def probe(words, images, ridge=0.1):
+    """Share of right answers about images of a linear probe that learnt from words alone.
+
+    words: states (n, d) and what they are, n numbers of classes; images: the same of others.
+    """
+    (h, learnt), (seen, true) = words, images
+    target = F.one_hot(learnt).float()
+    bias, mean = target.mean(0), h.mean(0)
+    h, seen = h - mean, seen - mean
+    weights = torch.linalg.solve(h.T @ h + ridge * torch.eye(h.shape[1]), h.T @ (target - bias))
+    return ((seen @ weights + bias).argmax(1) == true).float().mean().item()
+
+
+@torch.no_grad()
+def object_states(uae, features, scenes):
+    """Mean state of each object's four places, and {fact: (n,)} what it is, as numbers.
+
+    features (n, 16, d) of these scenes, in a caption's place.
+    """
+    start = len(uae.encoder.before_text)
+    states = uae.encoder.image_as_text(dict(features=features))[:, start:start + 16]
+    states = states.unflatten(1, (4, 4)).mean(2)                # (n, cells, d)
+    kept, facts = [], {name: [] for name in FACTS}
+    for scene, cells in zip(scenes, states):
+        for thing in scene.objects:
+            kept.append(cells[world.CELLS.index(thing.cell)])
+            for name in FACTS:
+                facts[name].append(list(world.VALUES[name]).index(getattr(thing, name)))
+    return torch.stack(kept), {name: torch.tensor(values) for name, values in facts.items()}
+
+
+def shared_space(uae, n=1024):
+    """{fact: the probe's right answers}: n training scenes in words, the held-out ones as images."""
+    train, held = world.splits()
+    told = uae.encoder.embed(pretrain.in_words(uae, train[:n]))
+    h, learnt = object_states(uae, told, train[:n])
+    seen, true = object_states(uae, uae.encoder.see(pretrain.pixels(held))['features'], held)
+    return {name: probe((h, learnt[name]), (seen, true[name])) for name in FACTS}
+
+
+# --- runs and their scores -----------------------------------------------------------------------
+def once(path, make):
+    """make() -> a dict, kept in a file: a second call reads it."""
+    if not os.path.exists(path):
+        write_json(path, make())
+    with open(path) as f:
+        return json.load(f)
+
+
+def score(uae_flags, config, held, with_probe=False):
+    """What an evaluation says of the UAE that these flags open."""
+    opened = parse({}, {}, uae_flags, 'eval_unified.py')
+    uae = open_uae(opened)
+    summary, _ = Evaluator(uae, held, opened, ranks.start(opened))()
+    if with_probe:
+        summary.update(shared_space(uae))
+    if config.geneval:
+        out = f'{config.out_dir}/geneval'
+        shutil.rmtree(out, ignore_errors=True)
+        eval_t2i.main([*uae_flags, f'--out_dir={out}', '--samples=1'])
+        name = eval_t2i.name_of(opened.init_from)
+        with open(f'{out}/shapes/{name}/summary.json') as f:
+            summary['geneval'] = json.load(f)['columns']['overall']
+    return summary
+
+
+def pretrain_base(pull, config):
+    """The folder of the base whose tower is pulled so; the others' language model and decoder."""
+    text = f'{config.out_dir}/text'
+    base = f'{config.out_dir}/pull_{pull}'
+    steps = []
+    for key in ('reader_steps', 'terse_steps', 'tower_steps'):
+        steps.append(f'--{key}={max(1, pretrain.keys[key] // config.shorten)}')
+    if not os.path.exists(f'{text}_stage0/draw'):
+        pretrain.main(['--parts=reader,terse', f'--out_dir={text}', *steps])
+    if not os.path.exists(base):
+        shutil.copytree(text, f'{base}.new', dirs_exist_ok=True)
+        pretrain.main(['--parts=tower', f'--out_dir={base}.new', f'--pull={pull}', *steps])
+        os.rename(f'{base}.new', base)
+    return base
+
+
+def train(name, script, steps, flags, base_flags, seed, config, held):
+    """One run from a base, scored -> a row: the evaluation, updates and CPU seconds."""
+    def run():
+        out = f'{config.out_dir}/{name}'
+        shutil.rmtree(out, ignore_errors=True)
+        updates = max(1, steps // config.shorten)
+        start = time.process_time()
+        script.main([*base_flags, *flags, f'--steps={updates}', f'--seed={seed}',
+                     '--eval_every=0', f'--out_dir={out}'])
+        seconds = time.process_time() - start
+        row = score([*base_flags, f'--init_from={out}'], config, held)
+        return dict(row, steps=updates, seconds=seconds)
+
+    return once(f'{config.out_dir}/{name}.json', run)
+
+
+# --- table and picture ---------------------------------------------------------------------------
+COLUMNS = ('greedy_caption_truth', 'greedy_caption_recall', 't2i_own', 't2i_true', 'geneval')
+
+
+def mean_and_error(rows, field):
+    """'mean ± standard error' of a field over seeds; one seed has no error."""
+    values = [row[field] for row in rows if field in row]
+    if not values:
+        return ''
+    text = f'{np.mean(values):.3f}'
+    if len(values) > 1:
+        text += f' ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}'
+    return text
+
+
+def table(base, runs):
+    """Markdown: the base, then what became of it; runs: {name: rows, one a seed}."""
+    lines = ['| | updates | CPU seconds | ' + ' | '.join(COLUMNS) + ' |',
+             '|---|' + '---|' * (len(COLUMNS) + 2)]
+    for name, rows in dict(base=[base], **runs).items():
+        cells = [name, '', '']
+        if 'steps' in rows[0]:
+            cells[1:] = [str(rows[0]['steps']), f'{np.mean([row["seconds"] for row in rows]):.0f}']
+        cells += [mean_and_error(rows, field) for field in COLUMNS]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def law(bases, aligned, control):
+    """Markdown: per pull the probe, the captioner, and t2i of true captions before and after."""
+    lines = ['| pull | probe: size, colour, shape | greedy truth, recall | t2i_true of the base | '
+             'after RecA | over more brief captions |', '|---' * 6 + '|']
+    known = np.mean([row['t2i_true'] for row in control])
+    for pull, base in bases.items():
+        found = ', '.join(f'{base[name]:.2f}' for name in FACTS)
+        captions = f'{base["greedy_caption_truth"]:.3f}, {base["greedy_caption_recall"]:.3f}'
+        gain = np.mean([row['t2i_true'] for row in aligned[pull]]) - known
+        lines.append(f'| {pull} | {found} | {captions} | {base["t2i_true"]:.3f} | '
+                     f'{mean_and_error(aligned[pull], "t2i_true")} | {gain:+.3f} |')
+    return '\n'.join(lines)
+
+
+def draw_law(bases, aligned, control, path):
+    """t2i of true captions after RecA, a point a run, over the probe's mean right answers."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5, 3.4), layout='constrained')
+    axes = figure.subplots()
+    x, y = [], []
+    for pull, rows in aligned.items():
+        for row in rows:
+            x.append(np.mean([bases[pull][name] for name in FACTS]))
+            y.append(row['t2i_true'])
+    axes.scatter(x, y, label='RecA', zorder=3)
+    base = next(iter(bases.values()))['t2i_true']
+    axes.axhline(base, color='0.6', label='base')
+    axes.axhline(np.mean([row['t2i_true'] for row in control]), color='0.3', ls='--',
+                 label='more brief captions, as many seconds')
+    axes.set_xlabel('probe: learnt from words, right about images')
+    axes.set_ylabel('t2i of true captions')
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def main(argv):
+    config = parse(keys, {}, argv, __file__, limits)
+    pulls = config.pulls.split(',')
+    run = ranks.start(config)
+    config.eval_images = config.scenes
+    os.makedirs(config.out_dir, exist_ok=True)
+    _, held = open_data(config, run)
+    images = [f'--data={config.out_dir}/text_stage0/manifest.jsonl']
+    bases, aligned = {}, {}
+    runs = {'more brief captions': [], 'cold start': []}
+    for pull in pulls:
+        folder = pretrain_base(pull, config)
+        flags = [f'--encoder={folder}/encoder', f'--decoder={folder}/decoder']
+        name = f'base_{pull}'
+        bases[pull] = once(f'{config.out_dir}/{name}.json',
+                           lambda: score(flags, config, held, with_probe=True))
+        aligned[pull] = []
+        for seed in range(config.seed, config.seed + config.seeds):
+            row = train(f'reca_{pull}_{seed}', reca, config.reca_steps, images, flags, seed,
+                        config, held)
+            aligned[pull].append(row)
+    # of the last base; without images the others' are the same
+    for seed in range(config.seed, config.seed + config.seeds):
+        row = train(f'terse_{seed}', pretrain_decoder, config.terse_steps,
+                    [*images, '--train_encoder=False', '--warmup=0'], flags, seed, config, held)
+        runs['more brief captions'].append(row)
+        row = train(f'cold_{seed}', cold_start, config.cold_steps, images, flags, seed, config,
+                    held)
+        runs['cold start'].append(row)
+    runs['RecA'] = aligned[pulls[-1]]
+    control = runs['more brief captions']
+    text = f'{table(bases[pulls[-1]], runs)}\n\n{law(bases, aligned, control)}\n'
+    with open(f'{config.out_dir}/table.md', 'w') as f:
+        f.write(text)
+    if len(pulls) > 1:
+        draw_law(bases, aligned, control, f'{config.out_dir}/law.png')
+    print(text)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
