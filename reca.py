@@ -149,9 +149,9 @@ def main(argv):
         evaluate.every(step)
         images = train.batch(config.seed, step, config.batch, run.rank, run.world)
         flow = noised(uae, images, step, config)
-        vision = uae.encoder.see(images['x'].to(run.device))
         y = mask = torch.zeros(0, config.caption_len)
         if config.lambda_t2i:
+            vision = uae.encoder.see(images['x'].to(run.device))
             y, mask, _ = uae.encoder.sample(vision, temperature=0.0)
 
         stats = Stats()

@@ -10,6 +10,10 @@ Parts, in order; each reads what the earlier ones wrote:
     encoder   Qwen2.5-VL that captions scenes, with its tokenizer and processor
     decoder   SD3 transformer and projector, by pretrain_decoder.py (stage 0), while the captioner
               learns to be brief
+A base whose images are words, for reca.py (`make reca`); it starts from the shipped one:
+    reader    the language model learns to caption what is told in words where the image stands
+    terse     a new decoder and projector, which see brief captions alone
+    tower     the vision tower is pulled to words, by the key `pull`, while it learns to caption
 Scenes are drawn on the fly and never from the held-out set.
 """
 import json
@@ -296,6 +300,11 @@ def few(text, most, rng):
     return ' , '.join(phrases[i] for i in kept) + ' .'
 
 
+def watch(uae, scenes):
+    """`Encoder.see` without its no_grad: here the tower learns."""
+    return uae.encoder.see.__wrapped__(uae.encoder, pixels(scenes))
+
+
 def pretrain_encoder(config, avoid):
     """Full captions first (without most_phrases): all that the captioner can know of a scene."""
     from lib.checkpoint import open_uae
@@ -312,7 +321,7 @@ def pretrain_encoder(config, avoid):
         scenes = fresh_scenes(rng, 64, avoid)
         captions = [few(world.caption(scene), config.most_phrases, rng) for scene in scenes]
         y, mask, _ = uae.encoder.tokens(captions)
-        logp = uae.encoder.logp(uae.encoder.see(pixels(scenes)), y)
+        logp = uae.encoder.logp(watch(uae, scenes), y)
         return -(logp * mask).sum() / mask.sum(), {}
 
     train('encoder', params, config.encoder_steps, 3e-3, loss_fn)
@@ -448,7 +457,6 @@ def pretrain_terse(config, avoid):
     torch.manual_seed(config.seed + 6)
     new_decoder(config)
     config.full_share = 0.0
-    config.decoder_images = 8192
     write_manifest(config, avoid, root)
     stage0.main([f'--data={root}/manifest.jsonl', f'--encoder={config.encoder}',
                  f'--decoder={config.decoder}', '--train_encoder=False', '--eval_every=0',
@@ -463,15 +471,20 @@ def pretrain_tower(config, avoid):
     torch.manual_seed(config.seed + 7)
     rng = np.random.default_rng(config.seed + 7)
     uae = open_uae(config)
-    params = list(uae.encoder.vlm.model.visual.parameters())
+    words = uae.encoder.embed.weight[:len(uae.encoder.tokenizer)]
+    scale = words.square().mean()
+    tower = uae.encoder.vlm.model.visual
+    # its states are forty times as long as words: it starts at their length
+    far = watch(uae, fresh_scenes(rng, 32, avoid))['features'].square().mean()
+    for p in tower.merger.mlp[2].parameters():
+        p.data *= (scale / far).sqrt()
+    params = list(tower.parameters())
     for p in params:
         p.requires_grad_(True)
-    see = uae.encoder.see.__wrapped__           # without its no_grad
-    scale = uae.encoder.embed.weight[:48].square().mean()
 
     def loss_fn():
         scenes = fresh_scenes(rng, 32, avoid)
-        features = see(uae.encoder, pixels(scenes))['features']
+        features = watch(uae, scenes)['features']
         words = uae.encoder.embed(in_words(uae, scenes))
         pull = F.mse_loss(features, words) / scale
         nll = caption_nll(uae, features, scenes, rng)

@@ -127,7 +127,7 @@ def pretrain_base(pull, config):
     for key in ('reader_steps', 'terse_steps', 'tower_steps'):
         steps.append(f'--{key}={max(1, pretrain.keys[key] // config.shorten)}')
     if not os.path.exists(f'{text}_stage0/draw'):
-        pretrain.main(['--parts=reader,terse', f'--out_dir={text}', *steps])
+        pretrain.main(['--parts=reader,terse', f'--out_dir={text}', '--decoder_images=8192', *steps])
     if not os.path.exists(base):
         shutil.copytree(text, f'{base}.new', dirs_exist_ok=True)
         pretrain.main(['--parts=tower', f'--out_dir={base}.new', f'--pull={pull}', *steps])
