@@ -86,9 +86,9 @@ def text_velocity(uae, z, s, caption, drop):
 def both_losses(uae, z0, eps, s, drop, states, caption, start, config):
     """L, mean over images, and both its terms, detached.
 
-    z0, eps (P, C, H, W), s (P,), drop (P,) bool, states (P, cond_len, d). caption: y, mask, vision, or
-    None. start: the model whose velocity is the captions' target, or None. Dropped conditions
-    train the decoder alone.
+    z0, eps (P, C, H, W), s (P,), drop (P,) bool, states (P, cond_len, d). caption: y, mask,
+    vision, or None. start: the model whose velocity is the captions' target, or None. Dropped
+    conditions train the decoder alone.
     """
     noise = s.view(-1, 1, 1, 1)
     z = (1 - noise) * z0 + noise * eps
@@ -133,8 +133,8 @@ def main(argv):
     seen = see_small(uae.encoder, held_out['x'][:1].to(run.device), config)
     room, needed = uae.encoder.text_room, seen['features'].shape[1]
     if needed > room:
-        raise SystemExit(f'an image of {needed} tokens in a caption\'s place: cond_len has room for '
-                         f'{room}, lower --see_resolution or raise --cond_len')
+        raise SystemExit(f'an image has {needed} tokens, a caption room for {room}: lower '
+                         '--see_resolution or raise --cond_len')
     params = uae.train_only('projector', 'decoder')
     start = None
     if config.lambda_t2i and config.t2i_target == 'start':

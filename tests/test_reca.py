@@ -30,8 +30,8 @@ def model(uae):
 # --- an image in a caption's place ---------------------------------------------------------------
 def test_an_image_of_words_is_read_as_these_words(model, vision):
     """Template, positions and padding are a text's: with words for features not a bit differs."""
-    texts = ['small red circle top-left , large blue square bottom-right , gray background , small red cross',
-             ' '.join(['red'] * N)] * 2
+    texts = ['small red circle top-left , large blue square bottom-right , gray background , '
+             'small red cross', ' '.join(['red'] * N)] * 2
     y, mask, _ = model.encoder.tokens(texts, N)
     assert model.encoder.words(y, mask).all()
     with torch.no_grad():

@@ -11,9 +11,9 @@ Parts, in order; each reads what the earlier ones wrote:
     decoder   SD3 transformer and projector, by pretrain_decoder.py (stage 0), while the captioner
               learns to be brief
 A base whose images are words, for reca.py (`make reca`); it starts from the shipped one:
-    reader    the language model learns to caption what is told in words where the image stands
     terse     a new decoder and projector, which see brief captions alone
-    tower     the vision tower is pulled to words, by the key `pull`, while it learns to caption
+    tower     the vision tower is pulled to the words of what it sees
+    reader    the language model learns to caption through it, its states of texts held
 Scenes are drawn on the fly and never from the held-out set.
 """
 import json
@@ -42,10 +42,9 @@ keys = dict(
     settle_steps = 250,        # then as many while the learning rate falls to 0
     decoder_images = 32768,    # distinct scenes it draws them from
     full_share = 0.75,         # of the decoder's conditions are full captions, the others terse
-    reader_steps = 200,        # batches of 32 scenes told in words
     terse_steps = 1000,        # batches of 32 brief captions
-    tower_steps = 300,         # batches of 32
-    pull = 10.0,               # weight that pulls the tower's states to words
+    tower_steps = 300,         # batches of 32; fewer leave images less like words
+    reader_steps = 300,        # batches of 32 brief captions
     most_phrases = 0,          # most phrases of a caption the captioner is ever taught; 0 = all
 )
 least_one = ('vae_steps', 'clip_steps', 'judge_steps', 'encoder_steps', 'decoder_steps',
@@ -397,7 +396,6 @@ def ship(folder, out_dir):
 
 # --- a base whose images are words, for reca.py --------------------------------------------------
 BASE = 'data/shapes/base'
-GRID = torch.tensor([[1, 8, 8]])        # patches of an image: 16 states, four a cell
 
 
 def in_words(uae, scenes):
@@ -415,44 +413,11 @@ def in_words(uae, scenes):
     return ids
 
 
-def caption_nll(uae, features, scenes, rng):
-    """Cross-entropy of brief captions, features (n, 16, d) in the image's place."""
-    y, mask, _ = uae.encoder.tokens([brief(scene, rng) for scene in scenes])
-    vision = dict(features=features, grid=GRID.expand(len(scenes), 3))
-    logp = uae.encoder.logp(vision, y)
-    return -(logp * mask).sum() / mask.sum()
-
-
-def pretrain_reader(config, avoid):
-    """The shipped language model learns to caption from words in the image's place.
-
-    What it makes of captions stays: its states are held to the shipped ones.
-    """
-    from lib.checkpoint import open_uae
-    shutil.copytree(BASE, config.out_dir, dirs_exist_ok=True)
-    torch.manual_seed(config.seed + 5)
-    rng = np.random.default_rng(config.seed + 5)
-    uae = open_uae(config)
-    params = uae.train_only('encoder')
-    shipped = uae.reference('encoder').encoder
-
-    def loss_fn():
-        scenes = fresh_scenes(rng, 32, avoid)
-        nll = caption_nll(uae, uae.encoder.embed(in_words(uae, scenes)), scenes, rng)
-        y, mask, _ = uae.encoder.tokens([world.caption(scene) for scene in scenes])
-        with torch.no_grad():
-            kept = shipped.text_states(y, mask)
-        moved = F.mse_loss(uae.encoder.text_states(y, mask), kept)
-        return nll + moved, dict(nll=nll.item(), moved=moved.item())
-
-    train('reader', params, config.reader_steps, 1e-3, loss_fn)
-    uae.encoder.vlm.save_pretrained(f'{config.out_dir}/encoder')
-
-
 def pretrain_terse(config, avoid):
     """A new decoder and projector, which see brief captions alone; the encoder is frozen."""
     import pretrain_decoder as stage0
     from lib import checkpoint
+    shutil.copytree(BASE, config.out_dir, dirs_exist_ok=True)
     root = f'{os.path.normpath(config.out_dir)}_stage0'
     torch.manual_seed(config.seed + 6)
     new_decoder(config)
@@ -460,43 +425,66 @@ def pretrain_terse(config, avoid):
     write_manifest(config, avoid, root)
     stage0.main([f'--data={root}/manifest.jsonl', f'--encoder={config.encoder}',
                  f'--decoder={config.decoder}', '--train_encoder=False', '--eval_every=0',
-                 f'--out_dir={root}/draw', f'--steps={config.terse_steps}', '--batch=32', '--lr=1.5e-3',
-                 f'--seed={config.seed}'])
+                 f'--out_dir={root}/draw', f'--steps={config.terse_steps}', '--batch=32',
+                 '--lr=1.5e-3', f'--seed={config.seed}'])
     ship(checkpoint.newest(f'{root}/draw'), config.out_dir)
 
 
 def pretrain_tower(config, avoid):
-    """The vision tower learns to be read as words by the frozen language model."""
+    """The shipped tower is pulled to words: |state - embedding|^2 over a word's mean square."""
     from lib.checkpoint import open_uae
     torch.manual_seed(config.seed + 7)
     rng = np.random.default_rng(config.seed + 7)
     uae = open_uae(config)
     words = uae.encoder.embed.weight[:len(uae.encoder.tokenizer)]
-    scale = words.square().mean()
     tower = uae.encoder.vlm.model.visual
     # its states are forty times as long as words: it starts at their length
     far = watch(uae, fresh_scenes(rng, 32, avoid))['features'].square().mean()
     for p in tower.merger.mlp[2].parameters():
-        p.data *= (scale / far).sqrt()
-    params = list(tower.parameters())
-    for p in params:
+        p.data *= (words.square().mean() / far).sqrt()
+    for p in tower.parameters():
         p.requires_grad_(True)
 
     def loss_fn():
         scenes = fresh_scenes(rng, 32, avoid)
-        features = watch(uae, scenes)['features']
-        words = uae.encoder.embed(in_words(uae, scenes))
-        pull = F.mse_loss(features, words) / scale
-        nll = caption_nll(uae, features, scenes, rng)
-        return nll + config.pull * pull, dict(nll=nll.item(), pull=pull.item())
+        told = uae.encoder.embed(in_words(uae, scenes))
+        pull = F.mse_loss(watch(uae, scenes)['features'], told) / words.square().mean()
+        return pull, {}
 
-    train('tower', params, config.tower_steps, 2e-3, loss_fn)
+    train('tower', list(tower.parameters()), config.tower_steps, 2e-3, loss_fn)
+    uae.encoder.vlm.save_pretrained(f'{config.out_dir}/encoder')
+
+
+def pretrain_reader(config, avoid):
+    """The language model learns to caption what its new tower sees; its states of texts are held.
+
+    So the decoder, which has learnt to read these, remains as it is.
+    """
+    from lib.checkpoint import open_uae
+    torch.manual_seed(config.seed + 5)
+    rng = np.random.default_rng(config.seed + 5)
+    uae = open_uae(config)
+    params = uae.train_only('encoder')
+    start = uae.reference('encoder').encoder
+
+    def loss_fn():
+        scenes = fresh_scenes(rng, 32, avoid)
+        y, mask, _ = uae.encoder.tokens([brief(scene, rng) for scene in scenes])
+        logp = uae.encoder.logp(uae.encoder.see(pixels(scenes)), y)
+        nll = -(logp * mask).sum() / mask.sum()
+        y, mask, _ = uae.encoder.tokens([world.caption(scene) for scene in scenes])
+        with torch.no_grad():
+            held = start.text_states(y, mask)
+        moved = F.mse_loss(uae.encoder.text_states(y, mask), held)
+        return nll + moved, dict(nll=nll.item(), moved=moved.item())
+
+    train('reader', params, config.reader_steps, 1e-3, loss_fn)
     uae.encoder.vlm.save_pretrained(f'{config.out_dir}/encoder')
 
 
 PARTS = dict(vae=pretrain_vae, clip=pretrain_clip, judge=pretrain_judge, encoder=pretrain_encoder,
-             decoder=pretrain_decoder, reader=pretrain_reader, terse=pretrain_terse,
-             tower=pretrain_tower)
+             decoder=pretrain_decoder, terse=pretrain_terse, tower=pretrain_tower,
+             reader=pretrain_reader)
 
 
 def main(argv):

@@ -1,12 +1,12 @@
 """`make reca`: what reconstruction alignment (reca.py) gains, and when.
 
 RecA shows the decoder images in a caption's place. What it learns there reaches captions as far as
-the language model's states of images and of words are alike. Here that is a number: bases that
-differ in the vision tower alone, pulled to words with more or less weight (pretrain.py), and a
-probe that learns from words and is asked about images. Their decoder has seen brief captions alone.
+the language model's states of images and of words are alike. Here that is a number: bases whose
+vision tower was pulled to words for more or fewer updates (pretrain.py), and a probe that learns
+from words and is asked about images. Their one decoder has seen brief captions alone.
 
     python data/shapes/shared.py                # one base and its table
-    python data/shapes/shared.py --pulls=0,0.1,1,10 --seeds=3       # the law, and law.png
+    python data/shapes/shared.py --pulled=0,40,100,300 --seeds=3        # the law, and law.png
 
 Stopped half-way it goes on with the run that it was at; delete out_dir to start anew.
 """
@@ -37,11 +37,11 @@ from lib.scores import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    pulls = '10',              # weights of the pull to words, comma-separated: a base each
+    pulled = '300',            # updates of the pull to words, comma-separated: a base each
     seeds = 1,                 # runs from each base
     reca_steps = 300,          # updates; those of the controls take the same seconds
-    terse_steps = 360,
-    cold_steps = 150,
+    terse_steps = 340,
+    cold_steps = 100,
     scenes = 256,              # held-out scenes of the evaluations
     geneval = True,            # also GenEval's columns, one image a prompt
     shorten = 1,               # divides every number of updates, those of the base too
@@ -49,6 +49,8 @@ keys = dict(
 limits = dict(dict.fromkeys(('seeds', 'reca_steps', 'terse_steps', 'cold_steps', 'scenes',
                              'shorten'), (1, 1e6)))
 # -------------------------------------------------------------------------------------------------
+# as the base's decoder was trained, on a third of its last learning rate's peak
+TRAINED = ('--batch=32', '--lr=5e-4', '--lr_decay=1.0', '--warmup=0')
 FACTS = ('size', 'colour', 'shape')
 
 
@@ -85,7 +87,7 @@ def object_states(uae, features, scenes):
 
 
 def shared_space(uae, n=1024):
-    """{fact: the probe's right answers}: n training scenes in words, the held-out ones as images."""
+    """{fact: the probe's right answers}: n training scenes in words, held-out ones as images."""
     train, held = world.splits()
     told = uae.encoder.embed(pretrain.in_words(uae, train[:n]))
     h, learnt = object_states(uae, told, train[:n])
@@ -119,30 +121,47 @@ def score(uae_flags, config, held, with_probe=False):
     return summary
 
 
-def pretrain_base(pull, config):
-    """The folder of the base whose tower is pulled so; the others' language model and decoder."""
-    text = f'{config.out_dir}/text'
-    base = f'{config.out_dir}/pull_{pull}'
-    steps = []
-    for key in ('reader_steps', 'terse_steps', 'tower_steps'):
-        steps.append(f'--{key}={max(1, pretrain.keys[key] // config.shorten)}')
-    if not os.path.exists(f'{text}_stage0/draw'):
-        pretrain.main(['--parts=reader,terse', f'--out_dir={text}', '--decoder_images=8192', *steps])
-    if not os.path.exists(base):
-        shutil.copytree(text, f'{base}.new', dirs_exist_ok=True)
-        pretrain.main(['--parts=tower', f'--out_dir={base}.new', f'--pull={pull}', *steps])
-        os.rename(f'{base}.new', base)
-    return base
+def pretrain_parts(parts, out, config, **updates):
+    """Parts of pretrain.py, with numbers of updates other than its own -> CPU seconds."""
+    flags = [f'--parts={parts}', f'--out_dir={out}', f'--seed={config.seed}']
+    for part in parts.split(','):
+        number = updates.get(part, pretrain.keys[f'{part}_steps'])
+        flags.append(f'--{part}_steps={max(1, number // config.shorten)}')
+    start = time.process_time()
+    pretrain.main([*flags, '--decoder_images=8192'])
+    return time.process_time() - start
+
+
+def pretrain_base(pulled, config, held):
+    """The base whose tower was pulled for so many updates -> the flags that open it, its scores."""
+    terse, base = f'{config.out_dir}/terse', f'{config.out_dir}/pulled_{pulled}'
+    flags = [f'--encoder={base}/encoder', f'--decoder={base}/decoder']
+
+    def make_terse():
+        shutil.rmtree(f'{terse}_stage0', ignore_errors=True)
+        return dict(seconds=pretrain_parts('terse', terse, config))
+
+    def make():
+        shutil.copytree(terse, base, dirs_exist_ok=True)
+        seconds = 0
+        if pulled:
+            seconds = pretrain_parts('tower,reader', base, config, tower=pulled)
+        return dict(score(flags, config, held, with_probe=True), pretrained=seconds)
+
+    once(f'{terse}.json', make_terse)
+    return flags, once(f'{base}.json', make)
 
 
 def train(name, script, steps, flags, base_flags, seed, config, held):
     """One run from a base, scored -> a row: the evaluation, updates and CPU seconds."""
+    images = [f'--data={config.out_dir}/terse_stage0/manifest.jsonl']
+
     def run():
         out = f'{config.out_dir}/{name}'
         shutil.rmtree(out, ignore_errors=True)
         updates = max(1, steps // config.shorten)
         start = time.process_time()
-        script.main([*base_flags, *flags, f'--steps={updates}', f'--seed={seed}',
+        script.main([*base_flags, *images, *flags, f'--steps={updates}', f'--seed={seed}',
                      '--eval_every=0', f'--out_dir={out}'])
         seconds = time.process_time() - start
         row = score([*base_flags, f'--init_from={out}'], config, held)
@@ -180,16 +199,16 @@ def table(base, runs):
 
 
 def law(bases, aligned, control):
-    """Markdown: per pull the probe, the captioner, and t2i of true captions before and after."""
-    lines = ['| pull | probe: size, colour, shape | greedy truth, recall | t2i_true of the base | '
+    """Markdown: per base the probe, the captioner, and t2i of true captions before and after."""
+    lines = ['| updates of the pull | probe: size, colour, shape | greedy truth, recall | t2i_true of the base | '
              'after RecA | over more brief captions |', '|---' * 6 + '|']
     known = np.mean([row['t2i_true'] for row in control])
-    for pull, base in bases.items():
+    for pulled, base in bases.items():
         found = ', '.join(f'{base[name]:.2f}' for name in FACTS)
         captions = f'{base["greedy_caption_truth"]:.3f}, {base["greedy_caption_recall"]:.3f}'
-        gain = np.mean([row['t2i_true'] for row in aligned[pull]]) - known
-        lines.append(f'| {pull} | {found} | {captions} | {base["t2i_true"]:.3f} | '
-                     f'{mean_and_error(aligned[pull], "t2i_true")} | {gain:+.3f} |')
+        gain = np.mean([row['t2i_true'] for row in aligned[pulled]]) - known
+        lines.append(f'| {pulled} | {found} | {captions} | {base["t2i_true"]:.3f} | '
+                     f'{mean_and_error(aligned[pulled], "t2i_true")} | {gain:+.3f} |')
     return '\n'.join(lines)
 
 
@@ -199,9 +218,9 @@ def draw_law(bases, aligned, control, path):
     figure = Figure(figsize=(5, 3.4), layout='constrained')
     axes = figure.subplots()
     x, y = [], []
-    for pull, rows in aligned.items():
+    for pulled, rows in aligned.items():
         for row in rows:
-            x.append(np.mean([bases[pull][name] for name in FACTS]))
+            x.append(np.mean([bases[pulled][name] for name in FACTS]))
             y.append(row['t2i_true'])
     axes.scatter(x, y, label='RecA', zorder=3)
     base = next(iter(bases.values()))['t2i_true']
@@ -216,39 +235,27 @@ def draw_law(bases, aligned, control, path):
 
 def main(argv):
     config = parse(keys, {}, argv, __file__, limits)
-    pulls = config.pulls.split(',')
-    run = ranks.start(config)
     config.eval_images = config.scenes
     os.makedirs(config.out_dir, exist_ok=True)
-    _, held = open_data(config, run)
-    images = [f'--data={config.out_dir}/text_stage0/manifest.jsonl']
+    _, held = open_data(config, ranks.start(config))
+    seeds = range(config.seed, config.seed + config.seeds)
     bases, aligned = {}, {}
-    runs = {'more brief captions': [], 'cold start': []}
-    for pull in pulls:
-        folder = pretrain_base(pull, config)
-        flags = [f'--encoder={folder}/encoder', f'--decoder={folder}/decoder']
-        name = f'base_{pull}'
-        bases[pull] = once(f'{config.out_dir}/{name}.json',
-                           lambda: score(flags, config, held, with_probe=True))
-        aligned[pull] = []
-        for seed in range(config.seed, config.seed + config.seeds):
-            row = train(f'reca_{pull}_{seed}', reca, config.reca_steps, images, flags, seed,
-                        config, held)
-            aligned[pull].append(row)
-    # of the last base; without images the others' are the same
-    for seed in range(config.seed, config.seed + config.seeds):
-        row = train(f'terse_{seed}', pretrain_decoder, config.terse_steps,
-                    [*images, '--train_encoder=False', '--warmup=0'], flags, seed, config, held)
-        runs['more brief captions'].append(row)
-        row = train(f'cold_{seed}', cold_start, config.cold_steps, images, flags, seed, config,
-                    held)
-        runs['cold start'].append(row)
-    runs['RecA'] = aligned[pulls[-1]]
-    control = runs['more brief captions']
-    text = f'{table(bases[pulls[-1]], runs)}\n\n{law(bases, aligned, control)}\n'
+    for pulled in map(int, config.pulled.split(',')):
+        flags, bases[pulled] = pretrain_base(pulled, config, held)
+        alike = ['--lambda_t2i=0', *TRAINED]
+        aligned[pulled] = [train(f'reca_{pulled}_{seed}', reca, config.reca_steps, alike, flags,
+                                 seed, config, held) for seed in seeds]
+    # from the last base; that of captions alone is the same from all
+    brief = ['--train_encoder=False', *TRAINED]
+    control = [train(f'brief_{seed}', pretrain_decoder, config.terse_steps, brief, flags, seed,
+                     config, held) for seed in seeds]
+    cold = [train(f'cold_{seed}', cold_start, config.cold_steps, [], flags, seed, config, held)
+            for seed in seeds]
+    runs = {'more brief captions': control, 'cold start': cold, 'RecA': aligned[pulled]}
+    text = f'{table(bases[pulled], runs)}\n\n{law(bases, aligned, control)}\n'
     with open(f'{config.out_dir}/table.md', 'w') as f:
         f.write(text)
-    if len(pulls) > 1:
+    if len(bases) > 1:
         draw_law(bases, aligned, control, f'{config.out_dir}/law.png')
     print(text)
 
