@@ -43,8 +43,8 @@ keys = dict(
     decoder_images = 32768,    # distinct scenes it draws them from
     full_share = 0.75,         # of the decoder's conditions are full captions, the others terse
     terse_steps = 1000,        # batches of 32 brief captions
-    tower_steps = 300,         # batches of 32; fewer leave images less like words
-    reader_steps = 300,        # batches of 32 brief captions
+    tower_steps = 400,         # batches of 32; fewer leave images less like words
+    reader_steps = 400,        # batches of 32 brief captions
     most_phrases = 0,          # most phrases of a caption the captioner is ever taught; 0 = all
 )
 least_one = ('vae_steps', 'clip_steps', 'judge_steps', 'encoder_steps', 'decoder_steps',
@@ -396,6 +396,7 @@ def ship(folder, out_dir):
 
 # --- a base whose images are words, for reca.py --------------------------------------------------
 BASE = 'data/shapes/base'
+SHARP = 10                      # of the distances to words, as logits
 
 
 def in_words(uae, scenes):
@@ -431,12 +432,12 @@ def pretrain_terse(config, avoid):
 
 
 def pretrain_tower(config, avoid):
-    """The shipped tower is pulled to words: |state - embedding|^2 over a word's mean square."""
+    """The shipped tower is pulled to words, in squared distance over a word's mean square."""
     from lib.checkpoint import open_uae
     torch.manual_seed(config.seed + 7)
     rng = np.random.default_rng(config.seed + 7)
     uae = open_uae(config)
-    words = uae.encoder.embed.weight[:len(uae.encoder.tokenizer)]
+    words = uae.encoder.embed.weight[:len(uae.encoder.tokenizer)].detach()
     tower = uae.encoder.vlm.model.visual
     # its states are forty times as long as words: it starts at their length
     far = watch(uae, fresh_scenes(rng, 32, avoid))['features'].square().mean()
@@ -447,9 +448,14 @@ def pretrain_tower(config, avoid):
 
     def loss_fn():
         scenes = fresh_scenes(rng, 32, avoid)
-        told = uae.encoder.embed(in_words(uae, scenes))
-        pull = F.mse_loss(watch(uae, scenes)['features'], told) / words.square().mean()
-        return pull, {}
+        told = in_words(uae, scenes)
+        seen = watch(uae, scenes)['features']
+        apart = (seen[:, :, None] - words).square().mean(-1) / words.square().mean()
+        nearest = (apart.argmin(-1) == told).float().mean().item()
+        pull = apart.gather(-1, told[..., None]).mean()
+        # the right word also has to be the nearest: colours lie close together
+        nll = F.cross_entropy(-SHARP * apart.flatten(0, 1), told.flatten())
+        return pull + nll, dict(pull=pull.item(), nearest=nearest)
 
     train('tower', list(tower.parameters()), config.tower_steps, 2e-3, loss_fn)
     uae.encoder.vlm.save_pretrained(f'{config.out_dir}/encoder')
@@ -478,7 +484,7 @@ def pretrain_reader(config, avoid):
         moved = F.mse_loss(uae.encoder.text_states(y, mask), held)
         return nll + moved, dict(nll=nll.item(), moved=moved.item())
 
-    train('reader', params, config.reader_steps, 1e-3, loss_fn)
+    train('reader', params, config.reader_steps, 1.5e-3, loss_fn)
     uae.encoder.vlm.save_pretrained(f'{config.out_dir}/encoder')
 
 

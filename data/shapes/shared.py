@@ -6,7 +6,7 @@ vision tower was pulled to words for more or fewer updates (pretrain.py), and a 
 from words and is asked about images. Their one decoder has seen brief captions alone.
 
     python data/shapes/shared.py                # one base and its table
-    python data/shapes/shared.py --pulled=0,40,100,300 --seeds=3        # the law, and law.png
+    python data/shapes/shared.py --pulled=0,30,100,400 --seeds=3        # the law, and law.png
 
 Stopped half-way it goes on with the run that it was at; delete out_dir to start anew.
 """
@@ -37,7 +37,7 @@ from lib.scores import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    pulled = '300',            # updates of the pull to words, comma-separated: a base each
+    pulled = '400',            # updates of the pull to words, comma-separated: a base each
     seeds = 1,                 # runs from each base
     reca_steps = 300,          # updates; those of the controls take the same seconds
     terse_steps = 340,
@@ -132,8 +132,11 @@ def pretrain_parts(parts, out, config, **updates):
     return time.process_time() - start
 
 
-def pretrain_base(pulled, config, held):
-    """The base whose tower was pulled for so many updates -> the flags that open it, its scores."""
+def pretrain_base(pulled, parts, config, held):
+    """The base whose tower was pulled for so many updates -> the flags that open it, its scores.
+
+    parts: of pretrain.py, for a tower that is pulled at all.
+    """
     terse, base = f'{config.out_dir}/terse', f'{config.out_dir}/pulled_{pulled}'
     flags = [f'--encoder={base}/encoder', f'--decoder={base}/decoder']
 
@@ -145,7 +148,7 @@ def pretrain_base(pulled, config, held):
         shutil.copytree(terse, base, dirs_exist_ok=True)
         seconds = 0
         if pulled:
-            seconds = pretrain_parts('tower,reader', base, config, tower=pulled)
+            seconds = pretrain_parts(parts, base, config, tower=pulled)
         return dict(score(flags, config, held, with_probe=True), pretrained=seconds)
 
     once(f'{terse}.json', make_terse)
@@ -240,8 +243,11 @@ def main(argv):
     _, held = open_data(config, ranks.start(config))
     seeds = range(config.seed, config.seed + config.seeds)
     bases, aligned = {}, {}
-    for pulled in map(int, config.pulled.split(',')):
-        flags, bases[pulled] = pretrain_base(pulled, config, held)
+    *others, last = map(int, config.pulled.split(','))
+    for pulled in (*others, last):
+        # only through the last tower does the language model learn to caption: RecA needs none
+        parts = 'tower,reader' if pulled == last else 'tower'
+        flags, bases[pulled] = pretrain_base(pulled, parts, config, held)
         alike = ['--lambda_t2i=0', *TRAINED]
         aligned[pulled] = [train(f'reca_{pulled}_{seed}', reca, config.reca_steps, alike, flags,
                                  seed, config, held) for seed in seeds]
