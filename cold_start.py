@@ -9,7 +9,8 @@
 
 What gets a gradient: the decoder through the last `grad_steps` denoising steps, the projector and,
 through c, the language model that re-encodes the caption. What does not: the choice of words
-(tokens are discrete, that is stage 2), the vision tower, and VAE and CLIP, which it only crosses.
+(tokens are discrete, that is stage 2), the branch of the negative prompt under guidance, the vision
+tower, and VAE and CLIP, which it only crosses.
 
     paper                       here                         why
     steps and depth of the      tiny: 6 ODE steps, gradient  a shorter chain needs less memory
@@ -17,7 +18,10 @@ through c, the language model that re-encodes the caption. What does not: the ch
     captions not stated         greedy                       a terse sampled caption does not say
                                                              what the image is: the decoder would
                                                              learn to draw the average picture
-    learning rate not stated    2e-5 (tiny), 1e-6 (paper)    so does a large step
+    learning rate not stated    2e-5 (tiny), 1e-6 (paper)    a large step too teaches the average
+                                                             picture
+    CLIP sees images resized    with antialias, as CLIP      the authors' file also divides by 255
+    without antialias           itself was trained           twice; not imitated
 """
 import sys
 
@@ -58,7 +62,7 @@ def reconstruction_loss(uae, tower, x, y, mask, z, vision, config):
     """
     c = uae.condition(y, mask, vision)
     x_hat = uae.draw(z, c, config.denoise_steps, config.grad_steps)
-    return (1 - clip_reward(x, x_hat, tower)).mean()
+    return (1 - clip_reward(x, x_hat, tower, uae.encoder.texts(y, mask))).mean()
 
 
 @torch.no_grad()

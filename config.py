@@ -35,10 +35,10 @@ shared = dict(
                                # 0 (evaluation only) = no further than the rows drawn together
     caption_len = 24,          # T, most tokens of a sampled caption, its end token included
     guidance = 1.0,            # classifier-free guidance scale; 1 = off and costs nothing
-    denoise_steps = 8,         # S, denoising steps of a training rollout
+    denoise_steps = 8,         # S, denoising steps of a training rollout; 6 in tiny stages 1, 3
     # evaluation: on held-out images, greedy captions, ODE sampling, fixed noise
     reward = 'clip',           # NAME of reward.BACKBONES or FILE.py:FUNCTION, or a weighted sum:
-                               # clip:0.7,dinov2:0.3
+                               # clip:0.7,dinov2:0.3. `ocr` reads text: clip:0.7,ocr:0.3
     eval_denoise_steps = 8,
     eval_images = 64,          # held-out images
     eval_every = 20,           # updates between evaluations, 0 = never
@@ -59,6 +59,7 @@ presets['medium'] = dict(
     clip='ViT-L-14-quickgelu:openai', judge='facebook/dinov2-large', data='', resolution=512,
     cond_len=512, caption_len=384, denoise_steps=10, eval_denoise_steps=40, save_every=20,
     lora_rank=32, micro_batch=1, checkpointing=True, dtype='bfloat16',
+    # guidance stays 1, not the paper's 5: half the time of a rollout, for one card
     caption_prompt=(                                            # the authors' own, spaces and all
         'You are an expert vision-language model.  \n'
         'Your task is: Given an input image, generate a **textual description** of the image. '

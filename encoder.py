@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from lib.ranks import by_rows, group_slices
+from lib.next_token import CaptionCache, captured, next_state
+from lib.ranks import by_rows, group_slices, take
 
 CAPTIONS_AT_ONCE = 256      # in whole groups; at 3B and 800 tokens their cache is 8 GB
 LOGITS_AT_ONCE = 2 ** 23    # 55 rows of a vocabulary of 152k
@@ -67,94 +68,6 @@ def token_logp(states, head, y, temperature=1.0, forbidden=None, chunk=LOGITS_AT
     pieces = zip(states.split(rows), y.split(rows))
     parts = [checkpoint(rows_logp, *piece, use_reentrant=False) for piece in pieces]
     return torch.cat(parts).view(B, T)
-
-
-# --- the language model, one token at a time -----------------------------------------------------
-class CaptionCache:
-    """Keys and values of G captions per image, allocated once for all tokens to come.
-
-    A cache that grows is copied whole for every token. prompt: the library's cache of P images,
-    whose layers hold keys and values (P, H, L, D). room: how many tokens follow. fixed: each token
-    attends to all places, those to come masked, as a captured graph needs it; else to the filled.
-    """
-
-    def __init__(self, prompt, G, room, fixed=False):
-        device = prompt.layers[0].keys.device
-        length = prompt.layers[0].keys.shape[2]
-        self.fixed = fixed
-        self.place = torch.full((1,), length, device=device)        # of the next token
-        self.places = torch.arange(-(-(length + room) // 8) * 8, device=device)
-        self.keys = [self.allocate(layer.keys, G) for layer in prompt.layers]
-        self.values = [self.allocate(layer.values, G) for layer in prompt.layers]
-
-    def allocate(self, prompt, G):
-        P, H, L, D = prompt.shape
-        whole = prompt.new_zeros(P * G, H, len(self.places), D)
-        whole[:, :, :L] = prompt.repeat_interleave(G, 0)
-        return whole
-
-    def update(self, k, v, i):
-        """Adds one token's k, v (B, H, 1, D) to layer i -> the keys and values to attend to."""
-        self.keys[i].index_copy_(2, self.place, k)
-        self.values[i].index_copy_(2, self.place, v)
-        if self.fixed:
-            return self.keys[i], self.values[i]
-        n = self.place.item() + 1
-        return self.keys[i][:, :, :n], self.values[i][:, :, :n]
-
-    def mask(self):
-        """Where the next token attends to, bool (1, 1, 1, places); None = to all it is given."""
-        if self.fixed:
-            return (self.places <= self.place).view(1, 1, 1, -1)
-        return None
-
-
-def next_state(language_model, x, position, cache):
-    """One more token of every row through a Qwen2.5 language model.
-
-    The library's own forward builds masks, copies the keys to each head and runs seven kernels a
-    norm; without these a token takes three quarters of the time where kernels are small. embedded
-    tokens x (B, 1, d), their position (1,); fills one place of `cache`. Returns (B, 1, d).
-    """
-    def norm(layer, x):
-        return torch.rms_norm(x, layer.weight.shape, layer.weight, layer.variance_epsilon)
-
-    angle = position * language_model.rotary_emb.inv_freq.float()
-    cos = torch.cat([angle, angle]).cos().to(x.dtype)
-    sin = torch.cat([-angle, angle]).sin().to(x.dtype)      # the first half is negated
-    mask = cache.mask()
-    for i, layer in enumerate(language_model.layers):
-        attention = layer.self_attn
-        h = norm(layer.input_layernorm, x)
-        heads = (len(h), -1, 1, attention.head_dim)
-        q = attention.q_proj(h).view(heads)
-        k = attention.k_proj(h).view(heads)
-        v = attention.v_proj(h).view(heads)
-        # rotary embedding of queries and keys at once: the two halves swap places
-        qk = torch.cat([q, k], 1)
-        qk = torch.addcmul(qk * cos, qk.roll(attention.head_dim // 2, -1), sin)
-        q, k = qk.split([q.shape[1], k.shape[1]], 1)
-        k, v = cache.update(k, v, i)
-        # query heads that share a key head go in as rows of one query
-        q = q.reshape(len(x), k.shape[1], -1, attention.head_dim)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + attention.o_proj(mixed.reshape(len(x), 1, -1))
-        x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
-    cache.place.add_(1)
-    return norm(language_model.norm, x)
-
-
-def captured(step):
-    """A call without arguments -> the same as one CUDA graph, which is launched whole.
-
-    A token at 3B is 36 layers of small kernels: launched one by one they take four times as long
-    (docs/results.md, speed). `step` works in place and has run before; capturing does not run it.
-    """
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 # --- the encoder ---------------------------------------------------------------------------------
@@ -264,10 +177,11 @@ class Encoder(nn.Module):
     def tokens(self, texts, T=None):
         """Strings -> y, mask (B, T) as the sampler returns them, and what was lost on the way.
 
-        T: caption_len if not given. lost: dict of cut, the texts that do not fit, and unknown, the
-        tokens that the tokenizer does not know. A control token cannot arise from a text.
+        T: if not given, what a condition has room for, and the end token. lost: dict of cut, the
+        texts that do not fit, and unknown, the tokens that the tokenizer does not know. A control
+        token cannot arise from a text.
         """
-        T = T or self.config.caption_len
+        T = T or self.text_room + 1
         y = torch.full((len(texts), T), self.end)
         mask = torch.zeros(len(texts), T)
         lost = dict(cut=0, unknown=0)
@@ -378,9 +292,8 @@ class Encoder(nn.Module):
         """
         parts = []
         for images, rows, _ in group_slices(len(vision['features']), G, CAPTIONS_AT_ONCE):
-            shown = {name: rows_of[images] for name, rows_of in vision.items()}
             own = uniforms[rows] if uniforms is not None else None
-            parts.append(self.sample_together(shown, G, temperature, own))
+            parts.append(self.sample_together(take(vision, images), G, temperature, own))
         y, mask, logp = zip(*parts)
         return torch.cat(y), torch.cat(mask), torch.cat(logp)
 
@@ -438,7 +351,9 @@ class Encoder(nn.Module):
             states = self.caption_states(vision, y)[:, :-1]
             return token_logp(states, self.head, y, temperature, self.forbidden)
 
-    forward = logp              # what DistributedDataParallel calls
+    def forward(self, *args, **options):
+        """`logp`: what DistributedDataParallel calls, also where a subclass has its own."""
+        return self.logp(*args, **options)
 
     def caption_states(self, vision, y):
         """States (B, T + 1, d) of the prompt's last token and of each caption token.

@@ -12,9 +12,8 @@
 
 Images go to out_dir/BENCH/CHECKPOINT/images in the benchmark's own layout, which the official
 scorers read unchanged; those that are there already are not drawn again. Beside them: results.jsonl
-(one line an image), summary.json; over all checkpoints table.md and prompts.png, some prompts as
-each of them drew them. The benchmarks' rules are in bench/: geneval.py (with the embedded
-world's and GenEval++), dpg.py; judges.py asks a server.
+(one line an image), summary.json; over all checkpoints table.md. The benchmarks' rules are in
+bench/: geneval.py (with the embedded world's and GenEval++), dpg.py; judges.py asks a server.
 
     official                      here                           why
     GenEval: mmdetection's        the same network with the      mmdetection does not install
@@ -41,7 +40,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lib import checkpoint, ranks, watch
+from lib import checkpoint, ranks
 from lib.scores import images_at_once, warn_of_losses
 from lib.files import write_atomic, write_json, write_lines
 from bench.dpg import dpg_scorer, drop_first_row
@@ -49,9 +48,9 @@ from bench.dpg import dpg_score                                  # the rules, fo
 from bench.edit import BENCHES as EDITS, score_edits
 from bench.geneval import geneval_correct, relative_position     # them from here
 from bench.geneval import geneval_scorer, judge_scorer, shapes_scorer
-from bench.pictures import Unusable
+from bench.pictures import Unusable, write_results
 from bench.prompts import files_to_score, item_files, read_items
-from bench.summary import dpg_summary, geneval_summary, judge_summary
+from bench.summary import dpg_summary, geneval_summary, judge_summary, markdown
 from config import parse
 
 # --- script keys -------------------------------------------------------------------------------
@@ -95,7 +94,6 @@ BENCHES = {
 DRAWN_WITH = (
     'bench', 'encoder', 'decoder', 'seed', 'eval_denoise_steps', 'guidance', 'negative_prompt',
     'resolution', 'caption_len', 'cond_len')
-SHOWN = 6                      # prompts on the sheet
 
 
 # --- drawing -----------------------------------------------------------------------------------
@@ -226,7 +224,7 @@ def why_not(config, items):
 def score(config, run, items):
     """Scores the images of all items: results.jsonl, then summary.json.
 
-    -> the summary, None on other ranks. There is no score over fewer images than asked.
+    -> the summary, None on other ranks.
     """
     os.makedirs(config.folder, exist_ok=True)
     open_scorer, summarise = BENCHES[config.bench]
@@ -248,14 +246,7 @@ def score(config, run, items):
     # a scorer's None is an image that is left out, as the official script does (dpg)
     records = [record for record in records if record is not None]
     records.sort(key=lambda record: record['filename'])
-    lines = [json.dumps(record) + '\n' for record in records]
-    path = f'{config.folder}/results.jsonl'
-    write_atomic(path, lambda tmp: write_lines(tmp, lines))
-    if unusable:
-        asked = len(unusable) + len(records)
-        raise SystemExit(
-            f'{len(unusable)} of {asked} images cannot be scored, so there is no score; '
-            f'first: {min(unusable)}; the others are in {path}')
+    write_results(config.folder, records, sorted(unusable))
     if not records:
         raise SystemExit(f'{config.images}: every image is left out, so there is no score')
     summary = summarise(records)
@@ -267,19 +258,8 @@ def score(config, run, items):
 
 def write_table(config, summaries):
     """table.md: a row per checkpoint. summaries {name: summary}."""
-    first = list(summaries.values())[0]
-    columns = list(first['columns'])
-    rows = [[config.bench] + columns, ['---'] * (len(columns) + 1)]
-    for name, summary in summaries.items():
-        row = [name]
-        for column in columns:
-            value = summary['columns'].get(column)
-            if value is None:
-                row.append('-')
-            else:
-                row.append(f'{value:.3f}')
-        rows.append(row)
-    text = ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+    rows = {name: summary['columns'] for name, summary in summaries.items()}
+    text = markdown(config.bench, rows)
     if config.bench == 'geneval':
         text += ('\nThe detector has other weights than the official one: near the official '
                  'numbers, not equal.\n')
@@ -297,26 +277,6 @@ def name_of(source):
     if parts[-1].startswith('step_'):
         return '-'.join(parts[-2:])
     return parts[-1]
-
-
-def prompt_sheet(items, configs):
-    """A row per prompt, a column per checkpoint: the first image of each -> a Pillow image.
-
-    The first prompt of each of GenEval's tags, or simply the first prompts.
-    """
-    chosen = {}
-    for item in items:
-        tag = (item.get('meta') or {}).get('tag', item['id'])
-        chosen.setdefault(tag, item)
-    cells = []
-    for item in list(chosen.values())[:SHOWN]:
-        cells.append(([], item['prompt']))
-        for config in configs:
-            path = item_files(config, item)[0]
-            images = [Image.open(path)] if os.path.exists(path) else []
-            cells.append((images, ''))
-    heads = ('', *(config.name for config in configs))
-    return watch.sheet(cells, len(heads), heads, lines=0)
 
 
 def edits(config):
@@ -351,24 +311,19 @@ def main(argv):
     missing = why_not(config, items)
     if missing and config.score and run.master:
         print(f'no score: {missing}')
-    summaries, configs = {}, []
+    summaries = {}
     for name, source in zip(names, sources):
         own = types.SimpleNamespace(**vars(config))
         own.init_from = '' if source == 'base' else source
         own.name = name
         own.folder = f'{config.out_dir}/{config.bench}/{name}'
         own.images = config.images or f'{own.folder}/images'
-        configs.append(own)
         if config.generate:
             generate(own, run, items)
         if config.score and not missing:
             summaries[name] = score(own, run, items)
     if run.master and summaries:
         write_table(config, summaries)
-    if run.master:
-        folder = f'{config.out_dir}/{config.bench}'
-        os.makedirs(folder, exist_ok=True)
-        prompt_sheet(items, configs).save(f'{folder}/prompts.png')
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ from bench.unified import (
     backbones, image_files, match_files, of_seed, over_seeds, rebuild, score_folder)
 from config import parse
 from data.images import open_data
-from lib import ranks, watch
+from lib import pictures, ranks, watch
 from lib.checkpoint import open_uae
 from lib.files import write_json
 from lib.scores import Evaluator
@@ -64,14 +64,14 @@ def held_out(config, run):
     _, held = open_data(config, run, training=False)
     uae = open_uae(config, run.device)
     evaluate = Evaluator(uae, held, config, run, temperature=config.temperature)
-    summary, records = evaluate(watch.WATCHED)
+    summary, records = evaluate()
     if not run.master:
         return
     for name, value in summary.items():
         print(f'{name:22s} {value:.4f}')
     captions = {record['name']: record['caption'] for record in records}
     write_json(f'{config.out_dir}/report.json', dict(summary=summary, captions=captions))
-    print(watch.save_samples(records[:watch.WATCHED], 0, config, held['scenes']))
+    print(watch.save_samples(records, 0, config.out_dir))
 
 
 def unified(config, run):
@@ -114,7 +114,7 @@ def unified(config, run):
     for name in list(references)[:SHOWN]:
         images = [Image.open(references[name]), Image.open(pairs[name])]
         items.append((images, captions[name]))
-    watch.sheet(items, min(4, len(items)), lines=8).save(f'{config.out_dir}/contact_sheet.png')
+    pictures.sheet(items, min(4, len(items)), lines=8).save(f'{config.out_dir}/contact_sheet.png')
 
 
 def check(config):

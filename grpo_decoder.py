@@ -18,14 +18,17 @@ of the G drawings looks most like x:
                                 over dimensions              1, hence the clip of 1e-4
     std of A not stated         of the group, over G - 1     GRPO's; Flow-GRPO takes the batch's for
                                                              SD3, the population's elsewhere
-    KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; a weight b there is about b / S
+    KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; theirs with weight b is about
+                                                             ours with b / S
     all steps trained           `trained_steps` of a window  time; the window lies in the first half
-                                of `noisy_steps`             of the steps, or if it is longer than
-                                                             that, it starts at step 0
+                                of `noisy_steps`             of the steps; a longer one starts at
+                                                             step 0
     last step                   never noisy, never trained   its noise would stay in the image; the
                                                              same for cps steps that end below .02
     Flow-CPS                    kind cps: its authors'       cps_exact keeps 1 / (2 std^2), which
                                 -(z_{s'} - mean)^2           grows without bound as s' falls
+    weight decay, EMA, clip of  none of them (Flow-GRPO has  not needed here; in bfloat16 with one
+    A: not stated               all three)                   epoch the ratio is 1, no clip binds
     c = {c_text, c_img}         condition=text               a true bottleneck; text+image is the
                                                              paper's (key `condition`)
     caption temperature         0 (greedy), or the           no sampling noise; true captions teach
@@ -44,7 +47,6 @@ from lib import checkpoint, ranks, watch
 from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
 from lib.optimiser import Optimiser
 from lib.scores import Evaluator
-from model import take_turns
 from reward import clip_reward, reward_tower
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -133,9 +135,9 @@ def kl_gauss(mean, ref_mean, std):
 def window(step, config, sigmas):
     """(begin, end) of this rollout's noisy steps, and the trained ones among them, sorted.
 
-    Both are drawn by (seed, step). The window begins in the first half of the steps, or at 0 if it
-    is longer than that. Never noisy: the last step, whose noise would stay in the image, and steps
-    of cps that end below .02, where its std is hardly more than 0. sigmas (S + 1,).
+    Both are drawn by (seed, step). The window lies in the first half of the steps, or begins at 0
+    if it is longer than that. Never noisy: the last step, whose noise would stay in the image, and
+    steps of cps that end below .02, where its std is hardly more than 0. sigmas (S + 1,).
     """
     usable = config.denoise_steps - 1                   # steps that may be noisy, from the first
     if config.sde != 'flow':
@@ -222,7 +224,8 @@ def main(argv):
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
     if config.offload:
-        take_turns(run.device, [uae.encoder], [uae.decoder, reference], evaluate.towers.values())
+        parts = [uae.encoder], [uae.decoder, reference], evaluate.towers.values()
+        ranks.take_turns(run.device, *parts)
     # old_logp: in float32 the log-prob recorded while sampling; in bfloat16, where that differs by
     # rounding, the first epoch's own, detached
     old_is_own = config.dtype == 'bfloat16'

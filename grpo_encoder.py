@@ -20,12 +20,14 @@ Its vision tower, projector and decoder are frozen; no gradient passes through t
     mean over a caption, then   mean over all tokens of the  a token weighs the same in short and
     over captions               step                         long captions; key `loss_mean`
     which weights re-encode y:  tiny: the captioner's as     else each update also moves what the
-    not stated                  the stage found them; medium frozen decoder reads. The other presets
-                                and paper: as they are now   keep the paper's likely reading
+    not stated                  stage 2 first found them;    frozen decoder reads. Medium and paper
+                                medium, paper: as they are   keep the likely reading of the text
+                                now
     start noise not stated      one start noise per group    captions alone tell rewards apart
     ratio clip not stated       0.2                          PPO's; binds only if epochs > 1
-    h_T of the answer, which    the caption re-encoded       a true bottleneck; the paper's is
-    has seen the image          alone                        `condition=answer`
+    h_T: the answer's states,   the caption re-encoded       a true bottleneck, as in the authors'
+    which have seen the image   alone                        demo; their training's, in their file,
+                                                             is `condition=answer`
     batch size 1 (v5)           tiny: 8 images, paper: 64    less noise; theirs was for the cost
     KL 1e-6 (v5)                tiny: 0.03, and a falling    it keeps captions true: without it
                                 learning rate                they become a code for this decoder
@@ -45,7 +47,6 @@ from lib import checkpoint, ranks, watch
 from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
 from lib.optimiser import Optimiser
 from lib.scores import Evaluator
-from model import take_turns
 from reward import clip_reward, reward_tower
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -55,8 +56,8 @@ keys = dict(
     batch = 8,                 # images an update, all ranks together
     group = 8,                 # G captions per image; their mean reward is the baseline
     temperature = 1.0,         # of the sampling, and of the log-probs in the loss
-    ratio = 'token',           # token | sequence: exp of a caption's mean log-ratio (GSPO), for
-                               # which a clip_range of about 0.01 suits
+    ratio = 'token',           # token | sequence: exp of a caption's mean log-ratio; GSPO, with
+                               # loss_mean='caption' and a clip_range of about 0.01
     clip_range = (0.2, 0.2),   # ratio in [1 - a, 1 + b]; (0.2, 0.28) is clip-higher
     adv_std = True,            # divide by the group's std; False (Dr. GRPO): then a group of nearly
                                # equal rewards teaches little
@@ -64,8 +65,8 @@ keys = dict(
                                # then captions (GRPO, the paper) | constant: the sum / (captions *
                                # caption_len), no length normalisation at all (Dr. GRPO)
     kl = 0.03,                 # weight of the k3 estimate against the stage's initial captioner
-    text_encoder = 'start',    # what re-encodes captions: start, the language model as this stage
-                               # found it | live, the captioner as it is now
+    text_encoder = 'start',    # what re-encodes captions: start, the language model as the first
+                               # stage 2 found it | live, the captioner as it is now
     epochs = 1,                # optimiser steps per rollout; 1 = on policy
     lr = 1e-4,                 # a larger step makes captions that the decoder does not know
     warmup = 0,                # loop steps of linear warm-up
@@ -185,6 +186,7 @@ def main(argv):
     checkpoint.choose_text_encoder(uae, config.text_encoder)
     reference = None
     if config.kl:
+        # a frozen copy of what is trained: with LoRA of the adapters alone
         reference = checkpoint.open_reference(uae, ['encoder'], config).encoder
     policy = ranks.parallel(uae.encoder, run)           # its forward pass is the log-prob
     tower = reward_tower(config, run.device)
@@ -193,7 +195,8 @@ def main(argv):
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
     if config.offload:
-        take_turns(run.device, [uae.encoder, reference], [uae.decoder], evaluate.towers.values())
+        parts = [uae.encoder, reference], [uae.decoder], evaluate.towers.values()
+        ranks.take_turns(run.device, *parts)
     # old_logp: in float32 the log-prob recorded while sampling; in bfloat16, where that differs by
     # rounding, the first epoch's own, detached
     old_is_own = config.dtype == 'bfloat16'
@@ -210,7 +213,8 @@ def main(argv):
         sampled['adv'] = group_advantage(r, config.adv_std).flatten()       # (P, G) -> (B,)
         sampled['weight'], count = token_weights(sampled['mask'], config.loss_mean)
         sampled['old_logp'] = sampled['recorded'].clone()
-        scale = run.world / ranks.total(count, run)     # DDP averages over ranks: hence world
+        # loss = sum over all ranks of weight x token loss / count; DDP averages: hence world
+        scale = run.world / ranks.total(count, run)
 
         health = Stats()
         uae.train()                             # turns on the recomputation of activations

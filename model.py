@@ -116,8 +116,8 @@ class UAE(nn.Module):
     def train_only(self, *names):
         """Marks what a stage trains and returns those parameters, float32 masters.
 
-        names: of 'encoder' (the language model without lm_head, but where that is tied to the
-        embedding both move; never the vision tower), 'projector', 'decoder' (the transformer,
+        names: of 'encoder' (the language model, never the vision tower; lm_head moves where it is
+        the embedding's own matrix, as in the tiny world), 'projector', 'decoder' (the transformer,
         never the VAE). With LoRA only the adapters. Everything else is frozen, in config.dtype.
         """
         parts = dict(encoder=self.encoder.language_model, projector=self.projector,
@@ -162,51 +162,17 @@ class UAE(nn.Module):
         return twin
 
 
-def frozen_copy(module):
-    """A frozen copy of a module that shares buffers and every weight which is not trained.
+def frozen_copy(module, own=None):
+    """A frozen copy of a module that shares its buffers and all other weights than its own.
 
-    With LoRA only the adapters are copied, in full fine-tuning everything that is trained.
+    own: their names; None = what is trained: with LoRA the adapters alone.
     """
-    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    if own is None:
+        own = [name for name, p in module.named_parameters() if p.requires_grad]
+    shared = {id(p): p for name, p in module.named_parameters() if name not in own}
     shared.update({id(buffer): buffer for buffer in module.buffers()})
     for name, value in vars(module).items():
         if not name.startswith('_'):            # no weights: config, processor, schedule
             shared[id(value)] = value
     twin = copy.deepcopy(module, shared)
     return twin.requires_grad_(False)
-
-
-def take_turns(device, *parts):
-    """From now on only the part that works is on the device, the others wait on the CPU.
-
-    parts: lists of modules, or of None. What moves are the modules' children: buffers of their own
-    stay. A part comes when one of its weights is used.
-    """
-    here = None
-
-    def move(part, device):
-        for module in part:
-            for child in module.children():
-                child.to(device)
-
-    def bring(part):
-        def before_forward(module, inputs):
-            nonlocal here
-            if here is part:
-                return
-            if here:
-                move(here, 'cpu')
-                if device.startswith('cuda'):
-                    torch.cuda.empty_cache()    # what comes has weights of other sizes
-            move(part, device)
-            here = part
-
-        return before_forward
-
-    for part in parts:
-        part = [module for module in part if module]
-        move(part, 'cpu')
-        for module in part:
-            for inner in module.modules():
-                if list(inner.parameters(recurse=False)):
-                    inner.register_forward_pre_hook(bring(part))

@@ -36,7 +36,6 @@ from lib import checkpoint, ranks, watch
 from lib.log import Log, Stats, caption_fields, count_skipped, reward_fields
 from lib.optimiser import Optimiser
 from lib.scores import Evaluator
-from model import take_turns
 from reward import clip_reward, reward_tower
 
 # --- script keys ---------------------------------------------------------------------------------
@@ -169,7 +168,7 @@ def main(argv):
     log = Log(config, run)
     evaluate = Evaluator(uae, held_out, config, run, dict(reward=tower), log)
     if config.offload:
-        take_turns(run.device, [uae.encoder], [uae.decoder, old], evaluate.towers.values())
+        ranks.take_turns(run.device, [uae.encoder], [uae.decoder, old], evaluate.towers.values())
 
     for step in log.progress(start_step):
         evaluate.every(step)

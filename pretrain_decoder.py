@@ -74,11 +74,11 @@ def open_captioned(config, run, key):
     """
     image_key, _, folder = config.data_keys
     config = argparse.Namespace(**dict(vars(config), data_keys=(image_key, key, folder)))
-    held_out = dict(skipped=0)
     if config.eval_every or config.data == 'shapes':
         images, held_out = open_data(config, run)
     else:
         images = open_images(config.data, config.resolution, *config.data_keys)
+        held_out = dict(skipped=images.left_out)
     if config.data == 'shapes':
         from data.shapes import scenes as world
         root = os.path.dirname(world.__file__)
@@ -164,9 +164,8 @@ def noised(uae, images, step, config):
     All randomness is addressed by (seed, step, image).
     """
     index, x = images['index'], images['x'].to(uae.device)
-    T = uae.encoder.text_room + 1
-    y, mask, lost = uae.encoder.tokens(images['captions'], T)
-    nothing, nothing_mask, _ = uae.encoder.tokens([config.negative_prompt], T)
+    y, mask, lost = uae.encoder.tokens(images['captions'])
+    nothing, nothing_mask, _ = uae.encoder.tokens([config.negative_prompt])
     drop = ranks.uniform((), index, config.seed, 'drop', step) < config.drop
     y[drop] = nothing[0]
     mask[drop] = nothing_mask[0]

@@ -2,9 +2,11 @@
 
 A tower is frozen but differentiable in the image, so the same code is the loss of stage 1, the
 reward of stages 2 and 3 and the score of Unified-Bench. Preprocessing is each model's own, done on
-tensors in float32 so that gradients pass.
+tensors in float32 so that gradients pass. Beside it stand rewards without a tower: a function of
+one's own, and the likeness of the text that is read in both images.
 """
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -15,13 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.files import load
+from lib.ranks import by_rows
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 DINOV3 = 'facebook/dinov3-vitl16-pretrain-lvd1689m'
 # name -> (library, hub id, arguments of `preprocess`). None = the configuration's own.
 BACKBONES = dict(
-    clip=('open_clip', None, None),              # config.clip
+    clip=('open_clip', None, None),              # config.clip, the paper's ViT-L/14 at full size
     judge=('transformers', None, None),          # config.judge
     longclip=('transformers', 'zer0int/LongCLIP-L-Diffusers', dict(OPENAI, resize=224, crop=224)),
     dinov2=('transformers', 'facebook/dinov2-large',
@@ -96,11 +99,13 @@ def own_preprocessing(path):
 class Backbone(nn.Module):
     """A frozen image tower: `features` is differentiable in the image.
 
-    library: open_clip or transformers, whose tower it is; pre: the arguments of `preprocess`.
+    library: open_clip or transformers, whose tower it is; pre: the arguments of `preprocess`; rows:
+    of one pass, 0 = all.
     """
 
-    def __init__(self, library, tower, pre):
+    def __init__(self, library, tower, pre, rows=0):
         super().__init__()
+        self.rows = rows
         self.library = library
         self.tower = tower
         self.pre = pre
@@ -125,8 +130,8 @@ class Backbone(nn.Module):
     def reward(self, x, x_hat, captions=None):
         """R_i = cos(f_I(x_i), f_I(x_hat_i)): (B,); see `clip_reward`."""
         with torch.no_grad():
-            f = self.features(x).repeat_interleave(len(x_hat) // len(x), 0)
-        return (f * self.features(x_hat)).sum(-1)
+            f = by_rows(self.features, self.rows, x).repeat_interleave(len(x_hat) // len(x), 0)
+        return (f * by_rows(self.features, self.rows, x_hat)).sum(-1)
 
 
 def describe(name, config):
@@ -146,7 +151,8 @@ def backbone(name, config, device='cpu', source=''):
     else:
         tower = load_transformers(source or own)
         pre = pre or own_preprocessing(find_preprocessing(source or own))
-    return Backbone(library, tower, pre).to(device)
+    rows = getattr(config, 'micro_batch', 0)
+    return Backbone(library, tower, pre, rows).to(device)
 
 
 class Function(nn.Module):
@@ -168,6 +174,56 @@ class Function(nn.Module):
         return r.float()
 
 
+def edit_distance(a, b):
+    """Fewest insertions, deletions and replacements of a letter that make b of a (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        above, row = row, [i]
+        for j, other in enumerate(b, 1):
+            replaced = above[j - 1] + (letter != other)
+            row.append(min(replaced, above[j] + 1, row[-1] + 1))
+    return row[-1]
+
+
+class Ocr(nn.Module):
+    """The reward `ocr`: how alike the text is that RapidOCR reads in source and reconstruction.
+
+    Fewer than SHORTEST letters are no text: a wheel reads as 0 (docs/results.md).
+    """
+    SHORTEST = 3
+
+    def __init__(self):
+        super().__init__()
+        for package in ('rapidocr', 'onnxruntime'):
+            if not importlib.util.find_spec(package):
+                raise SystemExit(f'--reward=ocr: there is no {package} here; '
+                                 'pip install rapidocr onnxruntime')
+        from rapidocr import RapidOCR
+        threads = 'EngineConfig.onnxruntime.intra_op_num_threads'
+        options = {threads: torch.get_num_threads(), 'Global.log_level': 'error'}
+        self.engine = RapidOCR(params=options)
+
+    def read(self, image):
+        """image (3, H, W) in [-1, 1] -> its letters and digits, lines from the top."""
+        pixels = ((image.detach().clamp(-1, 1) + 1) * 127.5).round().byte()
+        bgr = pixels.flip(0).permute(1, 2, 0)                # the colours in OpenCV's order
+        lines = self.engine(bgr.cpu().numpy()).txts or ()
+        return ''.join(filter(str.isalnum, ''.join(lines)))
+
+    def reward(self, x, x_hat, captions=None):
+        """1 - edit distance / length of the longer text: (B,), NaN where x_i has no text."""
+        r = []
+        for image, group in zip(x, x_hat.chunk(len(x))):
+            source = self.read(image)
+            for drawn in group:
+                alike = math.nan
+                if len(source) >= self.SHORTEST:
+                    text = self.read(drawn)
+                    alike = 1 - edit_distance(source, text) / max(len(source), len(text))
+                r.append(alike)
+        return torch.tensor(r, device=x_hat.device)
+
+
 class Reward(nn.Module):
     """The key `reward`: a weighted sum of rewards, parts {name: (weight, tower)}."""
 
@@ -177,8 +233,20 @@ class Reward(nn.Module):
         self.towers = nn.ModuleList(tower for _, tower in parts.values())
 
     def reward(self, x, x_hat, captions):
-        terms = zip(self.weights.values(), self.towers)
-        return sum(weight * tower.reward(x, x_hat, captions) for weight, tower in terms)
+        """Where the source has no text, the others share the weight of `ocr`."""
+        terms = {}
+        for name, tower in zip(self.weights, self.towers):
+            terms[name] = tower.reward(x, x_hat, captions)
+            if x_hat.requires_grad and not terms[name].requires_grad:
+                raise SystemExit(f'--reward: {name} has no gradient in the image, which stage 1 '
+                                 'needs; stages 2 and 3 do not')
+        of_text = terms.pop('ocr', None)
+        r = sum(self.weights[name] * term for name, term in terms.items())
+        if of_text is None:
+            return r
+        weight = self.weights['ocr']
+        others = sum(self.weights.values()) - weight
+        return torch.where(of_text.isnan(), r * (1 + weight / others), r + weight * of_text)
 
     def part(self, name):
         """The tower of that name, None if it is not in the sum."""
@@ -188,8 +256,8 @@ class Reward(nn.Module):
 def reward_parts(config):
     """The key `reward`, NAME or NAME:WEIGHT,NAME:WEIGHT -> {name: weight}.
 
-    A name is one of BACKBONES, or FILE.py:FUNCTION. Refuses the judge's own tower: it would judge
-    itself.
+    A name is one of BACKBONES, `ocr`, or FILE.py:FUNCTION. Refuses the judge's own tower: it would
+    judge itself.
     """
     parts = {}
     for word in config.reward.split(','):
@@ -205,10 +273,13 @@ def reward_parts(config):
             raise SystemExit(f'--reward={config.reward}: expected NAME or NAME:WEIGHT,NAME:WEIGHT '
                              'with positive weights, for example clip:0.7,dinov2:0.3')
         parts[name] = value
-        judged = '.py:' not in name and name != 'judge' and config.judge
+        judged = '.py:' not in name and name not in ('judge', 'ocr') and config.judge
         if judged and describe(name, config)[1] == config.judge:
             raise SystemExit(f'--reward={config.reward}: {name} is the judge too ({config.judge}), '
                              'which must be a tower that was not the reward: name another --judge')
+    if list(parts) == ['ocr']:
+        raise SystemExit('--reward=ocr: an image without text would have no reward; give another '
+                         'beside it, for example clip:0.7,ocr:0.3')
     return parts
 
 
@@ -218,6 +289,8 @@ def reward_tower(config, device='cpu', open_one=backbone):
     for name, weight in reward_parts(config).items():
         if '.py:' in name:
             parts[name] = weight, Function(name)
+        elif name == 'ocr':
+            parts[name] = weight, Ocr()
         else:
             parts[name] = weight, open_one(name, config, device)
     return Reward(parts)

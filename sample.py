@@ -31,7 +31,7 @@ from data.files import name_bytes, warn
 from data.images import ImageError, open_images
 from lib.scores import draw_captions, images_at_once, reconstruct, warn_of_losses
 from tools.export import export
-from lib.watch import save_image
+from lib.pictures import save_image
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(

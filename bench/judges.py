@@ -19,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from lib import ranks
-from lib.files import write_atomic, write_lines
 from bench.answers import reply_of, without_thoughts, words_of
-from bench.pictures import PNG, Unusable
+from bench.pictures import PNG, Unusable, write_results
 
 LONGEST_PAUSE = 300                          # seconds between two tries
 TRANSIENT = (TimeoutError, ConnectionResetError, BrokenPipeError)
@@ -205,8 +204,7 @@ def asked_pause(headers):
 def ask_all(config, run, jobs, scorer):
     """scorer(job) -> a record for all jobs, judge_threads at a time on every rank.
 
-    -> the records in the jobs' order, on rank 0, where they are also in folder/results.jsonl.
-    There is no score over fewer images than asked: an Unusable one ends the run in one line.
+    -> the records in the jobs' order, on rank 0, where `write_results` writes them.
     """
     if config.judge_threads < 1 or config.judge_tries < 1:
         raise SystemExit(f'--judge_threads={config.judge_threads} '
@@ -227,11 +225,5 @@ def ask_all(config, run, jobs, scorer):
     if not run.master:
         return []
     records = [record for _, record, why in done if not why]
-    lines = [json.dumps(record) + '\n' for record in records]
-    path = f'{config.folder}/results.jsonl'
-    write_atomic(path, lambda tmp: write_lines(tmp, lines))
-    faults = [why for _, _, why in done if why]
-    if faults:
-        raise SystemExit(f'{len(faults)} of {len(jobs)} cannot be judged, so there is no score; '
-                         f'first: {faults[0]}; the others are in {path}')
+    write_results(config.folder, records, [why for _, _, why in done if why])
     return records

@@ -18,7 +18,7 @@ from bench.answers import last_object
 from bench.judges import Judge, api_keys, ask_all, kept_replies
 from bench.pictures import Unusable, file_bytes
 from bench.prompts import read_json, read_lines, texts_of
-from bench.summary import pair_summary
+from bench.summary import markdown, pair_summary
 from bench.unified import image_files, match_files, read_captions
 
 PAIR = (
@@ -28,6 +28,7 @@ PAIR = (
     'caption. Length alone and style count nothing. If neither is better, say tie. Answer with '
     'JSON alone: {"winner": "A", "B" or "tie", "reason": "one sentence"}')
 SCORES = dict(A=1.0, B=0.0, TIE=0.5)
+COLUMNS = ('win', 'win_error', 'win_similar', 'win_similar_error', 'disagree', 'first', 'failed')
 
 
 # --- the rules: pure functions -------------------------------------------------------------------
@@ -131,20 +132,11 @@ def judge_pairs(config, run):
         return None
     summary = pair_summary(records, config.seed)
     write_json(f'{config.folder}/summary.json', summary)
-    text = table(summary)
+    rows = {}
+    for name, row in summary['judges'].items():
+        rows[name] = {column: row[column] for column in COLUMNS}
+    text = f'{markdown("judge", rows)}\n{summary["similar"]} pairs of similar length.\n'
     path = f'{config.folder}/table.md'
     write_atomic(path, lambda tmp: write_lines(tmp, [text]))
     print(text)
     return summary
-
-
-def table(summary):
-    """A row per judge, and their mean."""
-    columns = ('win', 'win_error', 'win_similar', 'win_similar_error', 'disagree', 'first',
-               'failed')
-    rows = [['judge', *columns], ['---'] * (len(columns) + 1)]
-    for name, row in summary['judges'].items():
-        shown = ['-' if row[column] is None else f'{row[column]:.3f}' for column in columns]
-        rows.append([name, *shown])
-    text = ''.join(f'| {" | ".join(row)} |\n' for row in rows)
-    return text + f'\n{summary["similar"]} pairs of similar length.\n'

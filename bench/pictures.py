@@ -1,8 +1,11 @@
-"""Images as the benchmarks read them and as a judge gets them."""
+"""Images as the benchmarks read them and as a judge gets them; what was found about each."""
 import io
+import json
 import os
 
 from PIL import Image, ImageOps
+
+from lib.files import write_atomic, write_lines
 
 JPEG_QUALITY = 75              # of an image that is coded for a judge, as officially
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF')
@@ -50,3 +53,17 @@ def file_bytes(path):
     file = io.BytesIO()
     image.save(file, 'png')
     return file.getvalue()
+
+
+# --- results -------------------------------------------------------------------------------------
+def write_results(folder, records, faults):
+    """Writes folder/results.jsonl. There is no score over fewer images than asked: where one is at
+    fault the run ends in one line.
+    """
+    path = f'{folder}/results.jsonl'
+    lines = [json.dumps(record) + '\n' for record in records]
+    write_atomic(path, lambda tmp: write_lines(tmp, lines))
+    if faults:
+        asked = len(faults) + len(records)
+        raise SystemExit(f'{len(faults)} of {asked} cannot be scored, so there is no score; '
+                         f'first: {faults[0]}; the others are in {path}')

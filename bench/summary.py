@@ -1,4 +1,4 @@
-"""Lines of results.jsonl -> the numbers of a checkpoint: summary.json, and the table's columns."""
+"""Lines of results.jsonl -> the numbers of a checkpoint: summary.json, and the table."""
 import math
 
 import numpy as np
@@ -12,6 +12,21 @@ RESAMPLES = 1000
 
 def mean(values):
     return sum(values) / len(values)
+
+
+def markdown(head, rows):
+    """{row: {column: number or None}} -> a table; the first row's columns are everybody's."""
+    columns = list(next(iter(rows.values())))
+    lines = [[head, *columns], ['---'] * (len(columns) + 1)]
+    for name, row in rows.items():
+        cells = [name]
+        for column in columns:
+            if row.get(column) is None:
+                cells.append('-')
+            else:
+                cells.append(f'{row[column]:.3f}')
+        lines.append(cells)
+    return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
 
 
 def geneval_summary(records):

@@ -21,7 +21,7 @@ from lib import ranks
 from lib.checkpoint import find_checkpoint, open_uae
 from lib.files import write_json
 from lib.scores import draw_captions, reconstruct, warn_of_losses
-from lib.watch import save_image
+from lib.pictures import save_image
 from reward import backbone, clip_reward
 
 BENCH_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tiff', '.webp')    # of the official script

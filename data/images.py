@@ -240,11 +240,6 @@ class ImageSet:
         self.keep(sorted(set(range(len(self))) - set(indices)))
         return moved
 
-    def split_off(self, n):
-        """Moves the last n images (at most half) into an ImageSet of their own -> that."""
-        moved = min(n, len(self) // 2)
-        return self.move(range(len(self) - moved, len(self)))
-
     def split_held_out(self):
         """Moves those in a folder called held_out into an ImageSet of their own -> that.
 
@@ -252,17 +247,6 @@ class ImageSet:
         """
         files = [os.path.abspath(image[0]) for image, _ in self.sources]
         return self.move([i for i, file in enumerate(files) if '/held_out/' in file])
-
-    def keep_captioned(self):
-        """Leaves out the images without a caption -> how many.
-
-        At once where the listing tells, later on, for an empty .txt, as unreadable.
-        """
-        kept = [i for i, (_, caption) in enumerate(self.sources) if caption is not None]
-        gone = len(self) - len(kept)
-        self.keep(kept)
-        self.need_caption = True
-        return gone
 
     def get(self, i):
         """Image i -> x (3, R, R) float32 in [-1, 1], x = u8 / 127.5 - 1, and its caption or None.
@@ -358,48 +342,62 @@ class ImageSet:
 def open_data(config, run, training=True):
     """The images of a run -> training ImageSet, held-out dict as `batch`, scenes and skipped.
 
-    'shapes' writes the embedded world on first use; there `scenes` is the truth that evaluation
-    alone may read, elsewhere None. Without --held_out, images of --data are kept from training:
-    those in a folder called held_out, else the last eval_images. An evaluation (training False)
-    does with --held_out alone. Raises DataError.
+    scenes: of the embedded world the truth, which evaluation alone may read; elsewhere None.
+    Without --held_out, images of --data are kept from training: those in a folder called held_out,
+    else the last eval_images. An evaluation (training False) does with --held_out alone. Raises
+    DataError.
     """
-    if config.data == 'shapes' and not config.held_out:
-        return open_shapes(config)
-    if not config.data and (training or not config.held_out):
-        raise DataError('give --data=FOLDER (or a manifest, or tar shards: data/README.md)')
-    train = held = None
+    train = held = scenes = None
+    left_out = 0
     if config.data == 'shapes':
-        train, _ = open_shapes(config)
+        train, held, scenes = open_shapes(config)
     elif config.data:
         train = open_images(config.data, config.resolution, *config.data_keys)
         held = train.split_held_out()
+        left_out = train.left_out
         if held and training:
             warn(f'{len(held)} images of {config.data} are in a folder held_out, which no stage '
                  'trains on', once=True)
-    left_out = train.left_out if train else 0
+    elif training or not config.held_out:
+        raise DataError('give --data=FOLDER (or a manifest, or tar shards: data/README.md)')
     if config.held_out:
         held = open_images(config.held_out, config.resolution, *config.data_keys)
         left_out += held.left_out
+        scenes = None
     elif not held:
         if len(train) < 2:
             raise DataError(f'{config.data}: one image is too few, one has to be held out '
                             '(or give --held_out)')
-        held = train.split_off(config.eval_images)
+        start = len(train) - min(config.eval_images, len(train) // 2)
+        held = train.move(range(start, len(train)))
     if training and not train:
         raise DataError(f'{config.data}: no image of it is left to train on')
     if training and run.world > len(train):
         raise DataError(f'more ranks ({run.world}) than images ({len(train)}) in {config.data}')
     images = held.first(config.eval_images)
-    return train, dict(images, scenes=None, skipped=len(held.skipped) + left_out)
+    return train, dict(images, scenes=scenes, skipped=len(held.skipped) + left_out)
+
+
+def open_shapes(config):
+    """The embedded world, written on first use -> its two ImageSets and the held-out scenes."""
+    from data.shapes import scenes as world
+    root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'shapes', 'images')
+    world.write(root)
+    train = open_images(os.path.join(root, 'train'), config.resolution)
+    held = open_images(os.path.join(root, 'held_out'), config.resolution)
+    return train, held, world.load(root, 'held_out')[:config.eval_images]
 
 
 def keep_captioned(images, config, run):
     """Leaves out the images that come without a caption, and says so -> how many.
 
-    Raises SystemExit where none is left.
+    At once where the listing tells; later on, for an empty .txt, as unreadable. Raises SystemExit
+    where none is left.
     """
     whole = len(images)
-    gone = images.keep_captioned()
+    images.keep([i for i, (_, caption) in enumerate(images.sources) if caption is not None])
+    images.need_caption = True
+    gone = whole - len(images)
     if gone == whole:
         raise SystemExit(f'{config.data}: none of the {gone} images has a caption '
                          '(data/README.md)')
@@ -407,14 +405,3 @@ def keep_captioned(images, config, run):
         print(f'warning: {gone} of the {whole} images of {config.data} have no caption and are '
               'left out', flush=True)
     return gone
-
-
-def open_shapes(config):
-    """`open_data` of the embedded world."""
-    from data.shapes import scenes as world
-    root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'shapes', 'images')
-    world.write(root)
-    train = open_images(os.path.join(root, 'train'), config.resolution)
-    held = open_images(os.path.join(root, 'held_out'), config.resolution)
-    scenes = world.load(root, 'held_out')[:config.eval_images]
-    return train, dict(held.first(config.eval_images), scenes=scenes, skipped=0)

@@ -8,9 +8,11 @@ leaves half a checkpoint.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import threading
+from pathlib import Path
 
 import diffusers
 import torch
@@ -35,22 +37,17 @@ POOLED = 'out/pooled'                   # where `open_decoder` keeps a constant 
 
 # --- finding one ---------------------------------------------------------------------------------
 def checkpoints(out_dir):
-    """[(step, path)] of the whole checkpoints in a folder, oldest first; a half-written is .tmp."""
-    found = []
-    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    for name in names:
-        number = name.removeprefix('step_')
-        if name.startswith('step_') and number.isdigit():
-            found.append((int(number), os.path.join(out_dir, name)))
-    return sorted(found)
+    """Paths of the whole checkpoints in a folder, oldest first; a half-written one is .tmp."""
+    if not os.path.isdir(out_dir):
+        return []
+    names = [name for name in os.listdir(out_dir) if re.fullmatch(r'step_\d+', name)]
+    names.sort(key=lambda name: int(name.removeprefix('step_')))
+    return [os.path.join(out_dir, name) for name in names]
 
 
 def newest(out_dir):
     """The newest whole checkpoint in out_dir, or None."""
-    found = checkpoints(out_dir)
-    if found:
-        return found[-1][1]
-    return None
+    return next(reversed(checkpoints(out_dir)), None)
 
 
 def resumed(config):
@@ -84,6 +81,12 @@ def find_checkpoint(config, need_projector=True):
         if key in FIXED:
             raise SystemExit(f'{line}; its preset was {meta["config"]["preset"]!r}')
         print(f'warning: {line}', flush=True)
+    # what is held out is the data's end; there, more images than before were trained on
+    kept = meta['config'].get('eval_images', config.eval_images)
+    same = config.data == meta['config'].get('data') and not config.held_out
+    if same and config.data != 'shapes' and config.eval_images > kept:
+        print(f'warning: {folder} was trained with eval_images={kept}, of the {config.eval_images} '
+              'held out now the others were trained on', flush=True)
     check_whole(folder, meta, config.lora_rank)
     return folder
 
@@ -130,10 +133,7 @@ def check_whole(folder, meta, lora_rank):
 
 def weight_files(folder):
     """The .safetensors files at any depth below a folder, sorted."""
-    paths = []
-    for place, _, names in os.walk(folder):
-        paths += [os.path.join(place, name) for name in names if name.endswith('.safetensors')]
-    return sorted(paths)
+    return sorted(map(str, Path(folder).rglob('*.safetensors')))
 
 
 def find_release(start):
@@ -247,12 +247,15 @@ def check_sizes(uae):
 def open_reference(uae, parts, config):
     """A UAE whose `parts` are frozen as the stage began with them: the reference policy.
 
-    parts: of 'encoder', 'projector', 'decoder'. A resumed run loads them from where it began.
+    parts: of 'encoder', 'projector', 'decoder'. A resumed run loads them from where it began, also
+    where the command does not repeat --init_from.
     """
     twin = uae.reference(*parts)
-    if not resumed(config):
+    folder = resumed(config)
+    if not folder:
         return twin
-    begun = argparse.Namespace(**dict(vars(config), resume=False))
+    init_from = config.init_from or read_meta(folder)['config'].get('init_from', '')
+    begun = argparse.Namespace(**dict(vars(config), resume=False, init_from=init_from))
     start = find_checkpoint(begun)
     models = dict(encoder=twin.encoder.vlm, decoder=twin.decoder.transformer)
     for part in parts:
@@ -281,25 +284,19 @@ def choose_text_encoder(uae, kind):
 
 
 def load_text_encoder(encoder, path):
-    """The text encoder of a checkpoint, if it has one."""
+    """The text encoder of a checkpoint, if it has one: what the file lacks is the captioner's."""
     if not os.path.exists(path):
         return
     weights = load_file(path)
-    language_model = encoder.language_model
-    for name, p in language_model.named_parameters():
-        p.requires_grad_(name in weights)       # what it has of its own; the rest is shared
-    encoder.text_encoder = frozen_copy(language_model)
-    language_model.requires_grad_(False)
+    encoder.text_encoder = frozen_copy(encoder.language_model, own=weights)
     encoder.text_encoder.load_state_dict(weights, strict=False)
 
 
 def save_text_encoder(encoder, path):
     """Writes what the text encoder does not share with the captioner."""
-    shared = {id(p) for p in encoder.language_model.parameters()}
-    own = {}
-    for name, p in encoder.text_encoder.named_parameters():
-        if id(p) not in shared:
-            own[name] = p.data
+    shared = set(encoder.language_model.parameters())
+    parameters = encoder.text_encoder.named_parameters()
+    own = {name: p.data for name, p in parameters if p not in shared}
     os.makedirs(os.path.dirname(path), exist_ok=True)
     save_file(own, path)
 
@@ -366,7 +363,7 @@ def save(config, run, step, uae, optimiser, extra=None, keep=2):
             torch.save(state, f'{half}/state.pt')
             write_json(f'{half}/meta.json', meta)
             os.replace(half, folder)
-        for _, old in checkpoints(config.out_dir)[:-keep]:
+        for old in checkpoints(config.out_dir)[:-keep]:
             shutil.rmtree(old)
     ranks.barrier(run)
     return folder

@@ -6,9 +6,7 @@ import os
 import sys
 import time
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from lib import ranks
@@ -119,7 +117,10 @@ class Log:
         self.bar = None
         self.lost = collections.Counter()
         self.last = time.time()
-        self.publish = open_tracker(config) if self.master else publish_nowhere
+        self.tracker = None
+        if config.tracker and self.master:
+            from lib.tracker import open_tracker
+            self.tracker = open_tracker(config)
 
     def progress(self, start_step):
         """Numbers of the updates that are left, behind a progress bar on rank 0."""
@@ -147,6 +148,11 @@ class Log:
         self.publish(fields, step)
         self.warn(fields, step)
 
+    def publish(self, fields, step, sheet=''):
+        """Sends numbers, and a picture if there is one, to the tracker that was asked for."""
+        if self.tracker:
+            self.tracker(fields, step, sheet)
+
     def warn(self, fields, step):
         """Says of what captions lose that it happens, at the first one and at the end."""
         for name, words in LOSSES.items():
@@ -155,49 +161,6 @@ class Log:
             self.lost[name] += count
             if first or (self.lost[name] and step == self.config.steps - 1):
                 tqdm.write(f'warning: {self.lost[name]} {words}')
-
-
-# --- trackers ------------------------------------------------------------------------------------
-def publish_nowhere(fields, step, sheet=''):
-    """Where no tracker was asked for."""
-
-
-def open_tracker(config):
-    """The key `tracker` -> publish(fields, step, sheet): numbers, and a picture if there is one."""
-    kind, _, project = config.tracker.partition(':')
-    if kind == 'wandb':
-        return open_wandb(config, project)
-    if kind == 'tensorboard':
-        return open_tensorboard(f'{config.out_dir}/tensorboard')
-    return publish_nowhere
-
-
-def open_wandb(config, project):
-    import wandb
-    run = wandb.init(project=project, config=vars(config))
-
-    def publish(fields, step, sheet=''):
-        if sheet:
-            fields = dict(fields, samples=wandb.Image(sheet))
-        run.log(fields, step=step)
-
-    return publish
-
-
-def open_tensorboard(folder):
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(folder)
-
-    def publish(fields, step, sheet=''):
-        for name, value in fields.items():
-            writer.add_scalar(name, value, step)
-        if sheet:
-            with Image.open(sheet) as picture:
-                pixels = np.asarray(picture)                        # (height, width, 3)
-            writer.add_image('samples', pixels, step, dataformats='HWC')
-        writer.flush()
-
-    return publish
 
 
 def shown(name, value):

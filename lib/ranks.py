@@ -1,16 +1,15 @@
-"""Who does which part of the work: ranks, micro-batches, and randomness that depends on neither."""
+"""Who does which part of the work: ranks, parts that take turns on a GPU, micro-batches, and
+randomness that depends on none of these."""
 import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import inspect
 import os
-import random
 import sys
 import types
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -37,9 +36,7 @@ def start(config):
         say_unseen()
     torch.backends.cudnn.allow_tf32 = False     # float32 means float32, in convolutions too
     torch.backends.cuda.enable_cudnn_sdp(False)     # it plans 60 ms for each new length
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)              # of fresh weights; all else is addressed
     return types.SimpleNamespace(rank=rank, world=world, device=device, master=rank == 0)
 
 
@@ -162,6 +159,39 @@ def no_sync(ddp, last):
     return ddp.no_sync()
 
 
+def take_turns(device, *parts):
+    """From now on only the part that works is on the device, the others wait on the CPU.
+
+    parts: lists of modules, or of None. What moves are the modules' children: buffers of their own
+    stay. A part comes when one of its weights is used.
+    """
+    here = None
+
+    def move(part, device):
+        for module in part:
+            for child in module.children():
+                child.to(device)
+
+    def before_forward(part, module, inputs):
+        nonlocal here
+        if here is part:
+            return
+        if here:
+            move(here, 'cpu')
+            if device.startswith('cuda'):
+                torch.cuda.empty_cache()        # what comes has weights of other sizes
+        move(part, device)
+        here = part
+
+    for part in parts:
+        part = [module for module in part if module]
+        move(part, 'cpu')
+        for module in part:
+            for inner in module.modules():
+                if list(inner.parameters(recurse=False)):
+                    inner.register_forward_pre_hook(functools.partial(before_forward, part))
+
+
 # --- addressed randomness: the same numbers at every world size, and nothing to save -------------
 def generator(*address):
     """A CPU generator that is a pure function of its address, a tuple of ints and strings."""
@@ -193,9 +223,7 @@ def group_slices(P, G, size):
 
     Yields (images, rows, last). size 0 means all at once; smaller than G it means one group.
     """
-    step = P
-    if size:
-        step = max(1, size // G)
+    step = max(1, (size or P * G) // G)
     for i in range(0, P, step):
         stop = min(i + step, P)
         yield slice(i, stop), slice(i * G, stop * G), stop == P
@@ -203,13 +231,11 @@ def group_slices(P, G, size):
 
 def sample_slices(P, G, size):
     """`group_slices` of exactly `size` samples also where that splits a group."""
-    if not size or size >= G:
-        yield from group_slices(P, G, size)
-        return
-    for i in range(P):
-        for row in range(i * G, (i + 1) * G, size):
-            stop = min(row + size, (i + 1) * G)
-            yield slice(i, i + 1), slice(row, stop), stop == P * G
+    size = size or P * G
+    for images, rows, _ in group_slices(P, G, size):
+        for start in range(rows.start, rows.stop, size):
+            stop = min(start + size, rows.stop)
+            yield images, slice(start, stop), stop == P * G
 
 
 def step_slices(P, G, n, size):
@@ -218,9 +244,10 @@ def step_slices(P, G, n, size):
     Yields (rows, steps, last). Whole groups where they fit, one sample's steps in pieces where they
     do not. size 0 means all at once.
     """
-    for _, rows, end in sample_slices(P, G, size and max(1, size // n)):
-        for start in range(0, n, size or n):
-            stop = min(start + (size or n), n)
+    size = size or P * G * n
+    for _, rows, end in sample_slices(P, G, max(1, size // n)):
+        for start in range(0, n, size):
+            stop = min(start + size, n)
             yield rows, slice(start, stop), end and stop == n
 
 

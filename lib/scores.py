@@ -13,7 +13,6 @@ from lib.files import append_lines
 from reward import backbone, clip_reward, reward_tower
 
 
-
 def images_at_once(config):
     """How many images are captioned and drawn together; what draws them goes by micro_batch.
 
@@ -27,8 +26,8 @@ def images_at_once(config):
 def warn_of_losses(what, lost, config):
     """One line for what a text loses on its way to tokens; lost: see `Encoder.tokens`."""
     if lost.get('cut'):
-        print(f'warning: of {what} {lost["cut"]} with more than caption_len - 1 = '
-              f'{config.caption_len - 1} tokens, which were cut')
+        print(f'warning: of {what} {lost["cut"]} with more tokens than cond_len='
+              f'{config.cond_len} has room for, which were cut')
     if lost.get('unknown'):
         print(f'warning: of {what} {lost["unknown"]} words are not in the tokenizer')
 
@@ -82,28 +81,26 @@ class Evaluator:
             judge = self.towers['reward'].part('judge')         # --reward=judge has it already
             self.towers['judge'] = judge or backbone('judge', self.config, self.run.device)
 
-    def records(self, rows, watched=0):
+    def records(self, rows):
         """One dict for each of these images: caption, scores, what an oracle reads in it.
 
-        Those of the first `watched` images also have `pictures`: source and reconstruction.
+        Those of the first watch.WATCHED images have `pictures`, source and reconstruction.
         """
         x = self.held['x'][rows].to(self.uae.device)
         texts, lengths, x_hat = reconstruct(self.uae, x, rows, self.temperature)
-        records = []
-        for row, text, length in zip(rows, texts, lengths.tolist()):
-            name = self.held['names'][row]
-            records.append(dict(row=row, name=name, caption=text, caption_len=length))
-
-        measured = dict(mse=(x - x_hat).square().flatten(1).mean(1))
+        measured = dict(caption_len=lengths, mse=(x - x_hat).square().flatten(1).mean(1))
         for name, tower in self.towers.items():
             measured[name] = clip_reward(x, x_hat, tower, texts)
-        for name, values in measured.items():
-            for record, value in zip(records, values.tolist()):
-                record[name] = value
+        measured = {name: values.tolist() for name, values in measured.items()}
 
-        for k, record in enumerate(records):
-            if record['row'] < watched:
+        records = []
+        for k, row in enumerate(rows):
+            record = dict(row=row, name=self.held['names'][row], caption=texts[k])
+            for name, values in measured.items():
+                record[name] = values[k]
+            if row < watch.WATCHED:
                 record['pictures'] = watch.to_bytes(torch.stack([x[k], x_hat[k]]))
+            records.append(record)
         if self.held['scenes']:
             self.read_scenes(records, rows, x, x_hat)
         return records
@@ -119,16 +116,18 @@ class Evaluator:
         read_own = world.read(x_hat.cpu())
         read_true = world.read(from_truth.cpu())
         for k, record in enumerate(records):
-            record.update(read_own=read_own[k], read_true=read_true[k], sampled=sampled[k])
+            scene = self.held['scenes'][rows[k]]
+            record.update(read_own=read_own[k], read_true=read_true[k], sampled=sampled[k],
+                          truth=truth[k], false=world.false_phrases(record['caption'], scene))
 
-    def __call__(self, watched=0):
+    def __call__(self):
         """-> (summary {name: number}, records of all images in order); the same on every rank."""
         self.open_towers()
         mine = list(range(self.run.rank, len(self.held['x']), self.run.world))
         records = []
         at_once = images_at_once(self.config)
         for start in range(0, len(mine), at_once):
-            records += self.records(mine[start:start + at_once], watched)
+            records += self.records(mine[start:start + at_once])
         records = ranks.gather_objects(records, self.run)
         records.sort(key=lambda record: record['row'])
 
@@ -136,7 +135,8 @@ class Evaluator:
         for name in (*self.towers, 'mse', 'caption_len'):
             summary[name] = sum(record[name] for record in records) / len(records)
         if self.held['scenes']:
-            summary.update(count_world(records, self.held['scenes']))
+            from data.shapes import scenes as world
+            summary.update(world.measures(records, self.held['scenes']))
         return summary, records
 
     def due(self, step):
@@ -148,33 +148,13 @@ class Evaluator:
         """Evaluates where it is due; prints, appends to eval.jsonl, and keeps pictures."""
         if not self.due(step):
             return
-        watched = min(watch.WATCHED, len(self.held['x']))
-        summary, records = self(watched)
+        summary, records = self()
         if not self.run.master:
             return
         numbers = ' '.join(f'{name} {value:.3f}' for name, value in summary.items())
         tqdm.write(f'eval {step:4d} | {numbers}')
         append_lines(f'{self.config.out_dir}/eval.jsonl', [dict(step=step, **summary)])
-        sheet = ''
-        if watched:
-            scenes = self.held['scenes']
-            sheet = watch.save_samples(records[:watched], step, self.config, scenes)
+        sheet = watch.save_samples(records, step, self.config.out_dir)
         if self.log:
-            self.log.publish({f'eval/{name}': value for name, value in summary.items()}, step,
-                             sheet)
-
-
-def count_world(records, scenes):
-    """Truth, recall and exactness of sampled and of greedy captions, and how much of its scene the
-    oracle reads in an image (t2i) of the own caption and of the true one."""
-    from data.shapes import scenes as world
-    scenes = [scenes[record['row']] for record in records]
-    counts = {}
-    for prefix, field in (('caption_', 'sampled'), ('greedy_caption_', 'caption')):
-        scores = world.caption_scores([record[field] for record in records], scenes)
-        for name, value in scores.items():
-            counts[prefix + name] = value
-    for name in ('own', 'true'):
-        readings = [record[f'read_{name}'] for record in records]
-        counts[f't2i_{name}'] = world.t2i_of_readings(readings, scenes)
-    return counts
+            fields = {f'eval/{name}': value for name, value in summary.items()}
+            self.log.publish(fields, step, sheet)

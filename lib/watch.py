@@ -2,9 +2,9 @@
 
 In out_dir, with steps counted in updates done:
 
-    samples/step_000020.png        a sheet of the first WATCHED held-out images
-    samples/source_000.png         one of them, and its reconstruction at that evaluation
+    samples/source_000.png         a watched held-out image, and its reconstruction at an evaluation
     samples/step_000020_000.png
+    samples/step_000020.png        all of them: source, reconstruction, source, ...
     samples.jsonl                  a line per evaluation and watched image: caption and scores
     groups.jsonl                   a line per evaluation of stages 2 and 3: one image, its captions
                                    or drawings with their rewards, advantages and log-probs
@@ -12,17 +12,17 @@ In out_dir, with steps counted in updates done:
 `tools/report.py` turns them into a page.
 """
 import os
-import textwrap
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
+from torchvision.utils import make_grid
 
-from lib.files import append_lines, write_atomic, writing
+from lib.files import append_lines, writing
 
 WATCHED = 8                    # held-out images whose pictures each evaluation keeps
 LARGEST = 256                  # pixels of a picture's side, as it is kept
-SHOWN = 160                    # the same on a sheet
-GAP, LINE, LETTER = 8, 14, 6   # of a sheet, in pixels: between pictures, and of its text
+PAIRS = 4                      # of source and reconstruction, beside each other on the sheet
+FIELDS = ('row', 'name', 'caption', 'caption_len', 'reward', 'judge', 'mse', 'truth', 'false')
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def to_bytes(x):
 
 
 def picture(pixels):
-    """uint8 (3, R, R) -> a Pillow image."""
+    """uint8 (3, H, W) -> a Pillow image."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
@@ -42,103 +42,40 @@ def save_picture(pixels, out_dir, name):
     """Writes samples/NAME.png -> its path relative to out_dir."""
     path = f'samples/{name}.png'
     with writing(f'{out_dir}/{path}'):
+        os.makedirs(f'{out_dir}/samples', exist_ok=True)
         picture(pixels).save(f'{out_dir}/{path}')
     return path
 
 
-def save_image(x, path):
-    """x (3, R, R) in [-1, 1] -> an image file in the format of its name; whole or not there."""
-    pixels = ((x + 1) * 127.5).round().byte().cpu()
-    suffix = os.path.splitext(path)[1].lower()
-    kind = Image.registered_extensions()[suffix]
-    options = dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True)).get(kind, {})
-    image = picture(pixels)
-    write_atomic(path, lambda temporary: image.save(temporary, kind, **options))
+def save_samples(records, step, out_dir):
+    """Writes the pictures of the watched images and their lines -> the path of the sheet of all.
 
-
-def fitted(image, side):
-    """A Pillow image as large as fits into a square; a small one's pixels become squares."""
-    image = ImageOps.exif_transpose(image).convert('RGB')
-    method = Image.Resampling.LANCZOS
-    if max(image.size) < side:
-        method = Image.Resampling.NEAREST
-    return ImageOps.contain(image, (side, side), method)
-
-
-def sheet(items, columns, heads=(), side=SHOWN, lines=5):
-    """A grid, row by row: each item is some images beside each other, and a text below them.
-
-    items: [(Pillow images, text)]; heads: what stands above the columns; lines: of a text at most.
-    -> a Pillow image.
+    records: as `Evaluator` makes them; the watched ones have `pictures`, uint8 (2, 3, R, R).
     """
-    images_across = max(1, *(len(images) for images, _ in items))
-    width = images_across * (side + GAP) + GAP
-    height = side + lines * LINE + 2 * GAP
-    head = 2 * GAP
-    if heads:
-        head += LINE
-    rows = -(-len(items) // columns)
-    page = Image.new('RGB', (columns * width, head + rows * height), 'white')
-    draw = ImageDraw.Draw(page)
-    for column, text in enumerate(heads):
-        draw.text((column * width + GAP, GAP), text, fill='black', font_size=13)
-    for place, (images, text) in enumerate(items):
-        row, column = divmod(place, columns)
-        left, top = column * width + GAP, head + row * height
-        for k, image in enumerate(images):
-            page.paste(fitted(image, side), (left + k * (side + GAP), top))
-        most = side // LINE                         # without images the text has their place
-        if images:
-            most, top = lines, top + side + 2
-        text = text.replace(' ,', ',').replace(' .', '.')          # spaces of the embedded world
-        wrapped = textwrap.wrap(text, (width - GAP) // LETTER, max_lines=most, placeholder=' ...')
-        draw.text((left, top), '\n'.join(wrapped), fill='black', font_size=11)
-    return page
-
-
-# --- the watched images --------------------------------------------------------------------------
-SCORES = ('reward', 'judge')                    # judge, if there is one
-FIELDS = ('row', 'name', 'caption', 'caption_len', *SCORES, 'mse')
-
-
-def save_samples(records, step, config, scenes):
-    """Writes the sheet, the small pictures and their lines in samples.jsonl -> the sheet's path.
-
-    records: of the watched images, as `Evaluator` makes them, with `pictures`, source and
-    reconstruction. scenes: the held-out scenes of the embedded world, or None.
-    """
-    os.makedirs(f'{config.out_dir}/samples', exist_ok=True)
-    rows, items = [], []
-    for record in records:
-        source, reconstruction = record['pictures']
-        scores = ', '.join(f'{name} {record[name]:.3f}' for name in SCORES if name in record)
-        items.append(([picture(source), picture(reconstruction)], f'{scores}: {record["caption"]}'))
+    watched = [record for record in records if 'pictures' in record]
+    rows = []
+    for record in watched:
         row = dict(step=step, **{field: record[field] for field in FIELDS if field in record})
-        row['source'] = save_picture(source, config.out_dir, f'source_{row["row"]:03d}')
-        row['image'] = save_picture(reconstruction, config.out_dir,
-                                    f'step_{step:06d}_{row["row"]:03d}')
-        if scenes:
-            from data.shapes import scenes as world
-            scene = scenes[row['row']]
-            row['truth'] = world.caption(scene)
-            row['false'] = world.false_phrases(row['caption'], scene)
+        source, reconstruction = record['pictures']
+        name = f'{record["row"]:03d}'
+        row['source'] = save_picture(source, out_dir, f'source_{name}')
+        row['image'] = save_picture(reconstruction, out_dir, f'step_{step:06d}_{name}')
         rows.append(row)
-    append_lines(f'{config.out_dir}/samples.jsonl', rows)
-    path = f'{config.out_dir}/samples/step_{step:06d}.png'
-    with writing(path):
-        sheet(items, min(4, len(items))).save(path)
-    return path
+    append_lines(f'{out_dir}/samples.jsonl', rows)
+
+    pairs = torch.cat([record['pictures'] for record in watched])
+    times = max(1, LARGEST // 2 // pairs.shape[-1])         # small images are enlarged
+    pairs = pairs.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    sheet = make_grid(pairs, nrow=2 * PAIRS, padding=8, pad_value=255)
+    return f'{out_dir}/{save_picture(sheet, out_dir, f"step_{step:06d}")}'
 
 
 # --- one group -----------------------------------------------------------------------------------
-def token_texts(uae, ids):
+def token_texts(tokenizer, ids):
     """The text that each token adds to a caption; joined they are the caption."""
-    texts, before = [], ''
-    for count in range(1, len(ids) + 1):
-        text = uae.encoder.tokenizer.decode(ids[:count], skip_special_tokens=True)
-        texts.append(text[len(before):])
-        before = text
-    return texts
+    whole = [tokenizer.decode(ids[:count], skip_special_tokens=True)
+             for count in range(len(ids) + 1)]
+    return [after[len(before):] for before, after in zip(whole, whole[1:])]
 
 
 def open_captions(uae, step, x, sampled, r, config):
@@ -147,15 +84,13 @@ def open_captions(uae, step, x, sampled, r, config):
     x (P, 3, R, R); sampled and r (P, G) as `grpo_encoder.rollout` returns them, with adv (B,).
     step: the updates done, this rollout's included.
     """
-    G = config.group
-    words = uae.encoder.words(sampled['y'][:G], sampled['mask'][:G])
-    members = []
-    for i in range(G):
-        texts = token_texts(uae, sampled['y'][i][words[i]].tolist())
-        logp = sampled['recorded'][i][words[i]]
-        members.append(dict(caption=''.join(texts), tokens=texts, logp=logp.tolist(),
-                            reward=r[0, i].item(), adv=sampled['adv'][i].item()))
-    save_group(step, 'captions', x[0], members, config)
+    words = uae.encoder.words(sampled['y'], sampled['mask'])
+    members = members_of(sampled, r)
+    for i, member in enumerate(members):
+        tokens = token_texts(uae.encoder.tokenizer, sampled['y'][i][words[i]].tolist())
+        logp = sampled['recorded'][i][words[i]].tolist()
+        member.update(caption=''.join(tokens), tokens=tokens, logp=logp)
+    save_group(step, x, config, kind='captions', members=members)
 
 
 def open_drawings(uae, step, x, sampled, y, r, config):
@@ -163,24 +98,26 @@ def open_drawings(uae, step, x, sampled, y, r, config):
 
     A rollout that has no log-probs is opened without them.
     """
-    G = config.group
     caption = uae.encoder.texts(y[:1], torch.ones_like(y[:1]))[0]
+    members = members_of(sampled, r)
     with torch.no_grad():
-        drawings = to_bytes(uae.decoder.to_image(sampled['z_0'][:G]))
-    os.makedirs(f'{config.out_dir}/samples', exist_ok=True)
-    members = []
-    for i in range(G):
-        path = save_picture(drawings[i], config.out_dir, f'group_{step:06d}_{i:02d}')
-        member = dict(image=path, reward=r[0, i].item(), adv=sampled['adv'][i].item())
+        drawings = to_bytes(uae.decoder.to_image(sampled['z_0'][:len(members)]))
+    for i, member in enumerate(members):
+        name = f'group_{step:06d}_{i:02d}'
+        member['image'] = save_picture(drawings[i], config.out_dir, name)
         if 'recorded' in sampled:
             member['logp'] = sampled['recorded'][i].tolist()
-        members.append(member)
-    save_group(step, 'drawings', x[0], members, config, caption=caption)
+    save_group(step, x, config, kind='drawings', caption=caption, members=members)
 
 
-def save_group(step, kind, x, members, config, **more):
+def members_of(sampled, r):
+    """The first image's group: a dict each of reward and advantage."""
+    pairs = zip(r[0].tolist(), sampled['adv'].tolist())     # r[0] (G,) ends before adv (B,)
+    return [dict(reward=reward, adv=adv) for reward, adv in pairs]
+
+
+def save_group(step, x, config, **line):
     """Writes a group's source and its line in groups.jsonl."""
-    os.makedirs(f'{config.out_dir}/samples', exist_ok=True)
-    source = save_picture(to_bytes(x[None])[0], config.out_dir, f'group_{step:06d}')
-    line = dict(step=step, kind=kind, source=source, **more, members=members)
+    source = save_picture(to_bytes(x[:1])[0], config.out_dir, f'group_{step:06d}')
+    line = dict(step=step, source=source, **line)
     append_lines(f'{config.out_dir}/groups.jsonl', [line])

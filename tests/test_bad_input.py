@@ -4,15 +4,13 @@ What can be skipped is skipped.
 """
 import os
 import shutil
-import struct
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data.shapes import scenes as world
-from running import STAGES, arguments, lines, python, refusal, script, tiny
+from running import STAGES, arguments, lines, python, refusal, tiny
 
 rng = np.random.default_rng(0)
 
@@ -23,22 +21,6 @@ def good(folder, n, start=0):
     for i in range(start, start + n):
         scene = world.random_scene(rng)
         Image.fromarray(world.draw(scene)).save(f'{folder}/{i:03d}.png')
-
-
-def chunk(kind, data):
-    """One chunk of a PNG file."""
-    checksum = zlib.crc32(kind + data)
-    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', checksum)
-
-
-def huge_header(path, side=200000):
-    """A PNG that claims side x side pixels."""
-    header = struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)
-    with open(path, 'wb') as f:
-        f.write(b'\x89PNG\r\n\x1a\n')
-        f.write(chunk(b'IHDR', header))
-        f.write(chunk(b'IDAT', zlib.compress(b'\0')))
-        f.write(chunk(b'IEND', b''))
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -63,27 +45,22 @@ def test_one_image_is_too_few(tmp_path):
     assert 'warnings above' not in message
 
 
-@pytest.mark.parametrize('name', STAGES)
-def test_a_folder_of_everything_trains_and_counts_what_it_skips(tmp_path, capsys, name):
+def test_a_folder_of_everything_trains_and_counts_what_it_skips(tmp_path, capsys):
     folder = tmp_path / 'mixed'
     good(folder, 4)
     good(folder, 4, start=100)                   # the last ones are held out
-    Image.new('L', (50, 40), 90).save(folder / '010_grey.png')
     Image.new('LA', (50, 40), (90, 128)).save(folder / '011_grey_alpha.png')
-    Image.new('RGBA', (40, 50), (200, 20, 20, 128)).save(folder / '012_rgba.png')
     Image.new('CMYK', (64, 64), (10, 200, 30, 40)).save(folder / '013_cmyk.jpg')
-    Image.new('P', (64, 64), 3).save(folder / '014_palette.gif')
     whole = (folder / '000.png').read_bytes()
     (folder / '020_empty.png').write_bytes(b'')
     (folder / '021_text.jpg').write_text('not an image')
     (folder / '022_cut.png').write_bytes(whole[:-40])
     Image.new('RGB', (1, 1)).save(folder / '023_one_pixel.png')
-    huge_header(folder / '024_huge.png')
-    bad = ['020_empty.png', '021_text.jpg', '022_cut.png', '023_one_pixel.png', '024_huge.png']
+    bad = ['020_empty.png', '021_text.jpg', '022_cut.png', '023_one_pixel.png']
 
     out = tmp_path / 'out'
-    # 2 steps of 8 see all 14
-    log = tiny(name, out, f'--data={folder}', '--eval_every=2', images=8)
+    # 2 steps of 8 see all
+    log = tiny('grpo_encoder', out, f'--data={folder}', '--eval_every=2', images=8)
     assert [line['step'] for line in log] == [0, 1]
     evaluations = lines(out / 'eval.jsonl')
     assert len(evaluations) == 2
@@ -93,15 +70,8 @@ def test_a_folder_of_everything_trains_and_counts_what_it_skips(tmp_path, capsys
         if line.startswith('warning: skipped '):
             skipped.append(line.split()[2].rstrip(':'))
     assert sorted(skipped) == bad, 'each bad one is named once, no good one is'
-    assert log[-1]['skipped'] == 5, 'counted in the log'
-    assert 0 < log[0]['skipped'] <= 5
-
-
-def test_nothing_readable_is_refused(tmp_path):
-    for i in range(8):
-        (tmp_path / f'{i}.png').write_text('not an image')
-    message = refusal(tiny, 'grpo_decoder', tmp_path / 'out', f'--data={tmp_path}')
-    assert 'can be read' in message
+    assert log[-1]['skipped'] == 4, 'counted in the log'
+    assert 0 < log[0]['skipped'] <= 4
 
 
 def test_images_that_rot_after_the_start_are_refused_in_one_line(tmp_path):
@@ -115,14 +85,6 @@ def test_images_that_rot_after_the_start_are_refused_in_one_line(tmp_path):
     message = refusal(tiny, 'grpo_decoder', tmp_path / 'out', f'--data={train}',
                       f'--held_out={held}')
     assert 'none of the 4 images' in message
-
-
-def test_captions_that_are_not_there_stop_the_pretraining(tmp_path):
-    plain = tmp_path / 'plain'
-    good(plain, 8)
-    for flag in ('--train_encoder=True', '--train_encoder=False'):
-        message = refusal(tiny, 'pretrain_decoder', tmp_path / 'out', f'--data={plain}', flag)
-        assert 'caption' in message
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from config import shared
 from lib import checkpoint
 from lib import ranks
-from comparing import BASE, without_step
+from comparing import BASE
 from conftest import perturb, shared_config
-from running import arguments, lines, refusal, same, script, tiny, weights
+from running import refusal, same, tiny, weights
 
 FULL, FULL_IN_BFLOAT16 = [], ['--dtype=bfloat16']
 ADAPTED, IN_BFLOAT16 = ['--lora_rank=4'], ['--dtype=bfloat16', '--lora_rank=4']
@@ -85,6 +85,18 @@ def saved(tmp_path_factory):
     uae, params = opened(configured(out), 'encoder', 'projector', 'decoder')
     shake(params, 1)
     return save(configured(out), uae, params, 1)
+
+
+@pytest.mark.parametrize('flags,warned', [
+    (['--eval_images=3'], True), (['--eval_images=2'], False),
+    (['--eval_images=3', '--held_out=elsewhere'], False), (['--data=b', '--eval_images=3'], False)])
+def test_more_held_out_images_than_the_checkpoint_kept(tmp_path, capsys, flags, warned):
+    """Those were trained on."""
+    kept = configured(tmp_path, '--data=a', '--eval_images=2')
+    uae, params = opened(kept, 'projector')
+    folder = save(kept, uae, params, 1)
+    checkpoint.find_checkpoint(shared_config(f'--init_from={folder}', '--data=a', *flags))
+    assert ('the others were trained on' in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize('key', shared)
@@ -248,7 +260,7 @@ def test_a_resumed_run_has_the_reference_of_a_fresh_one(
     assert same(wanted, [POLICIES[part](first, x) for part in parts]), 'it does not move'
 
     counted.clear()
-    again = configured(tmp_path / 'run', *flags, resume=True)
+    again = configured(tmp_path / 'run', *way, resume=True)     # --init_from is not repeated
     uae, _ = opened(again, *parts)
     reference = checkpoint.open_reference(uae, parts, again)
     assert same(wanted, [POLICIES[part](reference, x) for part in parts])
@@ -362,45 +374,17 @@ def test_a_checkpoint_brings_its_text_encoder(tmp_path, way):
     assert torch.equal(condition(again), c), 'the first one stays, in a second stage 2 too'
 
 
-@pytest.fixture(scope='module')
-def chain(tmp_path_factory):
-    """Stage 2 with a text encoder, then stage 3: their out_dirs."""
-    root = tmp_path_factory.mktemp('text_encoder')
-    tiny('grpo_encoder', root / 'encoder', '--lr=1e-2', '--eval_every=1')
-    tiny('grpo_decoder', root / 'decoder', f'--init_from={root}/encoder', '--eval_every=1')
-    return root
-
-
-def parts_of(tensors, part):
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(part)}
-
-
-def test_stage_3_and_the_evaluation_read_it(chain, tmp_path):
-    end = lines(chain / 'encoder' / 'eval.jsonl')[-1]
-    start = lines(chain / 'decoder' / 'eval.jsonl')[0]
-    assert without_step(end) == without_step(start)
-    before = weights(chain / 'encoder' / 'step_000002')
-    after = weights(chain / 'decoder' / 'step_000002')
-    assert parts_of(before, 'text_encoder')
-    assert same(parts_of(before, 'text_encoder'), parts_of(after, 'text_encoder'))
-    assert not same(parts_of(before, 'decoder'), parts_of(after, 'decoder'))
-
-    flags = arguments('eval_unified', tmp_path, f'--init_from={chain}/decoder')
-    script('eval_unified', *flags)
-    summary = json.loads((tmp_path / 'report.json').read_text())['summary']
-    assert summary == without_step(lines(chain / 'decoder' / 'eval.jsonl')[-1])
-
-
-def test_stage_1_refuses_a_text_encoder_that_it_would_not_train(chain, tmp_path):
-    message = refusal(tiny, 'cold_start', tmp_path / 'out', f'--init_from={chain}/decoder')
+def test_stage_1_refuses_a_text_encoder_that_it_would_not_train(tmp_path):
+    uae, params = stage_2(configured(tmp_path / 'run'))
+    save(configured(tmp_path / 'run'), uae, params, 1)
+    message = refusal(tiny, 'cold_start', tmp_path / 'out', f'--init_from={tmp_path}/run')
     assert 'text encoder of its own' in message
     assert not os.listdir(tmp_path / 'out')
 
 
-def test_a_text_encoder_that_is_lost_is_missed(chain, tmp_path):
-    start = tmp_path / 'out'
-    shutil.copytree(chain / 'encoder', start)
-    path, = start.glob(f'step_*/{checkpoint.TEXT_ENCODER}')
-    path.unlink()
-    message = refusal(checkpoint.find_checkpoint, shared_config(f'--init_from={start}'))
+def test_a_text_encoder_that_is_lost_is_missed(tmp_path):
+    uae, params = stage_2(configured(tmp_path))
+    saved = save(configured(tmp_path), uae, params, 1)
+    os.remove(f'{saved}/{checkpoint.TEXT_ENCODER}')
+    message = refusal(checkpoint.find_checkpoint, shared_config(f'--init_from={tmp_path}'))
     assert 'text_encoder/model.safetensors is missing' in message

@@ -57,6 +57,16 @@ def test_strings_there_and_back(uae):
         assert row[n - 1:] == [uae.encoder.end] * (T - n + 1)
 
 
+@pytest.mark.parametrize('cond_len', [0, 14, 60])
+def test_a_string_may_be_as_long_as_a_condition_has_room_for(uae, monkeypatch, cond_len):
+    monkeypatch.setattr(uae.config, 'cond_len', cond_len)
+    room = uae.encoder.text_room
+    y, mask, lost = uae.encoder.tokens([' '.join(['red'] * n) for n in (room, room + 1)])
+    assert y.shape == (2, room + 1)
+    assert uae.encoder.words(y, mask).sum(1).tolist() == [room, room + 1]
+    assert lost == dict(cut=1, unknown=0)
+
+
 def test_what_strings_lose_is_counted(uae):
     T = uae.config.caption_len
     texts = [' '.join(['red'] * n) for n in (T - 1, T, T + 30)] + ['a zebra', 'large red zebra']
@@ -277,8 +287,7 @@ def test_text_too_long_keeps_its_beginning_and_the_template_s_end(uae):
 
 
 def test_answer_is_the_caption_s_states_after_the_image(uae, vision, sampled):
-    """c = g(h_T), the states at the caption's own positions; behind them the projection of nothing.
-    """
+    """c = g(h_T), the states at the caption's own positions; behind them that of nothing."""
     u, (y, mask, _) = at(uae, condition='answer'), sampled
     c = u.condition(y, mask, vision)
     wrong = u.condition(y, mask, rolled(vision))
@@ -466,8 +475,7 @@ def rows_of(call, module, count):
 
 @pytest.mark.parametrize('size', [0, 1, 3, 16, 100])
 def test_micro_batch_bounds_the_rows_of_every_pass(uae, x, sampled, inputs, size):
-    """Transformer, VAE both ways, text encoder, vision tower: the same values,
-    a few rows at a time."""
+    """Transformer, VAE both ways, text encoder, vision tower: the same values by few rows."""
     y, mask, _ = sampled
     z, c, negative = inputs
     u = at(uae, micro_batch=size, guidance=2.0)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from PIL import Image
 
 from data.shapes import demo
 
@@ -38,12 +37,10 @@ def test_report_has_every_promised_number(out):
     assert report['seed'] == 1337 and report['versions']['torch']
 
 
-def test_pictures_are_not_blank(out):
-    for name in ('curves.png', 'before_after.png'):
-        with Image.open(f'{out}/{name}') as picture:
-            assert min(picture.size) > 300 and len(picture.convert('RGB').getcolors(1 << 24)) > 100
+def test_the_table_and_the_page_are_not_blank(out):
     assert os.path.getsize(f'{out}/report.md') > 500
-    assert os.path.getsize(f'{out}/report.html') > 10_000
+    with open(f'{out}/report.html') as f:
+        assert f.read().count('<img') > 3 * 8, 'drawings of each stage'
 
 
 def test_the_base_is_honest_about_what_rl_may_show(out):

@@ -227,3 +227,10 @@ def test_the_stages_run_on_them(flags, tmp_path, way):
     after = weights(tmp_path / 'grpo_decoder' / 'step_000001')
     changed = {name.split('/')[0] for name in after if not torch.equal(after[name], before[name])}
     assert changed == {'decoder'}
+
+
+@pytest.mark.parametrize('kind,name', [(Encoder, 'logp'), (Decoder, 'step_logp')])
+def test_a_policy_calls_the_log_prob_of_its_own_class(kind, name):
+    """Else the trained policy and its reference would have two log-probs."""
+    own = type('Own', (kind,), {name: lambda self, *args: args})
+    assert own.forward(object.__new__(own), 1, 2) == (1, 2)

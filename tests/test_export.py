@@ -446,21 +446,6 @@ def test_export_of_a_release(release, tmp_path, x):
     assert (tmp_path / 'plain' / 'chat_template.jinja').read_text().startswith('{# theirs #}')
 
 
-def test_export_shards_as_the_hub_does(tmp_path, monkeypatch):
-    really = huggingface_hub.save_torch_state_dict
-
-    def in_small_shards(state, folder, max_shard_size):
-        return really(state, folder, max_shard_size='1MB')
-
-    monkeypatch.setattr(huggingface_hub, 'save_torch_state_dict', in_small_shards)
-    script('sample', f'--export={tmp_path}/plain', '--device=cpu')
-    assert os.path.exists(f'{tmp_path}/plain/model.safetensors.index.json')
-    assert not os.path.exists(f'{tmp_path}/plain/model.safetensors')
-    plain = VLM.from_pretrained(f'{tmp_path}/plain').state_dict()
-    ours = load().encoder.vlm.state_dict()
-    assert all(torch.equal(tensor, ours[name]) for name, tensor in plain.items())
-
-
 def test_export_refuses_what_it_cannot_do(adapters, tmp_path):
     out, _ = adapters
     (tmp_path / 'used').mkdir()

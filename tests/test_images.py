@@ -2,7 +2,6 @@
 
 Also which images a step sees, and that what cannot be used is stepped over or refused in one line.
 """
-import csv
 import io
 import json
 import os
@@ -24,7 +23,7 @@ import pretrain_decoder
 from conftest import ROOT
 from data import images
 from data.files import name_bytes, printable
-from data.images import DataError, ImageError, open_data, open_images
+from data.images import DataError, ImageError, keep_captioned, open_data, open_images
 from data.shapes import scenes as world
 
 R = 16
@@ -550,7 +549,7 @@ def test_captions_that_say_nothing_or_are_no_text(tmp_path, capsys, kind):
     assert s.first(99)['captions'] == SAID + [None] * len(NOTHING)
     assert s.left_out + len(s.skipped) == 2
     assert 'not UTF-8, or has half a character' in capsys.readouterr().out
-    s.keep_captioned()
+    keep_captioned(s, config.parse({}, {}, [], 'x.py'), types.SimpleNamespace(master=True))
     assert s.first(99)['captions'] == SAID
 
 
@@ -925,6 +924,14 @@ def test_what_is_left_out_counts_as_skipped(tmp_path):
     train, held = opened(path, held_out=write(tmp_path / 'other.jsonl', GOOD + '3\n'))
     assert len(train) == 4
     assert held['skipped'] == 6
+
+
+def test_the_last_images_are_held_out_but_never_more_than_half(tmp_path):
+    for count, trained in ((2, 1), (3, 2), (4, 2), (9, 7)):
+        train, held = opened(numbered(tmp_path / str(count), count))        # eval_images is 2
+        names = [f'{i:02d}.png' for i in range(count)]
+        assert (train.names, held['names']) == (names[:trained], names[trained:])
+        assert len({*train.names, *held['names']}) == count
 
 
 def test_held_out_beside_the_embedded_world(tmp_path):

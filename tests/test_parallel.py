@@ -1,6 +1,7 @@
-"""Ranks and micro-batches change nothing: two ranks equal one, any split of the batch the whole.
+"""Ranks and micro-batches change nothing: two ranks in micro-batches equal one rank without.
 
-These runs take plain gradient descent without clipping: see comparing.plain_descent.
+These runs take plain gradient descent without clipping: see comparing.plain_descent. Every split of
+a step against its plain recomputation: test_step.py, test_gradients.py.
 """
 import functools
 import json
@@ -124,6 +125,17 @@ def test_two_ranks_equal_one(one, two, name):
         assert all(abs(x[key] - y[key]) < 1e-4 for key in x)
 
 
+def test_two_ranks_leave_the_pictures_of_one(one, two):
+    alone, together = one('grpo_encoder'), two[0] / 'grpo_encoder'
+    samples = lines(together / 'samples.jsonl')[:4]         # before the first update
+    for x, y in zip(lines(alone / 'samples.jsonl'), samples):
+        assert x['caption'] == y['caption'] and abs(x['reward'] - y['reward']) < 1e-4
+    assert [row['row'] for row in samples] == [0, 1, 2, 3]
+    groups = [lines(out / 'groups.jsonl')[0]['members'] for out in (alone, together)]
+    captions = [[member['caption'] for member in members] for members in groups]
+    assert captions[0] == captions[1]
+
+
 def test_refusals_under_torchrun(two):
     """More ranks than images, a used out_dir, a count that does not divide: one line a rank."""
     root, done = two
@@ -137,36 +149,6 @@ def test_refusals_under_torchrun(two):
     assert 'batch=3 does not divide over 2 ranks' in done.stdout
     assert 'Traceback' not in done.stdout.split('batch=3')[0]
     assert not (root / 'r3').exists() or not list((root / 'r3').iterdir())
-
-
-@pytest.mark.parametrize('name, size', [
-    ('cold_start', 1),
-    ('grpo_encoder', 2),
-    ('grpo_encoder', 1),
-    ('grpo_decoder', 4),
-    ('grpo_decoder', 1),
-])
-def test_micro_batches_equal_the_whole(one, tmp_path, monkeypatch, name, size):
-    """4 images, groups of 2: one forward pass, or 2, 4 and 8 (which cuts groups)."""
-    passes = []
-    really = ranks.sample_slices
-
-    def counted(*args):
-        for micro_batch in really(*args):
-            passes.append(micro_batch)
-            yield micro_batch
-
-    plain_descent(monkeypatch)
-    monkeypatch.setattr(ranks, 'sample_slices', counted)
-    log = tiny(name, tmp_path, *command_of(name, tmp_path, f'--micro_batch={size}'))
-    samples = 4 if name == 'cold_start' else 8
-    updates = sum(last for _, _, last in passes)
-    if name == 'grpo_decoder':
-        size = max(1, size // 4)                # rows are samples times their 4 trained steps
-    assert updates * samples // size == len(passes) > updates > 0, 'it was split'
-    check_same_training(one(name) / 'step_000002', tmp_path / 'step_000002')
-    for x, y in zip(lines(one(name) / 'log.jsonl'), log):
-        agree(x, y)
 
 
 @pytest.mark.parametrize('G, size', [
@@ -208,6 +190,17 @@ def test_randomness_is_addressed():
     assert 0 <= u.min() and u.max() < 1
     assert abs(u.mean() - 0.5) < 0.05
     assert abs(ranks.normal((1000,), [0], 'n').std() - 1) < 0.1
+
+
+def test_shuffled_rewards_are_the_same_in_another_order():
+    """Of all groups together, by the address alone."""
+    r = torch.rand(6, 4)
+    other = ranks.permuted(r, 1, 'shuffle', 0)
+    assert other.shape == r.shape
+    assert torch.equal(other.flatten().sort()[0], r.flatten().sort()[0])
+    assert ((other[:, :, None] == r[:, None]).any(2).sum(1) < 4).all(), 'not inside the groups'
+    assert torch.equal(other, ranks.permuted(r, 1, 'shuffle', 0))
+    assert not torch.equal(other, ranks.permuted(r, 1, 'shuffle', 1))
 
 
 def test_sums_for_the_log_are_exact_where_the_device_has_no_float64():

@@ -3,7 +3,6 @@ import contextlib
 import importlib
 import os
 import re
-import socket
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from conftest import new_uae
 from lib import checkpoint, ranks
 from model import UAE
+from reward import Ocr
 from running import python, refusal
 from tools import plan
 from tools.flops import flop_counter
@@ -88,6 +88,8 @@ def nothing(*args):
 
 
 @pytest.mark.parametrize('name, checkpointing', [
+    ('pretrain_decoder', False),
+    ('cold_start', True),
     ('grpo_encoder', False),
     ('grpo_encoder', True),
     ('grpo_decoder', True),
@@ -221,15 +223,6 @@ def test_recomputation_wants_no_gradient_through_a_frozen_encoder(x):
 
 
 # --- the command ----------------------------------------------------------------------------------
-@pytest.fixture
-def offline(monkeypatch):
-    def refuse(*args, **other):
-        raise AssertionError('--plan asks the network')
-
-    monkeypatch.setattr(socket.socket, 'connect', refuse)
-    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
-
-
 def test_plan_of_a_script(tmp_path):
     """Printed by a process of its own, with nothing written; without LoRA also without peft."""
     result = python('-c', 'import sys; sys.modules["peft"] = None; from tools import plan; '
@@ -242,6 +235,19 @@ def test_plan_of_a_script(tmp_path):
     assert 'fits 16 GB' in result.stdout
     assert 'would save' not in result.stdout
     assert not os.path.exists(f'{tmp_path}/out')
+
+
+def test_a_reward_without_a_tower_ends_no_plan(tmp_path, monkeypatch):
+    path = tmp_path / 'own.py'
+    path.write_text('def own(captions, x, x_hat):\n    return 1 / len(captions[0])\n')
+    monkeypatch.setattr(Ocr, '__init__', torch.nn.Module.__init__)
+    small = '--batch=1', '--caption_len=8', '--eval_every=0'
+    for stage, name in (('cold_start', f'{path}:own'), ('grpo_encoder', 'clip,ocr')):
+        assert held(plan.rehearse(stage, (f'--reward={name}', *small))).keys() >= {'update'}
+
+
+def test_only_stages_have_a_plan():
+    assert refusal(plan.plan, 'sample').startswith('only stages have a plan')
 
 
 def test_unknown_models_are_named():

@@ -300,9 +300,11 @@ def disk_of(size):
 
 
 @pytest.mark.parametrize('way, size, writer', [
-    ([], 200_000, 'projector'), ([], 10 ** 6, 'transformers'), (['--lora_rank=64'], 10 ** 6,
-    'peft'),
-    ([], 6 * 10 ** 6, 'torch'), (['--lora_rank=64'], 6 * 10 ** 6, 'torch')])
+    ([], 200_000, 'projector'),
+    ([], 10 ** 6, 'transformers'),
+    (['--lora_rank=64'], 10 ** 6, 'peft'),
+    ([], 6 * 10 ** 6, 'torch'),
+])
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path, way, size, writer):
     """Whoever is writing; what was saved before is whole and goes on, with its `extra`."""
     config = shared_config(f'--out_dir={tmp_path}', *way)

@@ -8,13 +8,13 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torchvision import transforms as T
 
 import reward
 from conftest import shared_config
 from reward import BACKBONES, IMAGENET, OPENAI, backbone, clip_reward, preprocess
-from running import refusal
+from running import refusal, tiny
 
 JUDGE = 'data/shapes/base/judge'
 CONFIG = types.SimpleNamespace(clip='local-dir:data/shapes/base/clip', judge=JUDGE)
@@ -300,6 +300,18 @@ def test_missing_backbone_is_one_line(name, key):
     assert '\n' not in str(stop.value) and 'no/such' in str(stop.value)
 
 
+def test_a_tower_s_pass_has_micro_batch_rows(x, x_hat, monkeypatch):
+    config = types.SimpleNamespace(**vars(CONFIG), micro_batch=2)
+    tower = backbone('clip', config)
+    passes = []
+    features = tower.features
+    monkeypatch.setattr(tower, 'features', lambda x: passes.append(len(x)) or features(x))
+    with torch.no_grad():
+        by_two = clip_reward(x, x_hat, tower)
+    assert max(passes) == 2
+    torch.testing.assert_close(by_two, clip_reward(x, x_hat, backbone('clip', CONFIG)))
+
+
 def test_a_weighted_reward_is_the_weighted_sum_of_its_cosines():
     config = shared_config('--reward=clip:0.7,judge:0.3')
     mixed = reward.reward_tower(config)
@@ -312,3 +324,147 @@ def test_a_weighted_reward_is_the_weighted_sum_of_its_cosines():
 def test_a_tower_does_not_judge_itself():
     config = shared_config('--preset=medium', '--reward=dinov2')
     assert 'is the judge too' in refusal(reward.reward_parts, config)
+
+
+# --- rewards without a tower ----------------------------------------------------------------------
+FUNCTIONS = '''
+def length(captions, x, x_hat):
+    with open({path!r}, 'a') as f:
+        print(*captions, sep='\\n', file=f)
+    return x_hat.mean((1, 2, 3)) + x_hat.new_tensor([len(caption) for caption in captions])
+
+def blind(captions, x, x_hat):
+    return x_hat.detach().mean((1, 2, 3))
+'''
+
+
+@pytest.fixture
+def functions(tmp_path):
+    """A file of rewards of one's own; `length` notes the captions in captions.txt beside it."""
+    path = tmp_path / 'own.py'
+    path.write_text(FUNCTIONS.format(path=str(tmp_path / 'captions.txt')))
+    return path
+
+
+def test_a_function_of_one_s_own_gets_captions_and_sources(functions, x):
+    tower = reward.reward_tower(shared_config(f'--reward=clip:0.5,{functions}:length:2'))
+    x_hat = x.roll(1, 0)
+    captions = ['a', 'bb', 'ccc', '']
+    cosines = clip_reward(x[:2], x_hat, backbone('clip', CONFIG))
+    expected = 0.5 * cosines + 2 * (x_hat.mean((1, 2, 3)) + torch.tensor([1, 2, 3, 0]))
+    torch.testing.assert_close(clip_reward(x[:2], x_hat, tower, captions), expected)
+
+
+def test_stage_1_gives_a_function_its_captions(functions, tmp_path):
+    tiny('cold_start', tmp_path / 'out', f'--reward={functions}:length', steps=1, images=2)
+    captions = (tmp_path / 'captions.txt').read_text().splitlines()
+    assert len(captions) == 2 and all(len(caption.split()) > 2 for caption in captions)
+
+
+def test_stage_1_refuses_a_reward_without_a_gradient(functions, tmp_path, monkeypatch):
+    """Also beside one that has a gradient; the other stages take it."""
+    monkeypatch.setattr(reward, 'Ocr', Reader)
+    of_function = f'--reward=clip,{functions}:blind'
+    for parts, name in ((of_function, f'{functions}:blind'), ('--reward=clip,ocr', 'ocr')):
+        message = refusal(tiny, 'cold_start', tmp_path / name[-3:], parts)
+        assert f'{name} has no gradient' in message
+        (line,) = tiny('grpo_encoder', tmp_path / f'2{name[-3:]}', parts, steps=1)
+        assert math.isfinite(line['reward'])
+
+
+# --- text in images -------------------------------------------------------------------------------
+@pytest.mark.parametrize('a, b, distance', [
+    ('', '', 0), ('', 'abc', 3), ('abc', 'abc', 0), ('kitten', 'sitting', 3), ('flaw', 'lawn', 2),
+    ('abc', 'xabc', 1), ('abcd', 'bcd', 1), ('abc', 'cba', 2), ('STOP', 'stop', 4)])
+def test_edit_distance(a, b, distance):
+    assert reward.edit_distance(a, b) == reward.edit_distance(b, a) == distance
+
+
+class Reader(reward.Ocr):
+    """Reads in an image what TEXTS says of its first value."""
+    TEXTS = {0.0: 'it', 0.25: 'stop', 0.5: 'shop', 1.0: 'stops', -1.0: 'sto'}
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.asked = []
+
+    def read(self, image):
+        value = image.flatten()[0].item()
+        self.asked.append(value)
+        return self.TEXTS.get(value, '')
+
+
+def images_of(*values):
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+
+
+def test_ocr_is_one_minus_the_distance_over_the_longer_text():
+    """A source is read once for its group; where it is without text, nothing else is read."""
+    reader = Reader()
+    x, x_hat = images_of(0.25, 0.0, -1.0), images_of(1.0, 0.5, 0.0, 0.0, 0.25, 0.125)
+    expected = [0.8, 0.75, math.nan, math.nan, 0.75, 0]
+    assert reader.reward(x, x_hat).tolist() == pytest.approx(expected, nan_ok=True)
+    assert reader.asked == [0.25, 1.0, 0.5, 0.0, -1.0, 0.25, 0.125]
+
+
+def test_without_text_the_weight_goes_to_the_others():
+    class Fixed(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def reward(self, x, x_hat, captions):
+            return torch.full((len(x_hat),), self.value)
+
+    x, x_hat = images_of(0.25, 0.0), images_of(0.5, 0.5)
+    mixed = reward.Reward(dict(clip=(0.6, Fixed(0.5)), ocr=(0.5, Reader()), own=(0.4, Fixed(1.0))))
+    of_others = 0.6 * 0.5 + 0.4
+    expected = [of_others + 0.5 * 0.75, 1.5 * of_others]
+    assert clip_reward(x, x_hat, mixed).tolist() == pytest.approx(expected)
+
+
+def test_ocr_alone_or_without_its_library_is_refused(monkeypatch):
+    assert 'clip:0.7,ocr:0.3' in refusal(reward.reward_tower, shared_config('--reward=ocr'))
+    monkeypatch.setattr(reward.importlib.util, 'find_spec', lambda name: None)
+    config = shared_config('--reward=clip:0.7,ocr:0.3')
+    assert 'pip install rapidocr onnxruntime' in refusal(reward.reward_tower, config)
+
+
+@pytest.fixture(scope='module')
+def ocr():
+    for package in ('rapidocr', 'onnxruntime'):
+        pytest.importorskip(package, reason='the reward ocr reads with rapidocr and onnxruntime')
+    return reward.Ocr()
+
+
+def written(*words, ink='black'):
+    """An image (3, 256, 256) in [-1, 1] with a word in each line."""
+    image = Image.new('RGB', (256, 256), 'white')
+    for row, word in enumerate(words):
+        place = 20, 20 + 60 * row
+        ImageDraw.Draw(image).text(place, word, ink, ImageFont.load_default(32))
+    return batch_of(np.array(image))[0]
+
+
+def test_drawn_words_are_read(ocr):
+    assert ocr.read(written('Exit 42!', 'Main-Street')) == 'Exit42MainStreet'
+    assert ocr.read(written()) == ''
+
+
+def test_ocr_rewards_the_text_of_the_source(ocr):
+    x = torch.stack([written('OPEN'), written()])
+    x_hat = torch.stack([written('OPEN', ink='red'), written('OVEN'), written('OPEN'), written()])
+    r = ocr.reward(x, x_hat)
+    assert r.tolist() == pytest.approx([1, 0.75, math.nan, math.nan], nan_ok=True)
+
+
+def test_the_colours_of_an_image_reach_the_reader_in_its_order(ocr, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ocr, 'engine', lambda pixels: seen.append(pixels) or Nothing)
+    ocr.read(torch.tensor([1.5, -0.2, -1.0]).view(3, 1, 1).expand(3, 5, 7))
+    assert seen[0].shape == (5, 7, 3)
+    assert seen[0][0, 0].tolist() == [0, 102, 255]
+
+
+class Nothing:
+    txts = None

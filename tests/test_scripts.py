@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import model
 import reward
 from lib import log, optimiser, ranks
 from comparing import BASE, optimizer_state, timeless, without_step
@@ -22,7 +21,7 @@ from data.images import ImageSet
 from data.shapes import scenes as world
 from running import STAGES, arguments, distance, lines, python, script, tiny, weights
 
-EVERY = {'step', 'reward', 'loss', 'grad_norm', 'lr', 'caption_len', 'sec', 'peak_gb'}
+EVERY = {'step', 'reward', 'loss', 'grad_norm', 'lr', 'caption_len', 'skipped', 'sec', 'peak_gb'}
 GRPO = EVERY | {'reward_std', 'zero_var', 'ratio_max', 'logp_diff', 'clip_frac'}
 FIELDS = dict(cold_start=EVERY, grpo_encoder=GRPO, grpo_decoder=GRPO)
 IMAGE_SCORES = {'step', 'reward', 'judge', 'mse', 't2i_own', 't2i_true'}
@@ -178,16 +177,12 @@ def test_pretraining_and_the_stage_after_it(tmp_path, train_encoder):
 # --- switches -------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, extra', [
     ('grpo_encoder', ['--kl=0.1']),
-    ('grpo_encoder', ['--micro_batch=1', '--checkpointing=True']),
-    ('grpo_encoder', ['--condition=answer', '--guidance=2.0']),
-    ('grpo_encoder', ['--condition=text+image']),
-    ('grpo_encoder', ['--warmup=2', '--clip_range=0.2,0.28', '--ratio=sequence']),
+    ('grpo_encoder', ['--condition=answer', '--guidance=2.0', '--checkpointing=True']),
+    ('grpo_encoder', ['--condition=text+image', '--warmup=2', '--ratio=sequence']),
     ('grpo_decoder', ['--kl=0.1', '--micro_batch=1', '--checkpointing=True']),
-    ('grpo_decoder', ['--sde=cps', '--noise_level=0.8', '--ratio=sequence']),
-    ('grpo_decoder', ['--same_noise=True', '--condition=answer']),
+    ('grpo_decoder', ['--sde=cps', '--noise_level=0.8', '--condition=text+image']),
+    ('grpo_decoder', ['--same_noise=True', '--condition=answer', '--guidance=2.0']),
     ('grpo_decoder', ['--condition=image', '--noisy_steps=1', '--trained_steps=1']),
-    ('grpo_decoder', ['--condition=text+image', '--guidance=2.0']),
-    ('cold_start', ['--condition=answer']),
     ('cold_start', ['--condition=image', '--guidance=2.0', '--checkpointing=True']),
     ('cold_start', ['--condition=text+image', '--grad_steps=1', '--micro_batch=1']),
 ])
@@ -199,26 +194,12 @@ def test_switches_of_a_stage(tmp_path, name, extra):
         assert abs(line['kl']) < 1e-9, 'at first the policy is its own reference'
 
 
-@pytest.mark.parametrize('name', ['grpo_encoder', 'grpo_decoder'])
-def test_a_second_update_on_the_same_rollout_is_off_policy(tmp_path, name):
-    (line,) = tiny(name, tmp_path, '--epochs=2', '--kl=0.1', steps=1)
-    assert line['ratio_max'] != 1, "the last update's"
-    assert line['kl'] > 0, "the last update's"
-    assert line['logp_diff'] < 1e-5, "the first update's"
-
-
-@pytest.mark.parametrize('name', ['grpo_encoder', 'grpo_decoder'])
-def test_shuffled_rewards_are_the_same_rewards(tmp_path, name):
-    """The control permutes rewards: same captions and images, same mean, another gradient."""
-    (plain,) = tiny(name, tmp_path / 'plain', '--shuffle_reward=False', steps=1, images=4)
-    (shuffled,) = tiny(name, tmp_path / 'shuffled', '--shuffle_reward=True', steps=1, images=4)
-    assert abs(plain['reward'] - shuffled['reward']) < 1e-6
-    assert plain['caption_len'] == shuffled['caption_len']
-    assert plain['grad_norm'] != shuffled['grad_norm']
-
-
-@pytest.mark.parametrize('name', ['cold_start', 'reca'])
-@pytest.mark.parametrize('parts', ['judge', 'clip:0.5,judge:0.5', 'clip'])
+@pytest.mark.parametrize('name, parts', [
+    ('cold_start', 'judge'),
+    ('cold_start', 'clip:0.5,judge:0.5'),
+    ('reca', 'judge'),
+    ('reca', 'clip'),
+])
 def test_a_tower_is_loaded_once(tmp_path, monkeypatch, name, parts):
     """Also where the reward of training is the evaluation's, and holds the judge."""
     loaded = []
@@ -318,12 +299,12 @@ def test_offload_takes_turns_and_changes_nothing(tmp_path, monkeypatch, name, tu
             moves.append(move)
         return to(self, device, **other)
 
-    def take_turns(device, *parts, original=model.take_turns):
+    def take_turns(device, *parts, original=ranks.take_turns):
         monkeypatch.setattr(torch.nn.Module, 'to', recorded)
         original('cpu:0', *parts)
 
     plain = tiny(name, tmp_path / 'plain', steps=1)
-    monkeypatch.setattr(model, 'take_turns', take_turns)
+    monkeypatch.setattr(ranks, 'take_turns', take_turns)
     offloaded = tiny(name, tmp_path / 'offloaded', '--offload=True', steps=1)
     expected = [(part, 'out') for part in ('encoder', 'decoder', 'towers')]
     before = None

@@ -19,7 +19,7 @@ import eval_unified
 from lib import scores as lib_scores
 import reward
 from bench import unified
-from conftest import new_uae, shared_config
+from conftest import new_uae
 from data.shapes import scenes as world
 from running import refusal
 from test_reward import structured
@@ -139,30 +139,11 @@ def test_preprocessing_is_that_of_the_model_s_own_library(name, h, w):
     assert got.shape == want.shape and (got - want).abs().max() < 0.03
 
 
-def official_features(name, model, pixels):
-    """LongCLIP: the projected vector, not the hidden state; the DINOs: the CLS token."""
-    if name == 'longclip':
-        return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-    return model(pixel_values=pixels).last_hidden_state[:, 0]
-
-
-def test_features_are_the_official_ones(standins):
-    """Not a register or a patch, not a hidden state."""
-    from transformers import AutoModel
-    x = torch.rand(2, 3, 224, 224) * 2 - 1
-    for name, folder in standins.items():
-        tower = reward.backbone(name, None, source=folder)
-        model = AutoModel.from_pretrained(folder).eval()
-        pixels = reward.preprocess(x, **reward.BACKBONES[name][2])
-        with torch.no_grad():
-            want = official_features(name, model, pixels)
-            unit = torch.nn.functional.normalize(want, dim=-1)
-            torch.testing.assert_close(tower.features(x), unit, atol=1e-5, rtol=0)
-        assert want.shape[1] == (24 if name == 'longclip' else 32)
-
-
 def test_scores_are_those_of_the_official_recipe(others, standins, four, tmp_path, capsys):
-    """Each pair by the libraries' own processors, image by image, cosine, plain means."""
+    """Each pair by the libraries' own processors, image by image, cosine, plain means.
+
+    LongCLIP: the projected vector, not the hidden state; the DINOs: the CLS token.
+    """
     from transformers import AutoModel
     found, report = run(tmp_path / 'out', others, four, f'--generated={others}/example_image')
     pairs = {'0.png': '0.png', '1.jpg': '1.png', 'recon_10.png': '10.png'}
@@ -231,19 +212,16 @@ def test_a_file_belongs_to_the_reference_of_its_name_or_stem(name, reference):
     assert found == {r: 'mine' if r == reference else r for r in references}
 
 
-def test_the_same_name_goes_before_the_same_stem():
-    files = [('1.png', 'b'), ('1.jpg', 'a')]
-    found = unified.match_files(files, ['1.jpg', '1.png'], 'picture')
-    assert found == {'1.jpg': 'a', '1.png': 'b'}
-
-
-def test_of_two_references_that_fit_a_file_belongs_to_the_first():
-    """As officially, where the references are gone through in order."""
-    first = ['1.jpg', 'recon_1.jpg']
-    files = [('recon_1.png', 'a'), ('recon_1.jpg', 'b')]
-    assert unified.match_files(files, first, 'picture') == {'1.jpg': 'a', 'recon_1.jpg': 'b'}
-    files = [('1.png', 'a'), ('recon_1.png', 'b')]
-    assert unified.match_files(files, first[::-1], 'picture') == {'1.jpg': 'a', 'recon_1.jpg': 'b'}
+@pytest.mark.parametrize('files, references', [
+    (['1.jpg', '1.png'], ['1.jpg', '1.png']),               # the same name before the same stem
+    (['recon_1.png', 'recon_1.jpg'], ['1.jpg', 'recon_1.jpg']),
+    (['recon_1.png', '1.png'], ['recon_1.jpg', '1.jpg'])])
+def test_of_two_references_that_fit_a_file_belongs_to_the_first(files, references):
+    """As officially, where the references are gone through in order; whatever the files' order."""
+    wanted = dict(zip(references, files))
+    for some in (files, files[::-1]):
+        found = unified.match_files([(name, name) for name in some], references, 'picture')
+        assert found == wanted
 
 
 def test_missing_and_double_reconstructions_are_refused(others, four, tmp_path):
@@ -452,37 +430,6 @@ def test_damaged_pictures_are_named_and_what_was_drawn_stays(bench, tmp_path):
 
 
 # --- the evaluation on held-out images -----------------------------------------------------------
-def test_towers_that_are_there_are_not_loaded_again(monkeypatch):
-    loaded = []
-
-    class Tower(torch.nn.Module):
-        def part(self, name):
-            return None
-
-    def load(config, device):
-        loaded.append(config.reward)
-        return Tower()
-
-    def load_judge(name, config, device):
-        loaded.append(name)
-        return Tower()
-
-    monkeypatch.setattr(lib_scores, 'reward_tower', load)
-    monkeypatch.setattr(lib_scores, 'backbone', load_judge)
-    c, here = shared_config('--reward=dinov2'), types.SimpleNamespace(device='cpu')
-    for towers, missing in ((None, ['dinov2', 'judge']), (dict(reward=Tower()), ['judge']),
-                            (dict(judge=Tower()), ['dinov2']),
-                            (dict(reward=Tower(), judge=Tower()), [])):
-        loaded.clear()
-        given = dict(towers or {})
-        evaluate = lib_scores.Evaluator(None, {}, c, here, towers)
-        evaluate.open_towers()
-        found = evaluate.towers
-        assert loaded == missing and set(found) == {'reward', 'judge'}
-        assert all(found[name] is tower for name, tower in given.items())
-        assert towers is None or towers == given, "the caller's dict is left alone"
-
-
 def test_images_in_several_chunks_score_like_all_at_once(uae, x, monkeypatch):
     """Every image once and in order, its randomness its own."""
     c = types.SimpleNamespace(**dict(vars(uae.config), reward='clip', eval_denoise_steps=2))

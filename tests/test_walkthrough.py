@@ -10,7 +10,6 @@ import json
 import os
 import re
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -114,60 +113,20 @@ def test_the_stored_pictures_and_words_are_those_of_this_code(ran):
     for start in ('the truth:', 'y =', 'flow z_0'):
         line, = re.findall(f'^{start}.*$', ran['printed'], re.M)
         assert line in STORED, AGAIN
+    first_words = [[line.split()[0] for line in text.splitlines()]
+                   for text in (ran['printed'], STORED)]
+    assert first_words[0] == first_words[1], AGAIN
 
 
-def test_stations_one_to_five(ran):
-    uae = ran['uae']
-    drawn = uae.decoder.draw(ran['start'], ran['cond'], ran['S'])
-    assert (ran['z'] - drawn).abs().max() < 1e-5
-    assert len(ran['guess']) == len(ran['noisy']) == ran['S']
-    distance = [(guess - ran['x_hat']).abs().mean() for guess in ran['guess']]
-    assert distance[-1] < distance[0]
-    np.testing.assert_allclose(ran['p'].sum(1), 1, atol=1e-5)
-    recorded = uae.encoder.sample(uae.encoder.see(ran['x']), 1, 0.0)[2][0, :ran['T']]
-    torch.testing.assert_close(ran['best'][:, 0].log(), recorded, atol=1e-4, rtol=0)
-    source_of_each = ran['x'].expand_as(ran['four'])
-    scores = clip_reward(source_of_each, ran['four'], ran['clip'])
-    own, true, other, ceiling = scores.tolist()
-    assert other < true < ceiling + 0.02 and own < ceiling
-
-
-def test_the_group(ran):
-    r, adv = ran['r'], ran['adv']
-    assert r.shape == adv.shape == (1, 8) and r.std() > 0.05, 'a group that teaches nothing'
-    assert abs(adv.sum()) < 1e-4 and abs(adv.std() - 1) < 0.01
-    assert (adv[0].argsort() == r[0].argsort()).all()
-    seen_again = clip_reward(ran['x'].expand_as(ran['X_hat']), ran['X_hat'], ran['clip'])
-    # the images shown are the images rewarded
-    torch.testing.assert_close(seen_again, r[0], atol=1e-4, rtol=0)
-
-
-def test_the_ratio_is_one_and_teaches(ran):
-    diff = (ran['uae'].encoder.logp(ran['vision'], ran['Y'], 1.0) - ran['old_logp']) * ran['MASK']
-    assert diff.abs().max() < 1e-5 and (ran['old_logp'] * ran['MASK']).min() < -0.1
-    assert (ran['ratio'] - 1).abs().max() < 1e-5
+def test_what_it_says_of_ratio_group_and_gradient_holds(ran):
+    gaps = re.findall(r'\|logp - old_logp\|:? (?:<= )?(\S+)', ran['printed'])
+    assert len(gaps) == 3 and max(map(float, gaps)) < 1e-5
     assert 'number of tokens): True' in ran['printed']
-    grad = ran['leaf'].grad
-    assert (grad.abs() * ran['MASK']).max() > 1e-3 and not (grad * (1 - ran['MASK'])).any()
-    a, b = ran['adv'][0], ran['moved']
-    assert b[a.argmax()] > 0 > b[a.argmin()] and torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.5
-    # the step was taken on a copy
-    assert not any(p.requires_grad for p in ran['uae'].parameters())
+    assert ran['r'].std() > 0.05, 'a group that teaches nothing'
+    shown_again = clip_reward(ran['x'].expand_as(ran['X_hat']), ran['X_hat'], ran['clip'])
+    # the images shown are the images rewarded
+    torch.testing.assert_close(shown_again, ran['r'][0], atol=1e-4, rtol=0)
+    advantage, moved = ran['adv'][0], ran['moved']
+    assert moved[advantage.argmax()] > 0 > moved[advantage.argmin()]
+    assert not any(p.requires_grad for p in ran['uae'].parameters()), 'the step was on a copy'
 
-
-@pytest.mark.parametrize('kind', ['flow', 'cps_exact'])
-def test_the_fan(ran, kind):
-    z0, path = ran['fans'][kind]
-    logp = path['recorded']
-    assert logp.shape == (8, 7)
-    assert (path['z'][:, 0] == path['z'][0, 0]).all(), 'one start noise'
-    norms = z0.flatten(1).norm(dim=1).tolist()
-    assert len({round(norm, 4) for norm in norms}) == 8, 'eight different ends'
-    steps, noise_level = list(range(7)), ran['d'].noise_level
-    again = ran['uae'].decoder.step_logp(path['z'], path['z_next'], steps, ran['true'], 8, kind,
-                                         noise_level)[0]
-    assert (again - logp).abs().max() < 1e-5 and (ran['std'] > 0).all()
-    pattern = rf'^{kind} +\|logp - old_logp\| <= (\S+) +ratio_max (\S+)'
-    line, = re.findall(pattern, ran['printed'], re.M)
-    assert float(line[0]) < 1e-5 and abs(float(line[1]) - 1) < 1e-5
-    assert ran['rewards'][kind].std() > 1e-3

@@ -10,15 +10,14 @@ import torch
 from PIL import Image
 
 import grpo_encoder
-from lib import watch
-from comparing import on_two_ranks
-from conftest import ROOT, shared_config
+from lib import pictures, watch
+from conftest import shared_config
 from data.images import open_data
 from data.shapes import scenes as world
-from lib.scores import Evaluator
 from lib.log import Log
+from lib.scores import Evaluator
 from reward import backbone, clip_reward
-from running import arguments, lines, tiny
+from running import lines, tiny
 
 SMALL = ('--eval_every=1', '--denoise_steps=4', '--eval_denoise_steps=4', '--eval_images=2')
 
@@ -32,11 +31,16 @@ def runs(tmp_path_factory):
     return {name: root / name for name in ('grpo_encoder', 'grpo_decoder')}
 
 
+def as_picture(image):
+    """A Pillow image as (1, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels[None] / 127.5 - 1
+
+
 def load_picture(path):
     """A PNG as (1, 3, R, R) in [-1, 1]."""
-    with Image.open(path) as picture:
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return pixels[None] / 127.5 - 1
+    with Image.open(path) as image:
+        return as_picture(image)
 
 
 @pytest.mark.parametrize('name', ['grpo_encoder', 'grpo_decoder'])
@@ -49,7 +53,9 @@ def test_the_same_images_at_every_evaluation(runs, name):
         assert os.path.getsize(out / row['source']) and os.path.getsize(out / row['image'])
     for step in range(3):
         with Image.open(out / 'samples' / f'step_{step:06d}.png') as sheet:
-            assert min(sheet.size) > watch.SHOWN
+            assert sheet.size == (4 * 136 + 8, 136 + 8), 'two pairs, four times as large'
+            x = load_picture(out / samples[2 * step]['source'])
+            assert torch.equal(as_picture(sheet)[..., 8:136, 8:136][..., ::4, ::4], x)
 
 
 def test_a_kept_image_has_the_score_beside_it(runs):
@@ -116,23 +122,15 @@ def test_a_resumed_run_tells_everything_once(tmp_path):
         assert (first / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_two_ranks_leave_what_one_leaves(runs, tmp_path):
-    argv = arguments('grpo_encoder', tmp_path / 'two', *SMALL)
-    done = on_two_ranks(f'{ROOT}/grpo_encoder.py', *argv)
-    assert done.returncode == 0, done.stdout
-    one, two = (lines(out / 'samples.jsonl') for out in (runs['grpo_encoder'], tmp_path / 'two'))
-    for a, b in zip(one[:2], two[:2]):
-        assert a['caption'] == b['caption'] and a['reward'] == pytest.approx(b['reward'], abs=1e-4)
-    a, b = (lines(out / 'groups.jsonl')[0] for out in (runs['grpo_encoder'], tmp_path / 'two'))
-    assert [m['caption'] for m in a['members']] == [m['caption'] for m in b['members']]
-
-
-def test_an_evaluation_alone_keeps_no_pictures(uae):
+def test_the_watched_images_alone_have_pictures(uae, monkeypatch):
+    monkeypatch.setattr(watch, 'WATCHED', 2)
     config = SimpleNamespace(**dict(vars(uae.config), eval_images=4, eval_denoise_steps=2))
     run = SimpleNamespace(rank=0, world=1, device='cpu', master=True)
     _, held = open_data(config, run)
     _, records = Evaluator(uae, held, config, run)()
-    assert not any('pictures' in record for record in records)
+    assert ['pictures' in record for record in records] == [True, True, False, False]
+    sources = torch.stack([record['pictures'][0] for record in records[:2]])
+    assert torch.equal(sources, watch.to_bytes(held['x'][:2]))
 
 
 def test_large_images_are_kept_small():
@@ -145,7 +143,7 @@ def test_large_images_are_kept_small():
 def test_a_sheet_has_images_of_any_size_and_any_text():
     wide, small = Image.new('RGB', (300, 200), 'red'), Image.new('RGB', (8, 8), 'blue')
     items = [([], 'a prompt ' * 40), ([wide, small], 'from $5_{ to $6'), ([small], ''), ([], '')]
-    page = watch.sheet(items, columns=2, heads=('left', 'right'), side=60, lines=3)
+    page = pictures.sheet(items, columns=2, heads=('left', 'right'), side=60, lines=3)
     assert page.size == (2 * (2 * 68 + 8), 16 + 14 + 2 * (60 + 3 * 14 + 16))
     pixels = np.array(page)
     assert (pixels == (255, 0, 0)).all(-1).sum() == 60 * 40             # its shape is kept

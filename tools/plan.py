@@ -31,7 +31,7 @@ from encoder import Encoder
 from lib import checkpoint, ranks
 from lib.scores import Evaluator, images_at_once
 from model import UAE
-from reward import Backbone, Function
+from reward import Backbone, Function, Ocr
 from tools.flops import forward_flops
 from tools.rehearse import random_reward, random_tower, replaced, skeleton, stand_ins
 
@@ -221,7 +221,8 @@ class Rehearsal:
         yield sys.modules['encoder'], 'by_rows', by_rows
         yield sys.modules['decoder'], 'by_rows', by_rows
         yield Encoder, 'texts', lambda encoder, y, mask: [''] * len(y)
-        yield Function, 'reward', lambda function, x, x_hat, captions: torch.zeros(len(x_hat))
+        for own in (Function, Ocr):
+            yield own, 'reward', lambda part, x, x_hat, captions: x_hat.flatten(1).mean(1)
         yield ranks, 'total', lambda value, run: 1.0
         yield ranks, 'sample_slices', first_of(ranks.sample_slices)
         yield ranks, 'step_slices', first_of(ranks.step_slices)
@@ -316,6 +317,9 @@ class Rehearsal:
 # --- the plan ------------------------------------------------------------------------------------
 def read(stage, argv):
     """A stage's module and its configuration."""
+    if stage not in STAGES:
+        raise SystemExit(f'only stages have a plan, {stage!r} is none: python tools/plan.py STAGE '
+                         f'[--key=value ...] with one of {" ".join(STAGES)}')
     script = importlib.import_module(stage)
     return script, parse(script.keys, script.own_presets, argv, script.__file__, script.limits)
 
@@ -413,7 +417,4 @@ def plan(stage, *argv):
 
 
 if __name__ == '__main__':
-    if not sys.argv[1:] or sys.argv[1] not in STAGES:
-        raise SystemExit('python tools/plan.py STAGE [--key=value ...]: expected one of '
-                         f'{" ".join(STAGES)}')
-    plan(*sys.argv[1:])
+    plan(*sys.argv[1:] or [''])

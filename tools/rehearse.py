@@ -142,7 +142,8 @@ def random_tower(name, config, device='cpu', known=ARCHITECTURES):
             from transformers import AutoConfig, AutoModel
             about = AutoConfig.for_model(**architecture(source, known=known))
             tower = AutoModel.from_config(about).float()
-    return reward.Backbone(library, tower, preprocessing or reward.BACKBONES['dinov2'][2])
+    pre = preprocessing or reward.BACKBONES['dinov2'][2]
+    return reward.Backbone(library, tower, pre, config.micro_batch)
 
 
 # --- a script's own main on them -----------------------------------------------------------------

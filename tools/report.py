@@ -278,13 +278,21 @@ def write_curves(folders, panels, out_dir):
 
 
 # --- pictures ------------------------------------------------------------------------------------
+def picture(path):
+    """A whole Pillow image; SystemExit if it is missing or damaged."""
+    try:
+        return Image.open(path).convert('RGB')
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'{path}: this picture of the run cannot be read ({error})')
+
+
 def draw_stop(stop, scenes, count):
     """The first scenes at a stop, each as source, drawing and caption -> a Pillow image."""
-    from lib.watch import sheet                             # it imports torch, the page needs none
+    from lib.pictures import sheet                          # it imports torch, the page needs none
     lines = [scene['at'][stop.index] for scene in scenes if stop.index in scene['at']]
     items = []
     for line in lines[:count]:
-        items.append(([Image.open(line['source']), Image.open(line['image'])], line['caption']))
+        items.append(([picture(line['source']), picture(line['image'])], line['caption']))
     reward = number(stop.run.evals.get(stop.step, {}).get('reward'))
     heads = (stop.run.name, f'update {stop.step}', f'reward {reward}', 'left: source, right: drawn')
     return sheet(items, 4, heads, side=96)

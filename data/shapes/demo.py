@@ -6,8 +6,7 @@ base -> cold_start -> grpo_encoder -> grpo_decoder -> evaluation.
     python data/shapes/demo.py --seed=1 --out_dir=out/demo_1
 
 Stopped half-way it goes on with the stage that ran; delete out_dir to start anew. Writes
-report.html, report.json, report.md, curves.png and before_after.png. The truth about the scenes is
-used by the evaluation alone.
+report.html, report.json and report.md. The truth about the scenes is used by the evaluation alone.
 """
 import contextlib
 import importlib.metadata
@@ -30,13 +29,13 @@ from lib.files import write_atomic, write_json, write_lines
 import grpo_decoder
 import grpo_encoder
 from lib.checkpoint import newest, open_uae
-from lib import watch
+from bench.summary import markdown
 from config import parse
 from data.images import open_data
 from data.shapes import scenes as world
 from lib.scores import Evaluator, draw_captions, reconstruct
 from reward import clip_reward
-from tools.report import write_curves, write_report
+from tools.report import write_report
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
@@ -51,11 +50,7 @@ SHOWN = (
     'reward', 'judge', 'mse', 'caption_len', 'caption_truth', 'caption_recall', 'caption_exact',
     'greedy_caption_len', 'greedy_caption_truth', 'greedy_caption_recall', 'greedy_caption_exact',
     't2i_own', 't2i_true')
-# panels of the curves: fields of eval.jsonl
-CURVES = ('reward+judge,caption_len,caption_truth+greedy_caption_truth,'
-          'caption_recall+greedy_caption_recall,t2i_own+t2i_true')
 PACKAGES = ('torch', 'transformers', 'diffusers', 'open_clip_torch', 'numpy')
-PICTURES = 8                   # scenes shown in before_after.png
 NEXT = '''Look at   {out}/report.html
 Then try  python sample.py --init_from={out}/grpo_decoder --prompt="small red circle top-left ."
           make bench
@@ -91,23 +86,16 @@ def score(name, init_from, config, held):
 
 
 def evaluate_checkpoint(init_from, held, is_base):
-    """-> summary, captions, some images and seconds; of the base also `limits`."""
+    """-> summary and seconds; of the base also `limits`."""
     start = time.time()
     config = parse({}, {}, [f'--init_from={init_from}'], 'eval_unified.py')
     run = ranks.start(config)
     uae = open_uae(config, run.device)
     evaluate = Evaluator(uae, held, config, run)
-    summary, records = evaluate()
-    summary = {field: summary[field] for field in SHOWN}
-    result = dict(summary=summary, captions=[record['caption'] for record in records])
+    summary, _ = evaluate()
+    result = dict(summary={field: summary[field] for field in SHOWN})
     if is_base:
         result.update(limits(uae, evaluate.towers, held))
-    rows = list(range(PICTURES))
-    _, _, x_hat = reconstruct(uae, held['x'][rows].to(run.device), rows)
-    result['images'] = []
-    for image in x_hat.cpu():
-        pixels = [round(value, 3) for value in image.flatten().tolist()]
-        result['images'].append(pixels)
     result['seconds'] = time.time() - start
     return result
 
@@ -154,31 +142,18 @@ def read_history(out):
         return [json.loads(line) for line in f]
 
 
-# --- pictures and table --------------------------------------------------------------------------
-def before_after(held, base, last):
-    """Source | reconstruction and caption before | after, for eight held-out scenes."""
-    items = []
-    for i in range(PICTURES):
-        items.append(([watch.picture(watch.to_bytes(held['x'][i:i + 1])[0])], ''))
-        for result in (base, last):
-            x_hat = torch.tensor(result['images'][i]).view(1, 3, 32, 32)
-            items.append(([watch.picture(watch.to_bytes(x_hat)[0])], result['captions'][i]))
-    heads = ('source', 'before: base', 'after: grpo_decoder') * 2
-    return watch.sheet(items, len(heads), heads, lines=7)
-
-
+# --- the table -----------------------------------------------------------------------------------
 def table(report):
     """The report as a markdown table, one row per measure."""
     columns = dict(report['stages'])
     if CONTROL in report['controls']:
         columns[CONTROL] = report['controls'][CONTROL]
-    lines = ['| | ' + ' | '.join(columns) + ' | ceiling |', '|---|' + '---|' * (len(columns) + 1)]
+    rows = {}
     for field in SHOWN:
         name = 't2i' if field.startswith('t2i') else field
-        cells = [f'{summary[field]:.3f}' for summary in columns.values()]
-        cells.append(f'{report["ceiling"][name]:.3f}' if name in report['ceiling'] else '')
-        lines.append(f'| {field} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        rows[field] = {stage: summary[field] for stage, summary in columns.items()}
+        rows[field]['ceiling'] = report['ceiling'].get(name)
+    return markdown('', rows)
 
 
 def versions():
@@ -239,11 +214,8 @@ def main(argv):
 
     total = sum(seconds.values())
     summary = f'seed {config.seed}, {total:.0f} seconds, {len(held["x"])} held-out scenes'
-    text = f'{table(report)}\n\n{summary}\n'
+    text = f'{table(report)}\n{summary}\n'
     write_atomic(f'{config.out_dir}/report.md', lambda tmp: write_lines(tmp, [text]))
-    write_curves([f'{config.out_dir}/{name}' for name in history], CURVES, config.out_dir)
-    pictures = before_after(held, base, results['grpo_decoder'])
-    pictures.save(f'{config.out_dir}/before_after.png')
     write_report([config.out_dir], config.out_dir)
     print(f'\n{text}\n{NEXT.format(out=config.out_dir)}')
 

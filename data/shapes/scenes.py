@@ -302,6 +302,23 @@ def t2i_of_readings(readings, scenes):
     return right / total
 
 
+def measures(records, scenes):
+    """What lib.scores.Evaluator reports of this world: {name: float}.
+
+    `caption_scores` of sampled and of greedy captions, and how much of its scene the oracle reads
+    in an image (t2i) of the own caption and of the true one. records: the evaluator's, a dict each.
+    """
+    scenes = [scenes[record["row"]] for record in records]
+    found = {}
+    for prefix, field in (("caption_", "sampled"), ("greedy_caption_", "caption")):
+        scores = caption_scores([record[field] for record in records], scenes)
+        found.update({prefix + name: value for name, value in scores.items()})
+    for name in ("own", "true"):
+        readings = [record[f"read_{name}"] for record in records]
+        found[f"t2i_{name}"] = t2i_of_readings(readings, scenes)
+    return found
+
+
 # -----------------------------------------------------------------------------
 # data sets
 
