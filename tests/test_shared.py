@@ -38,6 +38,29 @@ def test_images_that_are_words_share_all_and_the_shipped_tower_s_share_nothing(u
     assert min(everything.values()) > 0.8
 
 
+def test_table_and_law_of_everything_in_one_update(tmp_path, capsys):
+    """From nothing to both tables and the picture."""
+    few = ['--shorten=1000', '--scenes=4', '--geneval=False', '--pulled=0,1',
+           f'--out_dir={tmp_path}']
+    shared.main(few)
+    text = (tmp_path / 'table.md').read_text()
+    assert capsys.readouterr().out.endswith(text + '\n')
+    rows = [line.split(' | ') for line in text.splitlines()]
+    assert [row[0] for row in rows[2:6]] == [
+        '| base', '| more brief captions', '| cold start', '| RecA']
+    assert rows[2][3:5] == rows[5][3:5], 'RecA leaves the captioner alone'
+    assert [row[0] for row in rows[-2:]] == ['| 0', '| 1']
+    assert rows[-2][4] == rows[-1][4], 'one decoder'
+    assert (tmp_path / 'law.png').stat().st_size
+
+
+def test_the_error_is_the_standard_error_of_the_seeds():
+    rows = [dict(t2i=0.5), dict(t2i=0.7), dict(t2i=0.6)]
+    assert shared.mean_and_error(rows, 't2i') == '0.600 ± 0.058'
+    assert shared.mean_and_error(rows[:1], 't2i') == '0.500'
+    assert shared.mean_and_error(rows, 'geneval') == ''
+
+
 def test_each_part_trains_its_own(tmp_path):
     few = ['--terse_steps=2', '--tower_steps=3', '--reader_steps=3', '--decoder_images=40',
            f'--out_dir={tmp_path}/base']

@@ -128,7 +128,7 @@ def pretrain_parts(parts, out, config, **updates):
         number = updates.get(part, pretrain.keys[f'{part}_steps'])
         flags.append(f'--{part}_steps={max(1, number // config.shorten)}')
     start = time.process_time()
-    pretrain.main([*flags, '--decoder_images=8192'])
+    pretrain.main([*flags, f'--decoder_images={max(64, 8192 // config.shorten)}'])
     return time.process_time() - start
 
 
@@ -188,31 +188,36 @@ def mean_and_error(rows, field):
     return text
 
 
-def table(base, runs):
-    """Markdown: the base, then what became of it; runs: {name: rows, one a seed}."""
-    lines = ['| | updates | CPU seconds | ' + ' | '.join(COLUMNS) + ' |',
-             '|---|' + '---|' * (len(COLUMNS) + 2)]
-    for name, rows in dict(base=[base], **runs).items():
-        cells = [name, '', '']
-        if 'steps' in rows[0]:
-            cells[1:] = [str(rows[0]['steps']), f'{np.mean([row["seconds"] for row in rows]):.0f}']
-        cells += [mean_and_error(rows, field) for field in COLUMNS]
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+def markdown(head, rows):
+    """Names of columns and rows of cells, strings all -> a table."""
+    lines = [head, ['---'] * len(head), *rows]
+    return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
+
+
+def table(runs):
+    """What became of a base at equal seconds; runs: {name: rows, one a seed}, the base first."""
+    lines = []
+    for name, rows in runs.items():
+        spent = ['', '']
+        if 'seconds' in rows[0]:
+            seconds = np.mean([row['seconds'] for row in rows])
+            spent = [str(rows[0]['steps']), f'{seconds:.0f}']
+        lines.append([name, *spent, *(mean_and_error(rows, field) for field in COLUMNS)])
+    return markdown(['', 'updates', 'CPU seconds', *COLUMNS], lines)
 
 
 def law(bases, aligned, control):
-    """Markdown: per base the probe, the captioner, and t2i of true captions before and after."""
-    lines = ['| updates of the pull | probe: size, colour, shape | greedy truth, recall | t2i_true of the base | '
-             'after RecA | over more brief captions |', '|---' * 6 + '|']
+    """Per base the probe, and t2i of true captions before RecA, after it, and over the control."""
     known = np.mean([row['t2i_true'] for row in control])
+    lines = []
     for pulled, base in bases.items():
-        found = ', '.join(f'{base[name]:.2f}' for name in FACTS)
-        captions = f'{base["greedy_caption_truth"]:.3f}, {base["greedy_caption_recall"]:.3f}'
         gain = np.mean([row['t2i_true'] for row in aligned[pulled]]) - known
-        lines.append(f'| {pulled} | {found} | {captions} | {base["t2i_true"]:.3f} | '
-                     f'{mean_and_error(aligned[pulled], "t2i_true")} | {gain:+.3f} |')
-    return '\n'.join(lines)
+        lines.append([
+            str(pulled), *(f'{base[name]:.2f}' for name in FACTS), f'{base["t2i_true"]:.3f}',
+            mean_and_error(aligned[pulled], 't2i_true'), f'{gain:+.3f}'])
+    probed = [f'probe: {name}' for name in FACTS]
+    return markdown(['updates of the pull', *probed, 't2i_true of the base', 'after RecA',
+                     'over the control'], lines)
 
 
 def draw_law(bases, aligned, control, path):
@@ -257,8 +262,9 @@ def main(argv):
                      config, held) for seed in seeds]
     cold = [train(f'cold_{seed}', cold_start, config.cold_steps, [], flags, seed, config, held)
             for seed in seeds]
-    runs = {'more brief captions': control, 'cold start': cold, 'RecA': aligned[pulled]}
-    text = f'{table(bases[pulled], runs)}\n\n{law(bases, aligned, control)}\n'
+    runs = {'base': [bases[last]], 'more brief captions': control, 'cold start': cold,
+            'RecA': aligned[last]}
+    text = f'{table(runs)}\n{law(bases, aligned, control)}'
     with open(f'{config.out_dir}/table.md', 'w') as f:
         f.write(text)
     if len(bases) > 1:
