@@ -43,7 +43,7 @@ keys = dict(
     terse_steps = 340,
     cold_steps = 100,
     scenes = 256,              # held-out scenes of the evaluations
-    geneval = True,            # also GenEval's columns, one image a prompt
+    geneval = True,            # also GenEval's columns
     shorten = 1,               # divides every number of updates, those of the base too
 )
 limits = dict(dict.fromkeys(('seeds', 'reca_steps', 'terse_steps', 'cold_steps', 'scenes',
@@ -114,7 +114,7 @@ def score(uae_flags, config, held, with_probe=False):
     if config.geneval:
         out = f'{config.out_dir}/geneval'
         shutil.rmtree(out, ignore_errors=True)
-        eval_t2i.main([*uae_flags, f'--out_dir={out}', '--samples=1'])
+        eval_t2i.main([*uae_flags, f'--out_dir={out}'])
         name = eval_t2i.name_of(opened.init_from)
         with open(f'{out}/shapes/{name}/summary.json') as f:
             summary['geneval'] = json.load(f)['columns']['overall']
