@@ -14,16 +14,17 @@ what the encoder saw of it.
 The first term needs no caption: the image is its own, dense prompt. The encoder is frozen
 (understanding and generation share no weights, so lambda_i2t = 0), projector and decoder are
 trained. Afterwards the condition is text again: what is learnt from images reaches it as far as
-the language model's states of images and of words are alike: data/shapes/shared.py measures that in
-the embedded world, docs/results.md has the law. From the shipped base it gains nothing.
+the language model's states of images and of words are alike: data/shapes/shared.py measures that
+in the embedded world, docs/results.md has the law. Where nothing is alike, as in the shipped base,
+captions lose what images gain.
 
     paper                       here                         why
     360 templates in front of   the text's own template,     only the caption's place then differs
     the image                   the image in the caption's   between training and drawing
                                 place
-    lambda_t2i = 0              1, tiny 5                    its models draw from a sequence that
-                                                             holds the text; this decoder forgets
-                                                             how to read a caption
+    lambda_t2i = 0              1, tiny 5; 0 in `make reca`  where images and words share little
+                                                             this decoder forgets how to read a
+                                                             caption; where they share all it gains
     t2i target eps - z_0        tiny: the initial velocity   a terse caption does not say what the
                                 (`t2i_target`)               image is: the decoder would learn to
                                                              invent the rest

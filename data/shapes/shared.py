@@ -49,7 +49,7 @@ keys = dict(
 limits = dict(dict.fromkeys(('seeds', 'reca_steps', 'terse_steps', 'cold_steps', 'scenes',
                              'shorten'), (1, 1e6)))
 # -------------------------------------------------------------------------------------------------
-# as the base's decoder was trained, on a third of its last learning rate's peak
+# of RecA and of more brief captions: the base's batches, a third of its learning rate
 TRAINED = ('--batch=32', '--lr=5e-4', '--lr_decay=1.0', '--warmup=0')
 FACTS = ('size', 'colour', 'shape')
 
