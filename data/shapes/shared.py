@@ -6,7 +6,7 @@ vision tower was pulled to words for more or fewer updates (pretrain.py), and a 
 from words and is asked about images. Their one decoder has seen brief captions alone.
 
     python data/shapes/shared.py                # one base and its table
-    python data/shapes/shared.py --pulled=0,30,100,400 --seeds=3        # the law, and law.png
+    python data/shapes/shared.py --pulled=0,30,100,200,400 --seeds=3   # the law, law.png
 
 Stopped half-way it goes on with the run that it was at; delete out_dir to start anew.
 """
