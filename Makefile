@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: setup demo test test-versions test-oldest test-newest base reca bench bench-gpu rounds
+.PHONY: setup demo test test-versions test-oldest test-newest base reca edit bench bench-gpu rounds
 # one at a time: two suites would wait for each other's cores
 .NOTPARALLEL:
 setup: .venv/.done
@@ -39,6 +39,9 @@ base: setup
 # what reconstruction alignment gains, from a base whose images are words
 reca: setup
 	$(PY) data/shapes/shared.py $(ARGS)
+
+edit: setup
+	$(PY) data/shapes/edits.py $(ARGS)
 
 bench: demo
 	$(PY) eval_t2i.py --init_from=base,out/demo/cold_start,out/demo/grpo_encoder,out/demo/grpo_decoder

@@ -24,7 +24,8 @@ shared = dict(
                                # '' = the shipped base (tiny only)
     out_dir = '',              # '' = out/<script name>
     data = 'shapes',           # 'shapes', or a folder / manifest / tar shards (data/README.md)
-    data_keys = ('image', 'caption', ''),   # a manifest's fields, and the folder its paths start at
+    data_keys = ('image', 'caption', '', ''),   # a manifest's fields of image and caption, the
+                               # folder its paths start at, its field of an edit's source (stage 0)
     held_out = '',             # data for evaluation; '' = the last eval_images of data, kept apart
     # what the models are asked
     resolution = 32,           # images are resized and centre-cropped to this square
@@ -102,10 +103,14 @@ class ConfigError(SystemExit):
 def fit(old, new):
     """`new` in the type of `old`, None if it does not fit.
 
-    An int may stand for a float, and a tuple has as many members as the default.
+    An int may stand for a float. A tuple has as many members as the default, or less where those
+    that are left off at its end are ''.
     """
     if isinstance(old, tuple):
-        if not isinstance(new, tuple) or len(new) != len(old):
+        if not isinstance(new, tuple):
+            return None
+        new += tuple(member for member in old[len(new):] if member == '')
+        if len(new) != len(old):
             return None
         members = tuple(map(fit, old, new))
         return None if None in members else members

@@ -9,6 +9,7 @@
     python eval_t2i.py --preset=paper --bench=geneval++ --prompts=Geneval++.jsonl \\
         --judge_url=http://localhost:8000/v1 --judge_model=NAME --init_from=out/grpo_decoder
     python eval_t2i.py --preset=paper --bench=geneval --generate=False --images=DIR    # score only
+    (--bench=imgedit and gedit: docs/benchmarks.md)
 
 Images go to out_dir/BENCH/CHECKPOINT/images in the benchmark's own layout, which the official
 scorers read unchanged; those that are there already are not drawn again. Beside them: results.jsonl
@@ -41,22 +42,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib import checkpoint, ranks
-from lib.scores import images_at_once, warn_of_losses
+from lib.scores import draw_edits, images_at_once, warn_of_losses
 from lib.files import write_atomic, write_json, write_lines
+from lib.pictures import save_image
 from bench.dpg import dpg_scorer, drop_first_row
 from bench.dpg import dpg_score                                  # the rules, for whoever imports
-from bench.edit import BENCHES as EDITS, score_edits
+from bench.edit import BENCHES as EDITS, read_edits, score_edits
 from bench.geneval import geneval_correct, relative_position     # them from here
 from bench.geneval import geneval_scorer, judge_scorer, shapes_scorer
 from bench.pictures import Unusable, write_results
 from bench.prompts import files_to_score, item_files, read_items
 from bench.summary import dpg_summary, geneval_summary, judge_summary, markdown
 from config import parse
+from data.images import open_images
 
 # --- script keys -------------------------------------------------------------------------------
 keys = dict(
-    bench = 'shapes',          # shapes | geneval | geneval++ | dpg; of finished edits, which are
-                               # scored only: imgedit | gedit
+    bench = 'shapes',          # shapes | geneval | geneval++ | dpg; edits: imgedit | gedit, drawn
+                               # where init_from is given
     prompts = '',              # evaluation_metadata.jsonl, Geneval++.jsonl, dpg_bench.csv or a
                                # folder of ID.txt; '' = ours (shapes); edits: docs/benchmarks.md
     sources = '',              # imgedit: folder of the source images; '' = that of prompts
@@ -109,9 +112,9 @@ def origin(config, items):
     return dict(chosen, prompts=prompts.hexdigest(), weights=weights.hexdigest())
 
 
-def claim_images(config, items):
+def claim_images(config, items, drawn):
     """Refuses a folder whose images another model or other settings drew; IMAGES.json beside it
-    says which. Rank 0.
+    says which. drawn: whether there are any. Rank 0.
     """
     path = config.images.rstrip('/') + '.json'
     mine = origin(config, items)
@@ -119,9 +122,7 @@ def claim_images(config, items):
         with open(path) as f:
             theirs = json.load(f)
     except (OSError, ValueError):
-        theirs = mine
-        if os.path.isdir(config.images) and os.listdir(config.images):
-            theirs = {}
+        theirs = {} if drawn else mine
     differ = [key for key in mine if mine[key] != theirs.get(key)]
     if differ:
         why = f'made with other {", ".join(differ)}'
@@ -174,7 +175,7 @@ def generate(config, run, items):
     their pixels are too.
     """
     if run.master:
-        claim_images(config, items)
+        claim_images(config, items, os.path.isdir(config.images) and os.listdir(config.images))
     size = max(1, images_at_once(config) // config.samples)
     chunks = [items[i:i + size] for i in range(0, len(items), size)]
     todo = []
@@ -207,6 +208,26 @@ def draw_chunks(config, run, chunks):
     prompts = [item['prompt'] for chunk in chunks for item in chunk]
     _, _, lost = uae.encoder.tokens(prompts)
     return lost
+
+
+def generate_edits(config, run, items):
+    """Draws the results that are missing, each from the centre square of its source."""
+    named = [dict(id=item['key'], prompt=item['instruction']) for item in items]
+    if run.master:
+        claim_images(config, named, any(os.path.exists(item['result']) for item in items))
+    ranks.barrier(run)
+    uae = checkpoint.open_uae(config, run.device)
+    mine = range(run.rank, len(items), run.world)
+    for n in tqdm(mine, desc=f'draw {config.name}', disable=not run.master):
+        if os.path.exists(items[n]['result']):
+            continue
+        source, *_ = open_images(items[n]['source'], config.resolution).get(0)
+        x_hat = draw_edits(uae, source[None], [items[n]['instruction']], [n], (config.seed,))
+        save_image(x_hat[0], items[n]['result'])
+    _, _, lost = uae.encoder.tokens([item['instruction'] for item in items])
+    if run.master:
+        warn_of_losses('the instructions', lost, config)
+    ranks.barrier(run)
 
 
 # --- scoring -----------------------------------------------------------------------------------
@@ -280,16 +301,29 @@ def name_of(source):
 
 
 def edits(config):
-    """--bench=imgedit and gedit: scores finished edits, of which this script draws none."""
-    for key in ('prompts', 'images', 'judge_prompt', 'judge_url'):
+    """--bench=imgedit and gedit: draws edits where a checkpoint is given, and scores them."""
+    needed = ['prompts', 'judge_prompt']
+    if config.score:
+        needed.append('judge_url')
+    if not config.init_from:
+        needed.append('images')
+    for key in needed:
         if not getattr(config, key):
             raise SystemExit(f'--bench={config.bench} needs --{key} (docs/benchmarks.md)')
     run = ranks.start(config)
-    name = os.path.basename(os.path.normpath(config.images))
-    config.folder = f'{config.out_dir}/{config.bench}/{name}'
-    summary = score_edits(config, run)
-    if run.master:
-        write_table(config, {name: summary})
+    config.name = name_of(config.init_from)
+    if config.images:
+        config.name = os.path.basename(os.path.normpath(config.images))
+    config.folder = f'{config.out_dir}/{config.bench}/{config.name}'
+    config.images = config.images or f'{config.folder}/images'
+    items = read_edits(config)
+    if config.init_from:
+        config.condition = checkpoint.editing_condition(config)
+        generate_edits(config, run, items)
+    if config.score:
+        summary = score_edits(config, run, items)
+        if run.master:
+            write_table(config, {config.name: summary})
 
 
 def main(argv):

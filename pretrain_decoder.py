@@ -1,8 +1,10 @@
-"""Stage 0: long-caption pre-training of the decoder (flow matching on image and caption).
+"""Stage 0: long-caption pre-training of the decoder (flow matching on image and caption), or edits.
 
     python pretrain_decoder.py                 # tiny, the embedded world's scenes and captions
     python pretrain_decoder.py --data=manifest.jsonl --ema=0.999
     torchrun --nproc_per_node=8 pretrain_decoder.py --preset=paper --data=/data/longcap
+    python pretrain_decoder.py --condition=text+image --caption_every=0 \\
+        --data=edits.jsonl --data_keys="('image', 'caption', '', 'source')"
 
 The decoder learns to draw from the encoder's projected states before any reward is used:
 
@@ -22,8 +24,10 @@ The decoder learns to draw from the encoder's projected states before any reward
 
 A caption that does not fit cond_len is cut, counted (log field `cut`) and announced, as are words
 that the tokenizer does not know (`unknown`). An image without a caption is left out and counted
-(`skipped`). With --ema the weights that are evaluated, saved and read by later stages are the
-averaged ones; those in training lie in state.pt.
+(`skipped`). Where data_keys names a source image the caption is an instruction: the encoder sees
+source and instruction, the decoder draws the image, and evaluations draw held-out edits. With --ema
+the weights that are evaluated, saved and read by later stages are the averaged ones; those in
+training lie in state.pt.
 """
 import argparse
 import contextlib
@@ -51,7 +55,7 @@ keys = dict(
     drop = 0.1,                # share of conditions replaced by the negative prompt
     ema = 0.0,                 # decay of the averaged weights per update; 0 = none
     train_encoder = True,      # flow loss for the language model; a caption loss beside it
-    caption_every = 3,         # updates between caption losses (train_encoder)
+    caption_every = 3,         # updates between caption losses (train_encoder); 0 = none
     answer_key = 'caption',    # manifest field that the caption loss teaches (train_encoder)
 )
 own_presets = dict(
@@ -61,8 +65,7 @@ own_presets = dict(
     paper=dict(steps=10000, batch=256, lr=1e-4, sigma_mean=0.0, sigma_std=1.0,
                train_encoder=False, eval_every=500))
 limits = dict(
-    batch=(1, 1e6), sigma_mean=(-100, 100), drop=(0, 0.999), ema=(0, 1 - 1e-9),
-    caption_every=(1, 1e9))
+    batch=(1, 1e6), sigma_mean=(-100, 100), drop=(0, 0.999), ema=(0, 1 - 1e-9))
 # -------------------------------------------------------------------------------------------------
 
 
@@ -72,8 +75,8 @@ def open_captioned(config, run, key):
     Returns the ImageSet, the number left out for want of a caption, and the held-out dict, empty
     where nothing is evaluated. The embedded world's list of scenes is a manifest.
     """
-    image_key, _, folder = config.data_keys
-    config = argparse.Namespace(**dict(vars(config), data_keys=(image_key, key, folder)))
+    image_key, _, *others = config.data_keys
+    config = argparse.Namespace(**dict(vars(config), data_keys=(image_key, key, *others)))
     if config.eval_every or config.data == 'shapes':
         images, held_out = open_data(config, run)
     else:
@@ -85,6 +88,20 @@ def open_captioned(config, run, key):
         images = open_images(f'{root}/images/scenes.jsonl', config.resolution, 'file', key)
     images.split_held_out()                                 # scenes.jsonl lists these too
     return images, keep_captioned(images, config, run), held_out
+
+
+def check_edits(config, teaching):
+    """Refuses edits whose source nobody would see, or whose instruction a captioner would learn."""
+    caption_key, source_key = config.data_keys[1], config.data_keys[3]
+    if not source_key:
+        return
+    if config.condition not in ('answer', 'text+image'):
+        raise SystemExit(f'--data_keys names a source image, {source_key!r}, which '
+                         f'--condition={config.condition} leaves unseen or uninstructed: '
+                         'expected text+image')
+    if teaching and config.answer_key == caption_key:
+        raise SystemExit('the caption of an edit is an instruction, and no caption of its image: '
+                         '--answer_key=FIELD teaches another one, --caption_every=0 none')
 
 
 def flow_loss(uae, z0, y, mask, s, eps, vision=None, drop=None):
@@ -184,14 +201,18 @@ def main(argv):
     trained = ['projector', 'decoder']
     if config.train_encoder:
         trained.append('encoder')
+    teaching = config.train_encoder and config.caption_every
+    check_edits(config, teaching)
     run = ranks.start(config)
     P = ranks.per_rank('batch', config.batch, run.world)
     start_step = checkpoint.open_out_dir(config, run)
     train, gone, held_out = open_captioned(config, run, config.data_keys[1])
     teachers = train
-    if config.train_encoder and config.answer_key != config.data_keys[1]:
+    if teaching and config.answer_key != config.data_keys[1]:
         teachers, _, _ = open_captioned(config, run, config.answer_key)
     uae = checkpoint.open_uae(config, run.device, new_projector=True)
+    if config.data_keys[3]:
+        uae.edits = config.condition
     params = uae.train_only(*trained)
     model = ranks.parallel(uae, run)
     optimiser = Optimiser(params, config, betas=(0.9, 0.99), weight_decay=0.01)
@@ -207,18 +228,19 @@ def main(argv):
         images = train.batch(config.seed, step, config.batch, run.rank, run.world)
         flow, lost = noised(uae, images, step, config)
         answers = None
-        if config.train_encoder and step % config.caption_every == 0:
+        if teaching and step % config.caption_every == 0:
             taught = teachers.batch(config.seed, step, config.batch, run.rank, run.world)
             y, mask, _ = uae.encoder.tokens(taught['captions'])
             answers = dict(x=taught['x'], y=y, mask=mask)
             said = ranks.total(sayable(uae.encoder, y, mask).sum(), run) / run.world
 
+        seen = images.get('source', images['x'])
         stats = Stats()
         uae.train()                             # turns on the recomputation of activations
         for _, rows, last in ranks.sample_slices(P, 1, config.micro_batch):
             part = ranks.take(flow, rows)
             if config.condition != 'text':
-                part['vision'] = uae.encoder.see(images['x'][rows])
+                part['vision'] = uae.encoder.see(seen[rows])
             answer = None
             if answers:
                 answer = ranks.take(answers, rows)

@@ -1,16 +1,18 @@
-"""An image or a folder -> captions and reconstructions; a prompt -> image; a checkpoint -> folders.
+"""An image or a folder -> captions and reconstructions; a prompt -> image; both -> edited images.
 
     python sample.py --init_from=out/grpo_decoder --image=scene.png
     python sample.py --init_from=out/grpo_decoder --image=/data/photos    # a folder, resumable
     torchrun --nproc_per_node=8 sample.py --preset=paper --init_from=out/grpo_encoder \\
         --image=/data/photos --draw=False
     python sample.py --init_from=out/grpo_decoder --prompt="small red circle top-left ."
+    python sample.py --init_from=out/edit/stage0 --image=scene.png --prompt="circle top-left blue ."
     python sample.py --init_from=out/grpo_decoder --export=out/plain
 
 --image writes out_dir/NAME.png (source | reconstruction) and out_dir/captions.jsonl, one {"image",
 "caption"} a line: the manifest that pretrain_decoder.py reads. A caption depends on --seed and the
 image's name, not on the images beside it, the batch or the ranks. --prompt writes
-out_dir/prompt.png.
+out_dir/prompt.png. Both together write out_dir/NAME.png (source | edit), by a checkpoint that
+stage 0 trained with source images.
 
 --export=DIR writes the models for other tools, as tools/export.py says.
 """
@@ -25,18 +27,18 @@ from tqdm import tqdm
 
 from lib import ranks
 from lib.files import append_lines, write_atomic, write_lines
-from lib.checkpoint import open_uae
+from lib.checkpoint import editing_condition, open_uae
 from config import parse
 from data.files import name_bytes, warn
 from data.images import ImageError, open_images
-from lib.scores import draw_captions, images_at_once, reconstruct, warn_of_losses
+from lib.scores import draw_captions, draw_edits, images_at_once, reconstruct, warn_of_losses
 from tools.export import export
 from lib.pictures import save_image
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
     image = '',                # an image file, a folder, or a manifest
-    prompt = '',               # a text to draw
+    prompt = '',               # a text to draw; with --image what to change in it
     export = '',               # a new folder for the checkpoint in plain form
     draw = True,               # also draw each caption; False = captions only
     temperature = 0.0,         # of the captions; 0 = greedy
@@ -53,6 +55,19 @@ def from_prompt(uae, config):
     path = f'{config.out_dir}/prompt.png'
     save_image(x_hat[0].clamp(-1, 1), path)
     print(path)
+
+
+def from_both(uae, config):
+    """Changes every image of --image as config.prompt says, into out_dir/NAME.png."""
+    images = open_images(config.image, config.resolution)
+    _, _, lost = uae.encoder.tokens([config.prompt])
+    warn_of_losses('the prompt', lost, config)
+    for i, path in enumerate(picture_files(images.names, config.out_dir)):
+        x = read_image(images, i)
+        if x is not None:
+            x_hat = draw_edits(uae, x[None], [config.prompt], rows=[config.seed])
+            save_image(torch.cat([x, x_hat[0].cpu()], 2), path)
+            print(path)
 
 
 def already_captioned(path, run):
@@ -74,7 +89,7 @@ def already_captioned(path, run):
 def from_images(uae, config, run):
     """Captions every image of --image that is not in captions.jsonl yet, and draws the captions."""
     images = open_images(config.image, config.resolution, *config.data_keys)
-    if any(len(source) > 1 for source, _ in images.sources):
+    if any(len(image) > 1 for image, _, _ in images.places):
         raise SystemExit(f'--image={config.image}: captions.jsonl cannot name one inside a tar; '
                          'unpack it first')
     inside = os.path.realpath(config.out_dir).startswith(os.path.realpath(config.image) + os.sep)
@@ -83,7 +98,7 @@ def from_images(uae, config, run):
                          'its pictures would be captioned next time')
     os.makedirs(config.out_dir, exist_ok=True)
     path = f'{config.out_dir}/captions.jsonl'
-    files = [os.path.abspath(source[0]) for source, _ in images.sources]
+    files = [os.path.abspath(image[0]) for image, _, _ in images.places]
     done = already_captioned(path, run)
     todo = [i for i, file in enumerate(files) if file not in done]
     pictures = picture_files(images.names, config.out_dir)
@@ -155,18 +170,22 @@ def read_image(images, i):
 
 def main(argv):
     config = parse(keys, own_presets, argv, __file__)
-    if (config.image, config.prompt, config.export).count('') != 2:
-        raise SystemExit('give one of --image=FILE_OR_FOLDER, --prompt=TEXT and '
+    if bool(config.export) == bool(config.image or config.prompt):
+        raise SystemExit('give --image=FILE_OR_FOLDER, --prompt=TEXT or both, or '
                          '--export=NEW_FOLDER')
     if config.export and os.path.exists(config.export):
         if not os.path.isdir(config.export) or os.listdir(config.export):
             raise SystemExit(f'--export={config.export} is there already and not an empty folder')
     run = ranks.start(config)
-    if run.world > 1 and not config.image:
+    if run.world > 1 and (config.prompt or config.export):
         raise SystemExit('several ranks are for --image; --prompt and --export take one')
+    if config.image and config.prompt:
+        config.condition = editing_condition(config)
     # captions need no projector: photos can be captioned before any training
     uae = open_uae(config, run.device, new_projector=not config.draw)
-    if config.image:
+    if config.image and config.prompt:
+        from_both(uae, config)
+    elif config.image:
         from_images(uae, config, run)
     elif config.export:
         export(uae, config)

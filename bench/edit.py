@@ -54,7 +54,7 @@ def read_imgedit(config):
         source, prompt, kind = texts_of(row, where, 'id', 'prompt', 'edit_type')
         (question,) = texts_of(questions, f'{config.judge_prompt}: {kind}', kind)
         found.append(dict(
-            key=key, edit_type=kind, source=os.path.join(folder, source),
+            key=key, edit_type=kind, instruction=prompt, source=os.path.join(folder, source),
             result=f'{config.images}/{key}.png',
             question=question.replace('<edit_prompt>', prompt)))
     return found
@@ -90,14 +90,18 @@ BENCHES = dict(
     gedit=(read_gedit, gedit_scorer, gedit_summary, write_tables))
 
 
-def score_edits(config, run):
-    """config.bench imgedit or gedit: asks about every edit, writes results.jsonl and summary.json.
+def read_edits(config):
+    """config.bench imgedit or gedit -> its items."""
+    return BENCHES[config.bench][0](config)
+
+
+def score_edits(config, run, items):
+    """Asks about every edit of config.bench, writes results.jsonl and summary.json.
 
     -> the summary, None on other ranks. Beside them what the official scripts read: ImgEdit's
     result.json, GEdit's METHOD_GROUP_gpt_score.csv.
     """
-    read, open_scorer, summarise, write_official = BENCHES[config.bench]
-    items = read(config)
+    _, open_scorer, summarise, write_official = BENCHES[config.bench]
     files = [item[name] for item in items for name in ('source', 'result')]
     missing = [path for path in files if not os.path.exists(path)]
     if missing or not items:

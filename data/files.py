@@ -56,9 +56,10 @@ def hidden(name):
     return bool(dotted) or '@eaDir' in parts    # thumbnails on a Synology disk
 
 
-# An entry is (name, image, caption): image = the arguments of `read_bytes`, or of `read_cell` for
-# one in a parquet; caption = None, a str, or ('.txt' | '.json', the arguments of `read_bytes`):
-# left on the disk until its image is wanted, since the captions of a large set fill the memory.
+# An entry is (name, image, caption, source): image = the arguments of `read_bytes`, or of
+# `read_cell` for one in a parquet; caption = None, a str, or ('.txt' | '.json', the arguments of
+# `read_bytes`): left on the disk until its image is wanted, since the captions of a large set fill
+# the memory; source = None, or as image: what the image was edited from.
 
 def entries_of(files, kinds):
     """files: {name: arguments of `read_bytes`} -> an entry for each image.
@@ -76,5 +77,6 @@ def entries_of(files, kinds):
         if hidden(name) or suffix.lower() not in SUFFIXES:
             continue
         there = [(kind, captions[stem, kind]) for kind in kinds if (stem, kind) in captions]
-        entries.append((name, where, there[0] if there else None))
+        caption = there[0] if there else None
+        entries.append((name, where, caption, None))
     return entries

@@ -93,8 +93,16 @@ def eight_bits(image, tags):
     return Image.fromarray(grey.astype(np.uint8))
 
 
+def image_bytes(path, *place):
+    """Bytes of an image where an entry says that it is. Raises OSError, ValueError."""
+    if path.lower().endswith('.parquet'):
+        from data.sources import read_cell
+        return read_cell(path, *place)
+    return read_bytes(path, *place)
+
+
 # --- listing -------------------------------------------------------------------------------------
-# Entries are those of data/files.py. keys: the three of --data_keys. lost: a list that gets a line
+# Entries are those of data/files.py. keys: the four of --data_keys. lost: a list that gets a line
 # for each row or shard that is left out.
 
 def list_all(paths, keys, lost, entries=()):
@@ -135,6 +143,10 @@ def list_source(path, keys, lost):
         raise DataError(f'{path}: expected a folder, an image, or {" ".join(TABLES)} .tar')
     if not entries:
         raise DataError(f'{path}: no images in it ({" ".join(SUFFIXES)})')
+    if keys[3]:
+        entries = [entry for entry in entries if entry[3]]
+        if not entries:
+            raise DataError(f'{path}: only a table can name sources (the fourth of --data_keys)')
     return entries
 
 
@@ -168,7 +180,8 @@ def paths_of(source):
     return [path for path in paths if os.path.isdir(path) or path.lower().endswith(known)] or paths
 
 
-def open_images(data, resolution, image_key='image', caption_key='caption', image_root=''):
+def open_images(data, resolution, image_key='image', caption_key='caption', image_root='',
+                source_key=''):
     """data -> ImageSet of R = resolution. Images are opened when they are wanted, not here.
 
     data: a folder, an image, a table, a .tar, a glob of these, hf:owner/name, or several with
@@ -177,7 +190,7 @@ def open_images(data, resolution, image_key='image', caption_key='caption', imag
     sources = data.split(',')
     if os.path.exists(data):                        # a comma may be part of a name
         sources = [data]
-    keys = image_key, caption_key, image_root
+    keys = image_key, caption_key, image_root, source_key
     entries, lost = [], []
     for source in sources:
         entries += list_all(paths_of(source), keys, lost)
@@ -205,13 +218,13 @@ class ImageSet:
         self.resolution = resolution
         self.caption_key = caption_key
         self.need_caption = False
-        self.sources = [entry[1:] for entry in entries]
+        self.places = [entry[1:] for entry in entries]      # image, caption, source
         self.names = []
         self.skipped = {}
         self.left_out = 0
         self.cache = {}
         copies, taken = {}, set()
-        for name, _, _ in entries:
+        for name, *_ in entries:
             # names become output files: '../x' must not climb, equal ones must not overwrite
             name = os.path.normpath('/' + name).lstrip('/')
             unique = name
@@ -227,7 +240,7 @@ class ImageSet:
 
     def keep(self, indices):
         """Leaves out all others."""
-        self.sources = [self.sources[i] for i in indices]
+        self.places = [self.places[i] for i in indices]
         self.names = [self.names[i] for i in indices]
         self.cache = {}
 
@@ -245,13 +258,13 @@ class ImageSet:
 
         The embedded world's scenes.jsonl lists its held-out scenes too.
         """
-        files = [os.path.abspath(image[0]) for image, _ in self.sources]
+        files = [os.path.abspath(image[0]) for image, _, _ in self.places]
         return self.move([i for i, file in enumerate(files) if '/held_out/' in file])
 
     def get(self, i):
-        """Image i -> x (3, R, R) float32 in [-1, 1], x = u8 / 127.5 - 1, and its caption or None.
+        """Image i -> x (3, R, R) float32 in [-1, 1], its caption or None, its source as x or None.
 
-        Raises ImageError, for a caption that cannot be read as well.
+        x = u8 / 127.5 - 1. Raises ImageError, also for a caption or source that cannot be read.
         """
         if i not in self.cache:
             pixels, caption = self.load(i)
@@ -259,19 +272,20 @@ class ImageSet:
                 self.cache[i] = pixels, caption
         else:
             pixels, caption = self.cache[i]
-        x = torch.from_numpy(pixels).permute(2, 0, 1).float().contiguous()
-        return x / 127.5 - 1, caption
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
+        source = x[1] if len(x) == 2 else None
+        return x[0], caption, source
 
     def load(self, i):
-        """Image i from its file -> (R, R, 3) uint8, and its caption or None. Raises ImageError."""
-        image, caption = self.sources[i]
+        """Image i from its file -> (1, R, R, 3) uint8, 2 with its source, and its caption or None.
+
+        Raises ImageError.
+        """
+        image, caption, source = self.places[i]
         try:
-            if image[0].lower().endswith('.parquet'):
-                from data.sources import read_cell
-                raw = read_cell(*image)
-            else:
-                raw = read_bytes(*image)
-            pixels = decode(raw, self.resolution)
+            pixels = [decode(image_bytes(*image), self.resolution)]
+            if source:
+                pixels.append(decode(image_bytes(*source), self.resolution))
             if isinstance(caption, tuple):
                 from data.sources import load_caption
                 caption = load_caption(*caption, self.caption_key)
@@ -279,10 +293,10 @@ class ImageSet:
             raise ImageError(str(error)) from None
         if self.need_caption and caption is None:
             raise ImageError('no caption')
-        return pixels, caption
+        return np.stack(pixels), caption
 
     def readable(self, start):
-        """Yields (i, x, caption) of every readable image once, from `start` on and round the end.
+        """Yields (i, x, caption, source) of every readable image once, from `start` on and round.
 
         Prints and records each unreadable one when it is first met. Raises DataError if nothing
         can be read.
@@ -293,12 +307,12 @@ class ImageSet:
             if name in self.skipped:
                 continue
             try:
-                x, caption = self.get(i)
+                found = self.get(i)
             except ImageError as error:
                 self.skipped[name] = str(error)
                 warn(f'skipped {name}: {error}')
                 continue
-            yield i, x, caption
+            yield i, *found
         if self.skipped.keys() >= set(self.names):
             raise DataError(f'none of the {len(self)} images can be read, see the warnings above')
 
@@ -306,11 +320,11 @@ class ImageSet:
         """This rank's share of the n images of step `step` -> a dict.
 
         x (n/world, 3, R, R) float32, captions (list), names (list), index (n/world,) int64, the
-        positions in the global batch. Position k = step * n + j of the endless order is image
-        permutation(seed, k // N)[k % N]: an epoch shows each image once, across step boundaries
-        too. An unreadable one is replaced by the next readable one in index order, which no rank
-        can see differently. more: 1, 2, ... are other images of the same step. Raises
-        AssertionError if world does not divide n, DataError.
+        positions in the global batch; source, as x, where data_keys names one. Position
+        k = step * n + j of the endless order is image permutation(seed, k // N)[k % N]: an epoch
+        shows each image once, across step boundaries too. An unreadable one is replaced by the next
+        readable one in index order, which no rank can see differently. more: 1, 2, ... are other
+        images of the same step. Raises AssertionError if world does not divide n, DataError.
         """
         assert n % world == 0, f'{n} images a step cannot be split evenly over {world} ranks'
         if world > len(self):
@@ -332,11 +346,13 @@ class ImageSet:
         return self.collate(picks, range(len(picks)))
 
     def collate(self, picks, index):
-        """[(image index, x (3, R, R), caption)] and positions in the batch -> dict as `batch`."""
-        return dict(x=torch.stack([x for _, x, _ in picks]),
-                    captions=[caption for _, _, caption in picks],
-                    names=[self.names[i] for i, _, _ in picks],
-                    index=torch.tensor(index))
+        """What `readable` yields, and positions in the batch -> dict as `batch`."""
+        i, x, captions, sources = zip(*picks)
+        images = dict(x=torch.stack(x), captions=list(captions),
+                      names=[self.names[k] for k in i], index=torch.tensor(index))
+        if sources[0] is not None:
+            images['source'] = torch.stack(sources)
+        return images
 
 
 def open_data(config, run, training=True):
@@ -395,7 +411,7 @@ def keep_captioned(images, config, run):
     where none is left.
     """
     whole = len(images)
-    images.keep([i for i, (_, caption) in enumerate(images.sources) if caption is not None])
+    images.keep([i for i, (_, caption, _) in enumerate(images.places) if caption is not None])
     images.need_caption = True
     gone = whole - len(images)
     if gone == whole:

@@ -3,7 +3,7 @@
 Also captions, wherever they come from. Imported where a run has any of these.
 
 A row of a table is (place, row): the place says where it stands in its file, the row is a dict, or
-what else stands there. keys: the three of --data_keys. lost: a list that gets a line for each row
+what else stands there. keys: the four of --data_keys. lost: a list that gets a line for each row
 or shard that is left out.
 """
 import csv
@@ -93,13 +93,16 @@ Cell = namedtuple('Cell', 'name row column')    # where an image is that lies in
 
 def list_table(path, keys, lost):
     """A manifest, CSV or parquet -> entries in the file's order. Raises DataError."""
-    image_key, caption_key, root = keys
+    image_key, caption_key, root, source_key = keys
     entries, errors = [], []
     try:
-        for place, row in rows_of(path, image_key, caption_key):
+        for place, row in rows_of(path, (image_key, source_key), caption_key):
             try:
                 name, where = image_of(row, image_key, path, root)
-                entries.append((name, where, caption_of(row, caption_key)))
+                source = None
+                if source_key:
+                    _, source = image_of(row, source_key, path, root, 'source')
+                entries.append((name, where, caption_of(row, caption_key), source))
             except ValueError as error:
                 errors.append(f'{path} {place}: {error}')
     except ImportError:
@@ -112,34 +115,36 @@ def list_table(path, keys, lost):
     if errors:
         warn(f'left out rows that cannot be used: {len(errors)}, the first {errors[0]}', once=True)
     lost += errors
-    start = [where[0] for _, where, _ in entries[:100]]
+    start = [where[0] for _, where, _, _ in entries[:100]]
     if start and not any(os.path.exists(name_bytes(file)) for file in start):
         raise DataError(f'{path}: its images are not there, for example {start[0]}; is the folder '
                         'of --data_keys right? (img2dataset fetches links)')
     return entries
 
 
-def rows_of(path, image_key, caption_key):
+def rows_of(path, image_keys, caption_key):
     """Rows of a table by its suffix."""
     kind = os.path.splitext(path)[1].lower()
     if kind == '.parquet':
         read_bytes(path, 0, 512)                # a pointer is refused by its name
-        return parquet_rows(path, image_key, caption_key)
+        return parquet_rows(path, image_keys, caption_key)
     text = text_of(read_bytes(path))
     if kind in ('.csv', '.tsv'):
         return csv_rows(path, text, '\t' if kind == '.tsv' else ',')
     return json_rows(path, text)
 
 
-def image_of(row, key, path, root):
+def image_of(row, key, path, root, which='image'):
     """A row of the table `path` -> the name and the place of its image. Raises ValueError.
 
     Paths are relative to the table's folder, or to `root`; with this a leading '/' is dropped.
     """
-    lacking = f'no path at {key!r} (the image of --data_keys); '
+    lacking = f'no path at {key!r} (the {which} of --data_keys); '
     if not isinstance(row, dict):
         raise ValueError(f'{lacking}it is no object but {row!r:.40}')
     image = row.get(key)
+    if isinstance(image, list) and len(image) == 1:         # where an edit may have many sources
+        [image] = image
     if isinstance(image, Cell):
         return f'{os.path.basename(path)}/{image.name}', (path, image.row, image.column)
     if not image or not isinstance(image, str):
@@ -195,8 +200,8 @@ def open_parquet(path):
     return pyarrow.parquet.ParquetFile(path)
 
 
-def parquet_rows(path, image_key, caption_key):
-    """Rows with their image and caption filled in.
+def parquet_rows(path, image_keys, caption_key):
+    """Rows with their images and caption filled in.
 
     The bytes of images stay where they are: where the column holds these, or {bytes, path} as the
     hub writes images, the row has a `Cell`.
@@ -204,28 +209,28 @@ def parquet_rows(path, image_key, caption_key):
     schema = open_parquet(path).schema_arrow
     empty = dict.fromkeys(schema.names)
     columns = [caption_key] if caption_key in empty else []
-    inside = None
-    if image_key in empty:
-        kind = str(schema.field(image_key).type)
+    inside = {}
+    for key in empty.keys() & set(image_keys):
+        kind = str(schema.field(key).type)
         if kind in ('binary', 'large_binary'):
-            inside = image_key
+            inside[key] = key
         elif kind.startswith('struct<') and 'bytes: ' in kind:
-            inside = f'{image_key}.bytes'
-            columns.append(f'{image_key}.path')
+            inside[key] = f'{key}.bytes'
+            columns.append(f'{key}.path')
         elif 'binary' not in kind:              # a list of images, say: not into the memory
-            columns.append(image_key)
+            columns.append(key)
     number = 0
     for batch in open_parquet(path).iter_batches(columns=columns):
         for found in batch.to_pylist():
             row = dict(empty, **found)
-            if inside:
-                name = (row[image_key] or {}).get('path') or f'{number:06d}'
-                row[image_key] = Cell(name, number, inside)
+            for key, column in inside.items():
+                name = (row[key] or {}).get('path') or f'{number:06d}'
+                row[key] = Cell(name, number, column)
             yield f'row {number}', row
             number += 1
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def row_group(path, group, column):
     """One column of some rows, the least that can be read of a parquet."""
     return open_parquet(path).read_row_group(group, columns=[column]).column(0)
@@ -278,7 +283,7 @@ def list_tar(path, keys, lost):
     entries = entries_of(without_parts(members), kinds)
     check_captions(entries[:100], keys[1], path)
     shard = os.path.basename(path)
-    return [(f'{shard}/{name}', where, caption) for name, where, caption in entries]
+    return [(f'{shard}/{name}', *place) for name, *place in entries]
 
 
 def without_parts(members):
@@ -297,7 +302,7 @@ def without_parts(members):
 def check_captions(entries, key, path):
     """Raises DataError if no caption can be read: a key that is nowhere is no matter of one row."""
     errors = []
-    for name, _, caption in entries:
+    for name, _, caption, _ in entries:
         try:
             if caption:
                 load_caption(*caption, key)

@@ -140,9 +140,24 @@ def find_release(start):
     """The folder of the authors' release under a start 'uae:DIR', or under a checkpoint, or ''."""
     if start.startswith('uae:'):
         return os.path.abspath(start.removeprefix('uae:'))
+    return meta_of(start).get('release', '')
+
+
+def meta_of(start):
+    """A checkpoint's meta.json, {} for what has none: the shipped base, a release."""
     if os.path.exists(f'{start}/meta.json'):
-        return read_meta(start).get('release', '')
-    return ''
+        return read_meta(start)
+    return {}
+
+
+def editing_condition(config):
+    """The `condition` by which a checkpoint sees source images; SystemExit where it sees none."""
+    start = newest(config.init_from) or config.init_from
+    condition = meta_of(start).get('edits')
+    if not condition:
+        raise SystemExit(f'{start or "the shipped base"} cannot edit: stage 0 trained it without '
+                         'source images (the fourth of --data_keys)')
+    return condition
 
 
 # --- a model from one ----------------------------------------------------------------------------
@@ -169,6 +184,7 @@ def open_uae(config, device='cpu', new_projector=False):
         lora.read(decoder.transformer, f'{start}/{lora.FILES["decoder"]}')
     uae = UAE(config, encoder, projector, decoder)
     uae.release = release
+    uae.edits = meta_of(start).get('edits', '')
     uae.source = source
     check_sizes(uae)
     load_text_encoder(encoder, f'{start}/{TEXT_ENCODER}')
@@ -356,7 +372,7 @@ def save(config, run, step, uae, optimiser, extra=None, keep=2):
         half = folder + '.tmp'
         shutil.rmtree(half, ignore_errors=True)
         state = dict(optimizer=optimiser.adamw.state_dict(), step=step, extra=extra or {})
-        meta = dict(step=step, release=uae.release,
+        meta = dict(step=step, release=uae.release, edits=uae.edits,
                     text_encoder=uae.encoder.text_encoder is not None, config=vars(config))
         with writing(half):
             save_models(uae, half)

@@ -57,12 +57,20 @@ def draw_captions(uae, y, mask, rows, vision=None, seed=()):
     return uae.draw(z, c, uae.config.eval_denoise_steps).clamp(-1, 1)
 
 
+@torch.no_grad()
+def draw_edits(uae, source, instructions, rows, seed=()):
+    """Source images (n, 3, R, R) -> images of which the instructions hold, (n, 3, R, R)."""
+    y, mask, _ = uae.encoder.tokens(instructions)
+    return draw_captions(uae, y, mask, rows, uae.encoder.see(source.to(uae.device)), seed)
+
+
 class Evaluator:
     """Scores a UAE on fixed held-out images; every rank takes a share of them.
 
-    held: the images, from data.images.open_data. towers: of 'reward' and 'judge' those that are
-    loaded already, for example {'reward': tower}; the others are loaded here. log: a run's Log,
-    which publishes what `every` finds. temperature: of the captions, 0 = greedy.
+    held: the images, from data.images.open_data; where they have sources, their captions are
+    instructions and what is scored are edits. towers: of 'reward' and 'judge' those that are loaded
+    already, for example {'reward': tower}; the others are loaded here. log: a run's Log, which
+    publishes what `every` finds. temperature: of the captions, 0 = greedy.
     """
 
     def __init__(self, uae, held, config, run, towers=None, log=None, temperature=0.0):
@@ -87,7 +95,13 @@ class Evaluator:
         Those of the first watch.WATCHED images have `pictures`, source and reconstruction.
         """
         x = self.held['x'][rows].to(self.uae.device)
-        texts, lengths, x_hat = reconstruct(self.uae, x, rows, self.temperature)
+        if 'source' in self.held:
+            texts = [self.held['captions'][row] or '' for row in rows]
+            x_hat = draw_edits(self.uae, self.held['source'][rows], texts, rows)
+            _, mask, _ = self.uae.encoder.tokens(texts)
+            lengths = mask.sum(1)
+        else:
+            texts, lengths, x_hat = reconstruct(self.uae, x, rows, self.temperature)
         measured = dict(caption_len=lengths, mse=(x - x_hat).square().flatten(1).mean(1))
         for name, tower in self.towers.items():
             measured[name] = clip_reward(x, x_hat, tower, texts)

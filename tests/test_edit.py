@@ -166,6 +166,10 @@ def keys(server, folder, **more):
         folder=str(folder), sources='', seed=0, **more)
 
 
+def scored(c):
+    return edit.score_edits(c, RUN, edit.read_edits(c))
+
+
 def write(path, text):
     path.write_text(text, encoding='utf-8')
     return str(path)
@@ -214,7 +218,7 @@ def test_imgedit_against_a_moody_judge(tmp_path, judge, whole):
              prompts=write(tmp_path / 'items.json', json.dumps(items)),
              judge_prompt=write(tmp_path / 'prompts.json', json.dumps(questions)))
     c.sources = folder
-    s = edit.score_edits(c, RUN)
+    s = scored(c)
     by_type, everything, failed = {kind: [] for kind in types_}, [], 0
     for item in items.values():
         scores = moody.expected(f'{item["edit_type"]}? {item["prompt"]} ({{}})')
@@ -240,7 +244,7 @@ def test_imgedit_against_a_moody_judge(tmp_path, judge, whole):
     source, result = images_of(body)
     assert result.size == (24, 24) and (source.format, result.format) == ('JPEG', 'PNG')
     before = sum(moody.asked.values())
-    assert edit.score_edits(c, RUN)['columns'].pop('overall') == overall
+    assert scored(c)['columns'].pop('overall') == overall
     again = sum(moody.asked.values()) - before
     assert again == 2 * len({r['key'] for r in records if r['score'] is None}), 'failures only'
 
@@ -295,7 +299,7 @@ def test_gedit_against_a_moody_judge(tmp_path, judge, form):
         name = 'prompts.json'
     c = keys(server, tmp_path / 'out', bench='gedit', prompts=prompts, images=f'{tmp_path}/ours',
              judge_prompt=write(tmp_path / name, text))
-    s = edit.score_edits(c, RUN)
+    s = scored(c)
     records = lines(f'{tmp_path}/out/results.jsonl')
     assert len(records) == 200
     scores = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -341,7 +345,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path, judge, bench, prompts, qu
     c = keys(judge(None), tmp_path / 'out', bench=bench, images=str(tmp_path),
              prompts=write(tmp_path / 'items.json', prompts),
              judge_prompt=write(tmp_path / 'questions.json', questions))
-    message = refusal(edit.score_edits, c, RUN)
+    message = refusal(scored, c)
     assert word in message and str(tmp_path) in message
 
 
@@ -356,7 +360,7 @@ def test_rows_of_gedit_that_cannot_be_used_are_named(tmp_path, judge, change, wo
     for name, text in (('p.py', VIE), ('q.py', 'x = ('), ('r.py', 'x = 1')):
         c = keys(judge(None), tmp_path / 'out', bench='gedit', images=f'{tmp_path}/ours',
                  prompts=path, judge_prompt=write(tmp_path / name, text))
-        message = refusal(edit.score_edits, c, RUN)
+        message = refusal(scored, c)
         assert (f'{path}:3' in message and word in message) if name == 'p.py' else name in message
 
 
@@ -366,6 +370,6 @@ def test_a_damaged_result_leaves_no_score(tmp_path, judge):
         write(tmp_path / f'{n}.png', 'not an image')
     c = keys(judge(None), tmp_path / 'out', bench='imgedit', images=str(tmp_path), prompts=prompts,
              judge_prompt=write(tmp_path / 'p.json', '{"add": "?", "style": "?", "extract": "?"}'))
-    message = refusal(edit.score_edits, c, RUN)
+    message = refusal(scored, c)
     assert '60 of 60' in message and '0.png: cannot be read' in message
     assert not os.path.exists(f'{tmp_path}/out/summary.json')

@@ -99,7 +99,7 @@ def numbered(folder, n):
 # --- what was read --------------------------------------------------------------------------------
 def image_of(s, i):
     """Image i of a set -> (R, R, 3) uint8"""
-    x, _ = s.get(i)
+    x, *_ = s.get(i)
     return ((x + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
@@ -228,7 +228,7 @@ def test_names_of_any_bytes(tmp_path, capsys):
 def test_exact_size_is_not_resampled(tmp_path):
     pixels = noise()
     save(tmp_path / 'x.png', pixels)
-    x, _ = open_images(str(tmp_path), R).get(0)
+    x, *_ = open_images(str(tmp_path), R).get(0)
     assert x.dtype == torch.float32
     assert x.shape == (3, R, R)
     assert x.is_contiguous()
@@ -505,11 +505,11 @@ def test_small_sets_are_decoded_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(images, 'decode', spy)
     s = open_images(str(tmp_path), R)
-    x, _ = s.get(0)
+    x, *_ = s.get(0)
     first = x.clone()
-    x, _ = s.get(0)
+    x, *_ = s.get(0)
     x.zero_()                                    # what a caller does to his x stays with him
-    x, _ = s.get(0)
+    x, *_ = s.get(0)
     assert torch.equal(x, first)
     assert len(calls) == 1
     monkeypatch.setattr(images, 'CACHE_BYTES', 3 * R * R * 3 - 1)
@@ -901,7 +901,7 @@ def test_nothing_below_held_out_is_trained_on(tmp_path, capsys):
     for data in (root / 'scenes.jsonl', root, f'{root}/[th]*', listed):
         train, held = opened(data, data_keys=('file', 'caption', ''))
         assert len(train) == 6
-        assert all('/train/' in os.path.abspath(image[0]) for image, _ in train.sources)
+        assert all('/train/' in os.path.abspath(image[0]) for image, _, _ in train.places)
         assert len(held['names']) == 2
         assert '3 images of ' in capsys.readouterr().out
         train, _ = opened(data, data_keys=('file', 'caption', ''), held_out=f'{own}/*.png')
@@ -959,6 +959,9 @@ IN_LISTS = [
      dict(instruction='echo #', output_image=f'/{ECHO}/images/0000#.jpg')),
     ('sharegpt-4o/text_to_image.json', 'sharegpt-4o/text_to_image/image_#.png',
      dict(input_prompt='share #', output_image='text_to_image/image_#.png')),
+    ('sharegpt-4o/text_and_image_to_image.json', 'sharegpt-4o/edited/image_#.png',
+     dict(input_prompt='share #', input_image=['text_to_image/image_#.png'],
+          output_image='edited/image_#.png')),
     ('docci/docci_descriptions.jsonlines', 'docci/images/train_0000#.jpg',
      dict(split='train', image_file='train_0000#.jpg', description='docci #')),
     ('llava/blip_laion_cc_sbu_558k.json', 'llava/images/0000#/#.jpg',
@@ -1005,7 +1008,8 @@ def test_every_command_of_the_readme_finds_its_set(tmp_path):
     lay_out(sets)
     found = {}
     for script_name, *arguments in commands_of(text, sets):
-        keys = config.parse({}, {}, arguments, script_name)
+        own = pretrain_decoder.keys if script_name == 'pretrain_decoder.py' else {}
+        keys = config.parse(own, {}, arguments, script_name)
         s = open_images(keys.data, R, *keys.data_keys)
         [name] = [name for name, folder in SETS.items() if f'{sets}/{folder}' in keys.data]
         found[name] = captions_of(s)

@@ -14,7 +14,7 @@ FILES = sorted(path.name for path in Path(ROOT).glob('*.py') if path.name not in
 # what no symbol of the paper stands for: the loop, batches, tokens <-> strings, precision,
 # devices, disk
 PLUMBING = {
-    'main', 'open_captioned', 'backbone', 'Encoder', 'Decoder', 'UAE.pad',
+    'main', 'open_captioned', 'check_edits', 'backbone', 'Encoder', 'Decoder', 'UAE.pad',
     'UAE.device', 'UAE.forward', 'UAE.recompute_activations', 'Encoder.texts', 'Encoder.tokens',
     'Encoder.autocast', 'Decoder.autocast', 'Decoder.latent_shape', 'Decoder.compile_blocks',
 }
