@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: setup demo test test-versions test-oldest test-newest base edit bench bench-gpu rounds
+.PHONY: setup demo test test-versions test-oldest test-newest base reca edit bench bench-gpu rounds
 # one at a time: two suites would wait for each other's cores
 .NOTPARALLEL:
 setup: .venv/.done
@@ -35,6 +35,10 @@ test-oldest test-newest: test-%:
 
 base: setup
 	$(PY) data/shapes/pretrain.py
+
+# what reconstruction alignment gains, from a base whose images are words
+reca: setup
+	$(PY) data/shapes/shared.py $(ARGS)
 
 edit: setup
 	$(PY) data/shapes/edits.py $(ARGS)

@@ -388,15 +388,29 @@ class Encoder(nn.Module):
         is cut.
         """
         token_ids, attend = self.text_ids(y, mask, width)
-        language_model = self.text_encoder or self.language_model
-
-        def states(token_ids, attend):
-            embedded = language_model.get_input_embeddings()(token_ids)
-            return language_model(inputs_embeds=embedded, attention_mask=attend,
-                                  use_cache=False).last_hidden_state
-
         with self.autocast():
-            return by_rows(states, self.config.micro_batch, token_ids, attend)
+            return by_rows(self.read, self.config.micro_batch, token_ids, attend)
+
+    def image_as_text(self, vision):
+        """h_v: an image in a caption's place; all else, template and padding, is as for a text.
+
+        vision: of P images, of N tokens each -> (P, cond_len, d).
+        """
+        features = vision['features']
+        y = torch.full(features.shape[:2], self.image_token, device=self.device)
+        token_ids, attend = self.text_ids(y, torch.ones_like(y))
+        with self.autocast():
+            return by_rows(self.read, self.config.micro_batch, token_ids, attend, features)
+
+    def read(self, token_ids, attend, features=None):
+        """Last-layer states of a text; features (n, N, d) take the place of its image tokens."""
+        language_model = self.text_encoder or self.language_model
+        embedded = language_model.get_input_embeddings()(token_ids)
+        if features is not None:
+            at_image = (token_ids == self.image_token)[..., None]
+            embedded = embedded.masked_scatter(at_image, features.to(embedded.dtype))
+        return language_model(inputs_embeds=embedded, attention_mask=attend,
+                              use_cache=False).last_hidden_state
 
     def text_ids(self, y, mask, width=0):
         """Captions in the template of a text to be drawn: ids and attention (B, cond_len)."""

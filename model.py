@@ -56,7 +56,7 @@ class UAE(nn.Module):
 
         text         the caption re-encoded alone (default)
         answer       projected states at the caption's positions after the image: the paper's h_T
-        image        projected states at the image's positions: reconstruction alignment
+        image        projected states at the image's positions
         text+image   both, concatenated: c = {c_text, c_img} of the paper's stage 3
         `vision`, P images of B = P*G captions, is needed by all but `text`. Differentiable.
         Returns (B, cond_len, D), twice as long for text+image.

@@ -6,25 +6,28 @@ what the encoder saw of it.
     torchrun --nproc_per_node=8 reca.py --preset=paper --data=/data/photos \
         --init_from=out/pretrain_decoder
 
-    h_v = last-layer states at the image's positions of (template, image)      c_v = g(h_v)
+    h_v = h_T(image), the image's tokens in a caption's place      c_v = g(h_v)
     c_y = g(h_T(y)),  y = greedy caption of x          z_s = (1 - s) z_0 + s eps
     F(c, u) = mean | v_theta(z_s, s, c) - u |^2
     L = F(c_v, eps - z_0) + lambda_t2i F(c_y, u),      u = eps - z_0 or the initial velocity
 
 The first term needs no caption: the image is its own, dense prompt. The encoder is frozen
 (understanding and generation share no weights, so lambda_i2t = 0), projector and decoder are
-trained. The template stands before the image, since in a causal language model words after it
-change nothing at the image's positions. Afterwards the condition is text again, which the second
-term keeps alive. In the embedded world RecA gains nothing: docs/results.md has the runs.
+trained. Afterwards the condition is text again: what is learnt from images reaches it as far as
+the language model's states of images and of words are alike: data/shapes/shared.py measures that
+in the embedded world, docs/results.md has the law. Where nothing is alike, as in the shipped base,
+captions lose what images gain.
 
     paper                       here                         why
-    lambda_t2i = 0              1, tiny 5                    its models draw from a sequence that
-                                                             holds the text; this decoder forgets
-                                                             how to read a caption
+    360 templates in front of   the text's own template,     only the caption's place then differs
+    the image                   the image in the caption's   between training and drawing
+                                place
+    lambda_t2i = 0              1, tiny 5; 0 in `make reca`  where images and words share little
+                                                             this decoder forgets how to read a
+                                                             caption; where they share all it gains
     t2i target eps - z_0        tiny: the initial velocity   a terse caption does not say what the
                                 (`t2i_target`)               image is: the decoder would learn to
                                                              invent the rest
-    360 templates               a handful, key `templates`   the tiny tokenizer knows 33 words
     image at 224 pixels         224, tiny: full              the tiny image has 32 pixels already
     condition dropout by        10 % to the negative prompt  classifier-free guidance needs the
     family                                                   unconditional branch
@@ -41,19 +44,6 @@ from lib.log import Log, Stats, caption_fields, count_skipped
 from lib.optimiser import Optimiser
 from lib.scores import Evaluator
 
-PHOTO_TEMPLATES = (
-    'Describe the picture.|Say what is shown here, thing by thing.|'
-    'Give a complete account of this image.|Which objects are there, how many, and where?|'
-    'Put the scene into words: subjects, layout, background.|'
-    'Name the colours, materials and textures that you see.|'
-    'Explain the picture to somebody who cannot see it.|'
-    'List everything that would be needed to paint this again.|'
-    'Transcribe any text, then describe the rest.|Summary of the image:|What is this?|'
-    'Foreground first, then background, light and style.')
-TINY_TEMPLATES = (
-    'describe the image|the image|describe the image .|describe the background , the image|'
-    'image , background .')
-
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
     steps = 128,               # updates
@@ -63,9 +53,6 @@ keys = dict(
     lr_decay = 1.0,            # cosine to 0 after lr_decay * steps updates; 0 = constant
     lambda_t2i = 5.0,          # weight of the loss on the encoder's own greedy caption; 0 = none
     t2i_target = 'start',      # of that loss: image (eps - z_0) | start (the initial velocity)
-    states = 'image',          # that condition the decoder: image | image+template (all up to it)
-    template = True,           # a request in front of the image; False = the image alone
-    templates = TINY_TEMPLATES,  # one of these at random, '|' between them
     see_resolution = 0,        # pixels of the image that the encoder sees here; 0 = resolution
     sigma_mean = 1.0,          # s = sigmoid(sigma_mean + sigma_std N(0,1)); SD3 has 0 and 1
     sigma_std = 1.2,
@@ -73,41 +60,12 @@ keys = dict(
 )
 own_presets = dict(
     medium=dict(steps=1000, batch=32, lr=4e-5, warmup=10, lambda_t2i=1.0, t2i_target='image',
-                sigma_mean=0.0, sigma_std=1.0, see_resolution=224, templates=PHOTO_TEMPLATES),
+                sigma_mean=0.0, sigma_std=1.0, see_resolution=224),
     paper=dict(steps=1000, batch=96, lr=4e-5, warmup=10, lambda_t2i=1.0, t2i_target='image',
-               sigma_mean=0.0, sigma_std=1.0, see_resolution=224, templates=PHOTO_TEMPLATES))
+               sigma_mean=0.0, sigma_std=1.0, see_resolution=224))
 limits = dict(
-    batch=(1, 1e6), t2i_target=('image', 'start'), states=('image', 'image+template'),
-    sigma_mean=(-100, 100), drop=(0, 0.999))
+    batch=(1, 1e6), t2i_target=('image', 'start'), sigma_mean=(-100, 100), drop=(0, 0.999))
 # -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def image_states(encoder, vision, before, states='image'):
-    """h_v: last-layer states of the frozen encoder, each image read after its own template.
-
-    vision: of P images. before: P lists of token ids. Returns (P, N, d), the image's positions, or
-    with 'image+template' (P, L, d), zero past an image's end. Rows are padded on the right, where
-    causality makes it harmless.
-    """
-    features = vision['features']
-    P, N = features.shape[:2]
-    ends = torch.tensor([len(ids) + N for ids in before])
-    ids = torch.full((P, ends.max().item()), encoder.tokenizer.pad_token_id)
-    for row, template in zip(ids, before):
-        row[:len(template)] = torch.tensor(template)
-        row[len(template):len(template) + N] = encoder.image_token
-    ids = ids.to(encoder.device)
-    at_image = ids == encoder.image_token
-    with encoder.autocast():
-        embedded = encoder.embed(ids)
-        features = features.to(embedded.dtype)
-        embedded = embedded.masked_scatter(at_image[..., None], features)
-        hidden = encoder.run(embedded, encoder.positions(ids, vision))
-    if states == 'image':
-        return hidden[at_image].view(P, N, -1)
-    inside = torch.arange(ids.shape[1]) < ends[:, None]
-    return hidden * inside[..., None].to(encoder.device)
 
 
 def see_small(encoder, x, config):
@@ -129,15 +87,14 @@ def text_velocity(uae, z, s, caption, drop):
 def both_losses(uae, z0, eps, s, drop, states, caption, start, config):
     """L, mean over images, and both its terms, detached.
 
-    z0, eps (P, C, H, W), s (P,), drop (P,) bool, states (P, L, d). caption: y, mask, vision, or
-    None. start: the model whose velocity is the captions' target, or None. Dropped conditions
-    train the decoder alone.
+    z0, eps (P, C, H, W), s (P,), drop (P,) bool, states (P, cond_len, d). caption: y, mask,
+    vision, or None. start: the model whose velocity is the captions' target, or None. Dropped
+    conditions train the decoder alone.
     """
     noise = s.view(-1, 1, 1, 1)
     z = (1 - noise) * z0 + noise * eps
     target = eps - z0
-    c_v = uae.project(uae.pad(states))
-    c_v = torch.where(drop.view(-1, 1, 1), uae.negative()[:, :config.cond_len], c_v)
+    c_v = torch.where(drop.view(-1, 1, 1), uae.negative(), uae.project(states))
     f_v = (uae.decoder.velocity(z, s, c_v) - target).square().mean()
     f_y = torch.zeros((), device=z.device)
     if caption:
@@ -149,33 +106,19 @@ def both_losses(uae, z0, eps, s, drop, states, caption, start, config):
 
 
 @torch.no_grad()
-def noised(uae, images, step, templates, config):
+def noised(uae, images, step, config):
     """Images of a rank's batch -> the arguments z0, eps, s, drop, states of `both_losses`.
 
-    All randomness is addressed by (seed, step, image). templates: lists of token ids.
+    All randomness is addressed by (seed, step, image).
     """
     x, index = images['x'].to(uae.device), images['index']
-    choice = ranks.uniform((), index, config.seed, 'template', step) * len(templates)
-    before = [templates[i] for i in choice.long().tolist()]
     sigma = ranks.normal((), index, config.seed, 'sigma', step)
     eps = ranks.normal(uae.decoder.latent_shape(), index, config.seed, 'eps', step)
     drop = ranks.uniform((), index, config.seed, 'drop', step) < config.drop
     s = torch.sigmoid(config.sigma_mean + config.sigma_std * sigma)
-    vision = see_small(uae.encoder, x, config)
+    states = uae.encoder.image_as_text(see_small(uae.encoder, x, config))
     return dict(z0=uae.decoder.to_latent(x), eps=eps.to(uae.device), s=s.to(uae.device),
-                drop=drop.to(uae.device),
-                states=image_states(uae.encoder, vision, before, config.states))
-
-
-def read_templates(encoder, config):
-    """The keys `template`, `templates` -> lists of token ids, up to an image's first position."""
-    texts = ['']
-    if config.template:
-        texts = [text.strip() for text in config.templates.split('|') if text.strip()]
-    if not texts:
-        raise SystemExit("--templates is empty: give some with '|' between them, or "
-                         '--template=False')
-    return [encoder.around_image(text, answer=False)[0] for text in texts]
+                drop=drop.to(uae.device), states=states)
 
 
 def main(argv):
@@ -188,13 +131,11 @@ def main(argv):
     start_step = checkpoint.open_out_dir(config, run)
     train, held_out = open_data(config, run)
     uae = checkpoint.open_uae(config, run.device)
-    templates = read_templates(uae.encoder, config)
-    example = see_small(uae.encoder, held_out['x'][:1].to(run.device), config)
-    longest = max(templates, key=len)
-    room = image_states(uae.encoder, example, [longest], config.states).shape[1]
-    if room > config.cond_len:
-        raise SystemExit(f'the states of template and image are {room}, cond_len is '
-                         f'{config.cond_len}: lower --see_resolution, or shorten --templates')
+    seen = see_small(uae.encoder, held_out['x'][:1].to(run.device), config)
+    room, needed = uae.encoder.text_room, seen['features'].shape[1]
+    if needed > room:
+        raise SystemExit(f'an image has {needed} tokens, a caption room for {room}: lower '
+                         '--see_resolution or raise --cond_len')
     params = uae.train_only('projector', 'decoder')
     start = None
     if config.lambda_t2i and config.t2i_target == 'start':
@@ -208,10 +149,10 @@ def main(argv):
     for step in log.progress(start_step):
         evaluate.every(step)
         images = train.batch(config.seed, step, config.batch, run.rank, run.world)
-        flow = noised(uae, images, step, templates, config)
-        vision = uae.encoder.see(images['x'].to(run.device))
+        flow = noised(uae, images, step, config)
         y = mask = torch.zeros(0, config.caption_len)
         if config.lambda_t2i:
+            vision = uae.encoder.see(images['x'].to(run.device))
             y, mask, _ = uae.encoder.sample(vision, temperature=0.0)
 
         stats = Stats()

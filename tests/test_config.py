@@ -29,7 +29,7 @@ def find_scripts():
 
 
 SCRIPTS = find_scripts()
-TOOLS = ['data.shapes.pretrain']                 # has keys and limits as well
+TOOLS = ['data.shapes.pretrain', 'data.shapes.shared']      # have keys and limits as well
 EVERY_SCRIPT = pytest.mark.parametrize('name', SCRIPTS)
 
 

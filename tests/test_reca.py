@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-import config
 import reca
 from comparing import BASE, without_step
 from conftest import P, at
@@ -25,121 +24,46 @@ def model(uae):
     return at(uae, **KEYS)
 
 
-@pytest.fixture(scope='module')
-def before(model):
-    """Tokens in front of the image of a short and of a long template."""
-    short = model.encoder.around_image('the image', answer=False)[0]
-    long = model.encoder.around_image('describe the background , the image', answer=False)[0]
-    return short, long
-
-
-def image_condition(model, states):
-    """c of the image's states, as the stage makes it."""
-    return model.projector(model.pad(states))
-
-
-# --- the states at the image's positions ----------------------------------------------------------
-def test_words_after_the_image_change_nothing_and_words_before_it_do(
-        model, vision, before, monkeypatch):
-    """Behind a short template's image stands what fills its row up to the longest one's: any
-    words, and not a bit moves."""
-    short, long = before
-    templates = [short, long, long, long]
-    states = reca.image_states(model.encoder, vision, templates)
-
-    word = model.encoder.tokenizer.convert_tokens_to_ids('random')
-    ids = []
-    def keep(_, inputs):
-        ids.append(inputs[0].clone())
-
-    hook = model.encoder.embed.register_forward_pre_hook(keep)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(model.encoder.tokenizer), 'pad_token_id', word, raising=False)
-        again = reca.image_states(model.encoder, vision, templates)
-    hook.remove()
-    filled = (ids[0][0, len(short) + N:] == word).sum()
-    assert filled == len(long) - len(short) > 0
-    assert torch.equal(states[0], again[0])
-
-    other = reca.image_states(model.encoder, vision, [long] * P)
-    assert torch.equal(states[1:], other[1:])
-    assert (states[0] - other[0]).abs().mean() > 1e-2, 'another template before it'
-
-    two_swapped = {name: t[[1, 0, 2, 3]] for name, t in vision.items()}
-    swapped = reca.image_states(model.encoder, two_swapped, [long] * P)
-    assert (swapped[0] - other[0]).abs().mean() > 1e-2, 'another image'
-    assert torch.equal(swapped[2:], other[2:])
-
-
-def test_states_are_those_of_the_image_wiring(model, vision, sampled, before):
-    """With the caption prompt as template: the condition that model.condition calls `image`, alone
-    or beside longer templates."""
-    y, mask, _ = sampled
-    _, long = before
-    own = model.encoder.around_image(model.config.caption_prompt, answer=False)[0]
-    assert own == model.encoder.before_image
+# --- an image in a caption's place ---------------------------------------------------------------
+def test_an_image_of_words_is_read_as_these_words(model, vision):
+    """Template, positions and padding are a text's: with words for features not a bit differs."""
+    texts = ['small red circle top-left , large blue square bottom-right , gray background , '
+             'small red cross', ' '.join(['red'] * N)] * 2
+    y, mask, _ = model.encoder.tokens(texts, N)
+    assert model.encoder.words(y, mask).all()
     with torch.no_grad():
-        want = at(model, condition='image').condition(y[::4], mask[::4], vision)
-        for templates in ([own] * P, [own, long, own, own]):
-            c_v = image_condition(model, reca.image_states(model.encoder, vision, templates))
-            rows = [0, 2, 3]
-            torch.testing.assert_close(c_v[rows], want[rows], atol=2e-5, rtol=1e-4)
+        told = model.encoder.text_states(y, mask)
+        seen = model.encoder.image_as_text(dict(vision, features=model.encoder.embed(y)))
+        assert seen.shape[1] == model.config.cond_len
+        assert torch.equal(seen, told)
+        images = model.encoder.image_as_text(vision)
+    assert (images - told).abs().mean() > 1e-2
+    assert (images[0] - images[1]).abs().mean() > 1e-2, 'another image'
+    start = len(model.encoder.before_text)
+    assert torch.equal(images[:, :start], told[:, :start]), 'the template has not read it yet'
 
 
-def test_states_of_template_and_image(model, vision, before):
-    short, long = before
-    templates = [short, long] * 2
-    image = reca.image_states(model.encoder, vision, templates, 'image')
-    both = reca.image_states(model.encoder, vision, templates, 'image+template')
-    end = len(short) + N
-    assert both.shape[1] == len(long) + N <= model.config.cond_len
-    assert torch.equal(both[0, len(short):end], image[0])
-    assert torch.equal(both[1, len(long):], image[1])
-    assert not both[0, end:].any()
-    assert both[0, :len(short)].abs().min(1).values.max() > 0
+def test_images_are_read_in_micro_batches_and_by_the_text_encoder(model, vision):
+    with torch.no_grad():
+        whole = model.encoder.image_as_text(vision)
+        parts = at(model, micro_batch=1).encoder.image_as_text(vision)
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+        own = at(model).encoder
+        own.text_encoder = copy.deepcopy(own.language_model)
+        own.text_encoder.norm.weight.mul_(2)
+        torch.testing.assert_close(own.image_as_text(vision), 2 * whole)
 
 
-def test_a_smaller_image_has_fewer_states(model, x, before):
+def test_a_smaller_image_has_fewer_states(model, x):
     small = reca.see_small(model.encoder, x, at(model, see_resolution=16).config)
-    assert reca.image_states(model.encoder, small, before * 2).shape[1] == 4
+    assert small['features'].shape[1] == 4
     whole = reca.see_small(model.encoder, x, model.config)
     assert same(whole, model.encoder.see(x))
 
 
-def test_templates_are_words_that_the_tokenizer_knows_and_all_are_drawn(model, x, monkeypatch):
-    ids = reca.read_templates(model.encoder, model.config)
-    assert len(set(map(tuple, ids))) == len(ids) >= 5
-    assert not any(model.encoder.tokenizer.unk_token_id in row for row in ids)
-    assert max(map(len, ids)) + N <= model.config.cond_len
-    (alone,) = reca.read_templates(model.encoder, at(model, template=False).config)
-    assert len(alone) < min(map(len, ids)), 'no template: the image alone'
-
-    drawn = []
-
-    def spy(encoder, vision, before, states):
-        drawn.append([ids.index(row) for row in before])
-
-    monkeypatch.setattr(reca, 'image_states', spy)
-    c = at(model, lambda_t2i=0.0).config
-    for rows in (range(4), range(4), range(2, 4)):
-        images = dict(x=x[:len(rows)], index=torch.tensor(rows))
-        reca.noised(model, images, 0, ids, c)
-    assert drawn[0] == drawn[1], 'a function of (seed, step, image)'
-    assert drawn[0][2:] == drawn[2]
-    for step in range(1, 12):
-        reca.noised(model, dict(x=x, index=torch.arange(4)), step, ids, c)
-    assert {i for row in drawn for i in row} == set(range(len(ids)))
-
-
-@pytest.mark.parametrize('preset', ['medium', 'paper'])
-def test_presets_have_ten_templates(preset):
-    c = config.parse(reca.keys, reca.own_presets, [f'--preset={preset}'], 'reca.py')
-    assert len(set(c.templates.split('|'))) >= 10
-
-
 # --- the loss -------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
-def batch(model, x, vision, before):
+def batch(model, x, vision):
     """z0, s, eps, drop, h, caption of P images, the second one's condition dropped."""
     y, mask, _ = model.encoder.sample(vision, 1, 0.0)
     noise = torch.Generator().manual_seed(0)
@@ -148,7 +72,7 @@ def batch(model, x, vision, before):
         s=torch.tensor([0.2, 0.4, 0.6, 0.8]),
         eps=torch.randn(P, *model.decoder.latent_shape(), generator=noise),
         drop=torch.tensor([False, True, False, False]),
-        states=reca.image_states(model.encoder, vision, before * 2),
+        states=model.encoder.image_as_text(vision),
     )
     caption = dict(y=y, mask=mask, vision=vision)
     return SimpleNamespace(**tensors, tensors=tensors, caption=caption)
@@ -165,7 +89,7 @@ def test_loss_is_flow_matching_twice(model, batch):
     z0, s, eps = batch.z0, batch.s, batch.eps
     kept = [0, 2, 3]
     with torch.no_grad():
-        c_v = image_condition(model, batch.states)
+        c_v = model.projector(batch.states)
         c_y = model.condition(**batch.caption)
         nothing = model.negative()
     calls = []
@@ -234,14 +158,14 @@ def test_loss_falls_on_one_batch_and_the_text_stays(model, batch):
 
 
 @pytest.mark.parametrize('rate', [0.0, 0.1, 0.7])
-def test_dropout_rate_is_the_key_s(model, x, monkeypatch, rate):
+def test_dropout_rate_is_the_key_s(model, x, rate):
     n = 2000
-    monkeypatch.setattr(reca, 'image_states', lambda *args: None)
     blind = at(model)
+    blind.encoder.image_as_text = lambda vision: None
     blind.encoder.see = lambda x: None
     blind.decoder.to_latent = lambda x: None
     c = at(model, drop=rate, lambda_t2i=0.0).config
-    drop = reca.noised(blind, dict(x=x, index=torch.arange(n)), 0, [[0]], c)['drop']
+    drop = reca.noised(blind, dict(x=x, index=torch.arange(n)), 0, c)['drop']
     noise = (rate * (1 - rate) / n) ** 0.5
     assert abs(drop.float().mean().item() - rate) < 4 * noise + 1e-9
 
@@ -298,26 +222,24 @@ def test_plain_images_need_no_captions_and_without_lambda_none_are_made(tmp_path
     for i in range(8):
         Image.fromarray(world.draw(world.random_scene(rng))).save(folder / f'{i}.png')
     data = f'--data={folder}'
-    log = run(tmp_path / 'a', data, '--template=False', '--see_resolution=16', steps=1)
+    log = run(tmp_path / 'a', data, '--see_resolution=16', steps=1)
     assert log[0]['caption_len'] > 0
 
     def refuse(*args, **kwargs):
         pytest.fail('a caption was made')
 
     monkeypatch.setattr('encoder.Encoder.sample', refuse)
-    switches = ['--lambda_t2i=0', '--states=image+template', '--lora_rank=2']
+    switches = ['--lambda_t2i=0', '--lora_rank=2']
     (line,) = run(tmp_path / 'b', data, *switches, steps=1)
     assert line['caption_len'] == line['flow_text'] == 0
     assert line['loss'] == pytest.approx(line['flow_image'])
 
 
 @pytest.mark.parametrize('flag, said', [
-    ('--states=text', 'image+template'),
     ('--t2i_target=base', 'start'),
     ('--see_resolution=64', 'see_resolution'),
     ('--see_resolution=-1', 'see_resolution'),
-    ('--templates= | ', 'templates'),
-    ('--cond_len=15', 'cond_len'),
+    ('--cond_len=20', 'cond_len'),
 ])
 def test_values_that_mean_nothing(tmp_path, flag, said):
     assert said in refusal(tiny, 'reca', tmp_path / 'out', flag)

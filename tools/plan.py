@@ -236,8 +236,6 @@ class Rehearsal:
         if hasattr(script, 'window'):
             window = script.window(0, config, sigmas)
             yield script, 'window', lambda *args: window
-        if hasattr(script, 'image_states'):
-            yield script, 'image_states', lambda encoder, vision, *_: encoder.image_states(vision)
         for place, name, act, whose in ACTS:
             yield place, name, self.followed_by_lap(getattr(place, name), act, whose)
 

@@ -10,6 +10,10 @@ Parts, in order; each reads what the earlier ones wrote:
     encoder   Qwen2.5-VL that captions scenes, with its tokenizer and processor
     decoder   SD3 transformer and projector, by pretrain_decoder.py (stage 0), while the captioner
               learns to be brief
+A base whose images are words, for reca.py (`make reca`); it starts from the shipped one:
+    terse     a new decoder and projector, which see brief captions alone
+    tower     the vision tower is pulled to the words of what it sees
+    reader    the language model learns to caption through it, its states of texts held
 Scenes are drawn on the fly and never from the held-out set.
 """
 import json
@@ -38,6 +42,9 @@ keys = dict(
     settle_steps = 250,        # then as many while the learning rate falls to 0
     decoder_images = 32768,    # distinct scenes it draws them from
     full_share = 0.75,         # of the decoder's conditions are full captions, the others terse
+    terse_steps = 1000,        # batches of 32 brief captions
+    tower_steps = 400,         # batches of 32; fewer leave images less like words
+    reader_steps = 400,        # batches of 32 brief captions
     most_phrases = 0,          # most phrases of a caption the captioner is ever taught; 0 = all
 )
 least_one = ('vae_steps', 'clip_steps', 'judge_steps', 'encoder_steps', 'decoder_steps',
@@ -246,12 +253,9 @@ def save_processor(folder):
     return vocab
 
 
-def new_models(config):
-    """Random encoder, decoder and projector beside the trained VAE: every script can load them."""
-    from diffusers import SD3Transformer2DModel
-    from safetensors.torch import save_file
+def new_encoder(config):
+    """A random encoder beside the trained VAE: every script can load it."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from model import Projector
     vocab = save_processor(f'{config.out_dir}/encoder')
     ids = dict(
         image_token_id=vocab['<|image_pad|>'], video_token_id=vocab['<|video_pad|>'],
@@ -269,12 +273,19 @@ def new_models(config):
         fullatt_block_indexes=[0, 1])
     encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
+    encoder.save_pretrained(f'{config.out_dir}/encoder')
+
+
+def new_decoder(config):
+    """The same for decoder and projector."""
+    from diffusers import SD3Transformer2DModel
+    from safetensors.torch import save_file
+    from model import Projector
     decoder = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=4,
         attention_head_dim=32, num_attention_heads=4, joint_attention_dim=128,
         caption_projection_dim=128, pooled_projection_dim=32, pos_embed_max_size=8,
         qk_norm='rms_norm')
-    encoder.save_pretrained(f'{config.out_dir}/encoder')
     decoder.save_pretrained(f'{config.out_dir}/decoder/transformer')
     save_file(Projector(128, 128).state_dict(), f'{config.out_dir}/projector.safetensors')
 
@@ -288,12 +299,18 @@ def few(text, most, rng):
     return ' , '.join(phrases[i] for i in kept) + ' .'
 
 
+def watch(uae, scenes):
+    """`Encoder.see` without its no_grad: here the tower learns."""
+    return uae.encoder.see.__wrapped__(uae.encoder, pixels(scenes))
+
+
 def pretrain_encoder(config, avoid):
     """Full captions first (without most_phrases): all that the captioner can know of a scene."""
     from lib.checkpoint import open_uae
     torch.manual_seed(config.seed + 3)
     rng = np.random.default_rng(config.seed + 3)
-    new_models(config)
+    new_encoder(config)
+    new_decoder(config)
     uae = open_uae(config)
     params = list(uae.encoder.vlm.parameters())
     for p in params:
@@ -303,7 +320,7 @@ def pretrain_encoder(config, avoid):
         scenes = fresh_scenes(rng, 64, avoid)
         captions = [few(world.caption(scene), config.most_phrases, rng) for scene in scenes]
         y, mask, _ = uae.encoder.tokens(captions)
-        logp = uae.encoder.logp(uae.encoder.see(pixels(scenes)), y)
+        logp = uae.encoder.logp(watch(uae, scenes), y)
         return -(logp * mask).sum() / mask.sum(), {}
 
     train('encoder', params, config.encoder_steps, 3e-3, loss_fn)
@@ -345,7 +362,7 @@ def write_manifest(config, avoid, root):
 
 def pretrain_decoder(config, avoid):
     """Stage 0 with the language model in the loop; leaves the whole base in 16-bit safetensors."""
-    import checkpoint
+    from lib import checkpoint
     import pretrain_decoder as stage0
     root = f'{os.path.normpath(config.out_dir)}_stage0'
     write_manifest(config, avoid, root)
@@ -377,8 +394,103 @@ def ship(folder, out_dir):
     save_file(projector, f'{out_dir}/projector.safetensors')
 
 
+# --- a base whose images are words, for reca.py --------------------------------------------------
+BASE = 'data/shapes/base'
+SHARP = 10                      # of the distances to words, as logits
+
+
+def in_words(uae, scenes):
+    """Scenes as the tower should see them: token ids (n, 16), the four words of each cell.
+
+    An empty cell's are `, gray background ,`.
+    """
+    texts = []
+    for scene in scenes:
+        empty = (',', scene.background, 'background', ',')
+        things = {thing.cell: thing for thing in scene.objects}
+        words = [word for cell in world.CELLS for word in things.get(cell, empty)]
+        texts.append(' '.join(words))
+    ids, _, _ = uae.encoder.tokens(texts, 16)
+    return ids
+
+
+def pretrain_terse(config, avoid):
+    """A new decoder and projector, which see brief captions alone; the encoder is frozen."""
+    import pretrain_decoder as stage0
+    from lib import checkpoint
+    shutil.copytree(BASE, config.out_dir, dirs_exist_ok=True)
+    root = f'{os.path.normpath(config.out_dir)}_stage0'
+    torch.manual_seed(config.seed + 6)
+    new_decoder(config)
+    config.full_share = 0.0
+    write_manifest(config, avoid, root)
+    stage0.main([f'--data={root}/manifest.jsonl', f'--encoder={config.encoder}',
+                 f'--decoder={config.decoder}', '--train_encoder=False', '--eval_every=0',
+                 f'--out_dir={root}/draw', f'--steps={config.terse_steps}', '--batch=32',
+                 '--lr=1.5e-3', f'--seed={config.seed}'])
+    ship(checkpoint.newest(f'{root}/draw'), config.out_dir)
+
+
+def pretrain_tower(config, avoid):
+    """The shipped tower is pulled to words, in squared distance over a word's mean square."""
+    from lib.checkpoint import open_uae
+    torch.manual_seed(config.seed + 7)
+    rng = np.random.default_rng(config.seed + 7)
+    uae = open_uae(config)
+    words = uae.encoder.embed.weight[:len(uae.encoder.tokenizer)].detach()
+    tower = uae.encoder.vlm.model.visual
+    # its states are forty times as long as words: it starts at their length
+    far = watch(uae, fresh_scenes(rng, 32, avoid))['features'].square().mean()
+    for p in tower.merger.mlp[2].parameters():
+        p.data *= (words.square().mean() / far).sqrt()
+    for p in tower.parameters():
+        p.requires_grad_(True)
+
+    def loss_fn():
+        scenes = fresh_scenes(rng, 32, avoid)
+        told = in_words(uae, scenes)
+        seen = watch(uae, scenes)['features']
+        apart = (seen[:, :, None] - words).square().mean(-1) / words.square().mean()
+        nearest = (apart.argmin(-1) == told).float().mean().item()
+        pull = apart.gather(-1, told[..., None]).mean()
+        # the right word also has to be the nearest: colours lie close together
+        nll = F.cross_entropy(-SHARP * apart.flatten(0, 1), told.flatten())
+        return pull + nll, dict(pull=pull.item(), nearest=nearest)
+
+    train('tower', list(tower.parameters()), config.tower_steps, 2e-3, loss_fn)
+    uae.encoder.vlm.save_pretrained(f'{config.out_dir}/encoder')
+
+
+def pretrain_reader(config, avoid):
+    """The language model learns to caption what its new tower sees; its states of texts are held.
+
+    So the decoder, which has learnt to read these, remains as it is.
+    """
+    from lib.checkpoint import open_uae
+    torch.manual_seed(config.seed + 5)
+    rng = np.random.default_rng(config.seed + 5)
+    uae = open_uae(config)
+    params = uae.train_only('encoder')
+    start = uae.reference('encoder').encoder
+
+    def loss_fn():
+        scenes = fresh_scenes(rng, 32, avoid)
+        y, mask, _ = uae.encoder.tokens([brief(scene, rng) for scene in scenes])
+        logp = uae.encoder.logp(uae.encoder.see(pixels(scenes)), y)
+        nll = -(logp * mask).sum() / mask.sum()
+        y, mask, _ = uae.encoder.tokens([world.caption(scene) for scene in scenes])
+        with torch.no_grad():
+            held = start.text_states(y, mask)
+        moved = F.mse_loss(uae.encoder.text_states(y, mask), held)
+        return nll + moved, dict(nll=nll.item(), moved=moved.item())
+
+    train('reader', params, config.reader_steps, 1.5e-3, loss_fn)
+    uae.encoder.vlm.save_pretrained(f'{config.out_dir}/encoder')
+
+
 PARTS = dict(vae=pretrain_vae, clip=pretrain_clip, judge=pretrain_judge, encoder=pretrain_encoder,
-             decoder=pretrain_decoder)
+             decoder=pretrain_decoder, terse=pretrain_terse, tower=pretrain_tower,
+             reader=pretrain_reader)
 
 
 def main(argv):

@@ -1,0 +1,276 @@
+"""`make reca`: what reconstruction alignment (reca.py) gains, and when.
+
+RecA shows the decoder images in a caption's place. What it learns there reaches captions as far as
+the language model's states of images and of words are alike. Here that is a number: bases whose
+vision tower was pulled to words for more or fewer updates (pretrain.py), and a probe that learns
+from words and is asked about images. Their one decoder has seen brief captions alone.
+
+    python data/shapes/shared.py                # one base and its table
+    python data/shapes/shared.py --pulled=0,30,100,200,400 --seeds=3   # the law, law.png
+
+Stopped half-way it goes on with the run that it was at; delete out_dir to start anew.
+"""
+import json
+import os
+import shutil
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from data.shapes import demo                    # first: it sets how threads wait
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import cold_start
+import eval_t2i
+import pretrain_decoder
+import reca
+from config import parse
+from data.images import open_data
+from data.shapes import pretrain
+from data.shapes import scenes as world
+from lib import ranks
+from lib.checkpoint import open_uae
+from lib.files import write_json
+from lib.scores import Evaluator
+
+# --- script keys ---------------------------------------------------------------------------------
+keys = dict(
+    pulled = '400',            # updates of the pull to words, comma-separated: a base each
+    seeds = 1,                 # runs from each base
+    reca_steps = 300,          # updates; those of the controls take the same seconds
+    terse_steps = 340,
+    cold_steps = 100,
+    scenes = 256,              # held-out scenes of the evaluations
+    geneval = True,            # also GenEval's columns
+    shorten = 1,               # divides every number of updates, those of the base too
+)
+limits = dict(dict.fromkeys(('seeds', 'reca_steps', 'terse_steps', 'cold_steps', 'scenes',
+                             'shorten'), (1, 1e6)))
+# -------------------------------------------------------------------------------------------------
+# of RecA and of more brief captions: the base's batches, a third of its learning rate
+TRAINED = ('--batch=32', '--lr=5e-4', '--lr_decay=1.0', '--warmup=0')
+FACTS = ('size', 'colour', 'shape')
+
+
+# --- how much images share with words ------------------------------------------------------------
+def probe(words, images, ridge=0.1):
+    """Share of right answers about images of a linear probe that learnt from words alone.
+
+    words: states (n, d) and what they are, n numbers of classes; images: the same of others.
+    """
+    (h, learnt), (seen, true) = words, images
+    target = F.one_hot(learnt).float()
+    bias, mean = target.mean(0), h.mean(0)
+    h, seen = h - mean, seen - mean
+    weights = torch.linalg.solve(h.T @ h + ridge * torch.eye(h.shape[1]), h.T @ (target - bias))
+    return ((seen @ weights + bias).argmax(1) == true).float().mean().item()
+
+
+@torch.no_grad()
+def object_states(uae, features, scenes):
+    """Mean state of each object's four places, and {fact: (n,)} what it is, as numbers.
+
+    features (n, 16, d) of these scenes, in a caption's place.
+    """
+    start = len(uae.encoder.before_text)
+    states = uae.encoder.image_as_text(dict(features=features))[:, start:start + 16]
+    states = states.unflatten(1, (4, 4)).mean(2)                # (n, cells, d)
+    kept, facts = [], {name: [] for name in FACTS}
+    for scene, cells in zip(scenes, states):
+        for thing in scene.objects:
+            kept.append(cells[world.CELLS.index(thing.cell)])
+            for name in FACTS:
+                facts[name].append(list(world.VALUES[name]).index(getattr(thing, name)))
+    return torch.stack(kept), {name: torch.tensor(values) for name, values in facts.items()}
+
+
+def shared_space(uae, n=1024):
+    """{fact: the probe's right answers}: n training scenes in words, held-out ones as images."""
+    train, held = world.splits()
+    told = uae.encoder.embed(pretrain.in_words(uae, train[:n]))
+    h, learnt = object_states(uae, told, train[:n])
+    seen, true = object_states(uae, uae.encoder.see(pretrain.pixels(held))['features'], held)
+    return {name: probe((h, learnt[name]), (seen, true[name])) for name in FACTS}
+
+
+# --- runs and their scores -----------------------------------------------------------------------
+def once(path, make):
+    """make() -> a dict, kept in a file: a second call reads it."""
+    if not os.path.exists(path):
+        write_json(path, make())
+    with open(path) as f:
+        return json.load(f)
+
+
+def score(uae_flags, config, held, with_probe=False):
+    """What an evaluation says of the UAE that these flags open."""
+    opened = parse({}, {}, uae_flags, 'eval_unified.py')
+    uae = open_uae(opened)
+    summary, _ = Evaluator(uae, held, opened, ranks.start(opened))()
+    if with_probe:
+        summary.update(shared_space(uae))
+    if config.geneval:
+        out = f'{config.out_dir}/geneval'
+        shutil.rmtree(out, ignore_errors=True)
+        eval_t2i.main([*uae_flags, f'--out_dir={out}'])
+        name = eval_t2i.name_of(opened.init_from)
+        with open(f'{out}/shapes/{name}/summary.json') as f:
+            summary['geneval'] = json.load(f)['columns']['overall']
+    return summary
+
+
+def pretrain_parts(parts, out, config, **updates):
+    """Parts of pretrain.py, with numbers of updates other than its own -> CPU seconds."""
+    flags = [f'--parts={parts}', f'--out_dir={out}', f'--seed={config.seed}']
+    for part in parts.split(','):
+        number = updates.get(part, pretrain.keys[f'{part}_steps'])
+        flags.append(f'--{part}_steps={max(1, number // config.shorten)}')
+    start = time.process_time()
+    pretrain.main([*flags, f'--decoder_images={max(64, 8192 // config.shorten)}'])
+    return time.process_time() - start
+
+
+def pretrain_base(pulled, parts, config, held):
+    """The base whose tower was pulled for so many updates -> the flags that open it, its scores.
+
+    parts: of pretrain.py, for a tower that is pulled at all.
+    """
+    terse, base = f'{config.out_dir}/terse', f'{config.out_dir}/pulled_{pulled}'
+    flags = [f'--encoder={base}/encoder', f'--decoder={base}/decoder']
+
+    def make_terse():
+        shutil.rmtree(f'{terse}_stage0', ignore_errors=True)
+        return dict(seconds=pretrain_parts('terse', terse, config))
+
+    def make():
+        shutil.copytree(terse, base, dirs_exist_ok=True)
+        seconds = 0
+        if pulled:
+            seconds = pretrain_parts(parts, base, config, tower=pulled)
+        return dict(score(flags, config, held, with_probe=True), pretrained=seconds)
+
+    once(f'{terse}.json', make_terse)
+    return flags, once(f'{base}.json', make)
+
+
+def train(name, script, steps, flags, base_flags, seed, config, held):
+    """One run from a base, scored -> a row: the evaluation, updates and CPU seconds."""
+    images = [f'--data={config.out_dir}/terse_stage0/manifest.jsonl']
+
+    def run():
+        out = f'{config.out_dir}/{name}'
+        shutil.rmtree(out, ignore_errors=True)
+        updates = max(1, steps // config.shorten)
+        start = time.process_time()
+        script.main([*base_flags, *images, *flags, f'--steps={updates}', f'--seed={seed}',
+                     '--eval_every=0', f'--out_dir={out}'])
+        seconds = time.process_time() - start
+        row = score([*base_flags, f'--init_from={out}'], config, held)
+        return dict(row, steps=updates, seconds=seconds)
+
+    return once(f'{config.out_dir}/{name}.json', run)
+
+
+# --- table and picture ---------------------------------------------------------------------------
+COLUMNS = ('greedy_caption_truth', 'greedy_caption_recall', 't2i_own', 't2i_true', 'geneval')
+
+
+def mean_and_error(rows, field):
+    """'mean ± standard error' of a field over seeds; one seed has no error."""
+    values = [row[field] for row in rows if field in row]
+    if not values:
+        return ''
+    text = f'{np.mean(values):.3f}'
+    if len(values) > 1:
+        text += f' ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}'
+    return text
+
+
+def markdown(head, rows):
+    """Names of columns and rows of cells, strings all -> a table."""
+    lines = [head, ['---'] * len(head), *rows]
+    return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
+
+
+def table(runs):
+    """What became of a base at equal seconds; runs: {name: rows, one a seed}, the base first."""
+    lines = []
+    for name, rows in runs.items():
+        spent = ['', '']
+        if 'seconds' in rows[0]:
+            seconds = np.mean([row['seconds'] for row in rows])
+            spent = [str(rows[0]['steps']), f'{seconds:.0f}']
+        lines.append([name, *spent, *(mean_and_error(rows, field) for field in COLUMNS)])
+    return markdown(['', 'updates', 'CPU seconds', *COLUMNS], lines)
+
+
+def law(bases, aligned, control):
+    """Per base the probe, and t2i of true captions before RecA, after it, and over the control."""
+    known = np.mean([row['t2i_true'] for row in control])
+    lines = []
+    for pulled, base in bases.items():
+        gain = np.mean([row['t2i_true'] for row in aligned[pulled]]) - known
+        lines.append([
+            str(pulled), *(f'{base[name]:.2f}' for name in FACTS), f'{base["t2i_true"]:.3f}',
+            mean_and_error(aligned[pulled], 't2i_true'), f'{gain:+.3f}'])
+    probed = [f'probe: {name}' for name in FACTS]
+    return markdown(['updates of the pull', *probed, 't2i_true of the base', 'after RecA',
+                     'over the control'], lines)
+
+
+def draw_law(bases, aligned, control, path):
+    """t2i of true captions after RecA, a point a run, over the probe's mean right answers."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5, 3.4), layout='constrained')
+    axes = figure.subplots()
+    x, y = [], []
+    for pulled, rows in aligned.items():
+        for row in rows:
+            x.append(np.mean([bases[pulled][name] for name in FACTS]))
+            y.append(row['t2i_true'])
+    axes.scatter(x, y, label='RecA', zorder=3)
+    base = next(iter(bases.values()))['t2i_true']
+    axes.axhline(base, color='0.6', label='base')
+    axes.axhline(np.mean([row['t2i_true'] for row in control]), color='0.3', ls='--',
+                 label='more brief captions, as many seconds')
+    axes.set_xlabel('probe: learnt from words, right about images')
+    axes.set_ylabel('t2i of true captions')
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def main(argv):
+    config = parse(keys, {}, argv, __file__, limits)
+    config.eval_images = config.scenes
+    os.makedirs(config.out_dir, exist_ok=True)
+    _, held = open_data(config, ranks.start(config))
+    seeds = range(config.seed, config.seed + config.seeds)
+    bases, aligned = {}, {}
+    *others, last = map(int, config.pulled.split(','))
+    for pulled in (*others, last):
+        # only through the last tower does the language model learn to caption: RecA needs none
+        parts = 'tower,reader' if pulled == last else 'tower'
+        flags, bases[pulled] = pretrain_base(pulled, parts, config, held)
+        alike = ['--lambda_t2i=0', *TRAINED]
+        aligned[pulled] = [train(f'reca_{pulled}_{seed}', reca, config.reca_steps, alike, flags,
+                                 seed, config, held) for seed in seeds]
+    # from the last base; that of captions alone is the same from all
+    brief = ['--train_encoder=False', *TRAINED]
+    control = [train(f'brief_{seed}', pretrain_decoder, config.terse_steps, brief, flags, seed,
+                     config, held) for seed in seeds]
+    cold = [train(f'cold_{seed}', cold_start, config.cold_steps, [], flags, seed, config, held)
+            for seed in seeds]
+    runs = {'base': [bases[last]], 'more brief captions': control, 'cold start': cold,
+            'RecA': aligned[last]}
+    text = f'{table(runs)}\n{law(bases, aligned, control)}'
+    with open(f'{config.out_dir}/table.md', 'w') as f:
+        f.write(text)
+    if len(bases) > 1:
+        draw_law(bases, aligned, control, f'{config.out_dir}/law.png')
+    print(text)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
