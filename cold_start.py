@@ -40,6 +40,8 @@ from reward import clip_reward, reward_tower
 keys = dict(
     steps = 80,                # updates
     batch = 24,                # images an update, all ranks together
+    trains = 'all',            # all | decoder: after stage 2, in place of stage 3 where the
+                               # reward has a gradient (docs/results.md)
     captions = 'own',          # what is drawn: own, the encoder's greedy caption | given, the one
                                # that comes with the image
     grad_steps = 2,            # K: gradients flow through the last K denoising steps
@@ -51,7 +53,8 @@ own_presets = dict(
     tiny=dict(denoise_steps=6),
     medium=dict(steps=500, batch=32, lr=1e-6),
     paper=dict(steps=500, batch=64, lr=1e-6))
-limits = dict(batch=(1, 1e6), captions=('own', 'given'), grad_steps=(1, 1000))
+limits = dict(
+    batch=(1, 1e6), trains=('all', 'decoder'), captions=('own', 'given'), grad_steps=(1, 1000))
 # -------------------------------------------------------------------------------------------------
 
 
@@ -94,10 +97,14 @@ def main(argv):
     if config.captions == 'given':
         keep_captioned(train, config, run)
     uae = checkpoint.open_uae(config, run.device)
-    if uae.encoder.text_encoder:
+    parts = ['decoder']
+    if config.trains == 'all':
+        parts += ['encoder', 'projector']
+    if uae.encoder.text_encoder and config.trains == 'all':
         raise SystemExit(f'{config.init_from} has a text encoder of its own, which stage 1 would '
-                         'not train: start from a checkpoint of before stage 2')
-    params = uae.train_only('encoder', 'projector', 'decoder')
+                         'not train: start from a checkpoint of before stage 2, or give '
+                         '--trains=decoder')
+    params = uae.train_only(*parts)
     model = ranks.parallel(uae, run)
     tower = reward_tower(config, run.device)
     optimiser = Optimiser(params, config)

@@ -233,8 +233,8 @@ def main(argv):
                         sampled['old_logp'][rows] = logp.detach()       # so the ratio is 1
                     old_logp = sampled['old_logp'][rows]
                     loss, fields = policy_loss(
-                        logp, old_logp, part['adv'], part['mask'], config.clip_range,
-                        config.ratio, part['weight'])
+                        logp, old_logp, part['adv'], part['mask'], clip=config.clip_range,
+                        ratio=config.ratio, weight=part['weight'])
                     if config.kl:
                         with torch.no_grad():
                             ref_logp = reference.logp(seen, part['y'], config.temperature)

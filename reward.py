@@ -6,21 +6,19 @@ tensors in float32 so that gradients pass. Beside it stand rewards without a tow
 one's own, and the likeness of the text that is read in both images.
 """
 import argparse
-import importlib.util
-import json
 import math
-import os
 import runpy
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.files import load
 from lib.ranks import by_rows
+from lib.towers import (
+    OPENAI, clip_preprocessing, find_preprocessing, load_open_clip, load_transformers,
+    own_preprocessing)
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 DINOV3 = 'facebook/dinov3-vitl16-pretrain-lvd1689m'
 # name -> (library, hub id, arguments of `preprocess`). None = the configuration's own.
 BACKBONES = dict(
@@ -31,7 +29,6 @@ BACKBONES = dict(
             dict(IMAGENET, resize=256, crop=224, corner=math.floor)),
     dinov3=('transformers', DINOV3, dict(IMAGENET, resize=None, crop=224, mode='bilinear')),
 )
-MODES = {2: 'bilinear', 3: 'bicubic'}            # by their numbers in PIL
 
 
 def preprocess(x, mean, std, resize, crop, mode='bicubic', corner=round):
@@ -54,46 +51,6 @@ def preprocess(x, mean, std, resize, crop, mode='bicubic', corner=round):
     x = x[..., top:top + crop, left:left + crop].clamp(0, 1)
     mean, std = (torch.tensor(a, device=x.device).view(3, 1, 1) for a in (mean, std))
     return (x - mean) / std
-
-
-def own_preprocessing(path):
-    """A transformers preprocessor_config.json -> keyword arguments of `preprocess`.
-
-    Raises SystemExit that names the file and the field that cannot be followed.
-    """
-    def demand(can, field):
-        if not can:
-            raise SystemExit(f'{path}: {field}={p.get(field)!r} cannot be followed here')
-
-    try:
-        with open(path) as f:
-            p = {field: value for field, value in json.load(f).items() if value is not None}
-    except (OSError, ValueError, AttributeError) as e:
-        raise SystemExit(f'{path}: not a JSON object ({type(e).__name__}: {e})')
-    for field, value in dict(do_resize=True, do_rescale=True, rescale_factor=1 / 255).items():
-        demand(p.get(field, value) == value, field)
-    mode = MODES.get(p.get('resample', 3))
-    demand(mode, 'resample')
-    if not p.get('do_normalize', True):
-        p.update(image_mean=[0.0] * 3, image_std=[1.0] * 3)
-    demand('image_mean' in p, 'image_mean')
-    demand('image_std' in p, 'image_std')
-
-    size, window = p.get('size'), 'size'
-    demand(isinstance(size, dict), 'size')
-    demand(set(size) in ({'shortest_edge'}, {'height', 'width'}), 'size')
-    if p.get('do_center_crop', 'crop_size' in p):
-        window = 'crop_size'
-    demand(window == 'crop_size' or 'height' in size, 'do_center_crop')       # else no square
-    sides = p.get(window)
-    demand(isinstance(sides, dict) and set(sides) == {'height', 'width'}, window)
-    crop = sides['height']
-    demand(crop == sides['width'] and crop <= min(size.values()), window)
-    resize = size.get('shortest_edge') or (size['height'], size['width'])
-    if resize == (crop, crop):
-        resize = None
-    return dict(mean=p['image_mean'], std=p['image_std'], resize=resize, crop=crop, mode=mode,
-                corner=math.floor)
 
 
 class Backbone(nn.Module):
@@ -174,56 +131,6 @@ class Function(nn.Module):
         return r.float()
 
 
-def edit_distance(a, b):
-    """Fewest insertions, deletions and replacements of a letter that make b of a (Levenshtein)."""
-    row = list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        above, row = row, [i]
-        for j, other in enumerate(b, 1):
-            replaced = above[j - 1] + (letter != other)
-            row.append(min(replaced, above[j] + 1, row[-1] + 1))
-    return row[-1]
-
-
-class Ocr(nn.Module):
-    """The reward `ocr`: how alike the text is that RapidOCR reads in source and reconstruction.
-
-    Fewer than SHORTEST letters are no text: a wheel reads as 0 (docs/results.md).
-    """
-    SHORTEST = 3
-
-    def __init__(self):
-        super().__init__()
-        for package in ('rapidocr', 'onnxruntime'):
-            if not importlib.util.find_spec(package):
-                raise SystemExit(f'--reward=ocr: there is no {package} here; '
-                                 'pip install rapidocr onnxruntime')
-        from rapidocr import RapidOCR
-        threads = 'EngineConfig.onnxruntime.intra_op_num_threads'
-        options = {threads: torch.get_num_threads(), 'Global.log_level': 'error'}
-        self.engine = RapidOCR(params=options)
-
-    def read(self, image):
-        """image (3, H, W) in [-1, 1] -> its letters and digits, lines from the top."""
-        pixels = ((image.detach().clamp(-1, 1) + 1) * 127.5).round().byte()
-        bgr = pixels.flip(0).permute(1, 2, 0)                # the colours in OpenCV's order
-        lines = self.engine(bgr.cpu().numpy()).txts or ()
-        return ''.join(filter(str.isalnum, ''.join(lines)))
-
-    def reward(self, x, x_hat, captions=None):
-        """1 - edit distance / length of the longer text: (B,), NaN where x_i has no text."""
-        r = []
-        for image, group in zip(x, x_hat.chunk(len(x))):
-            source = self.read(image)
-            for drawn in group:
-                alike = math.nan
-                if len(source) >= self.SHORTEST:
-                    text = self.read(drawn)
-                    alike = 1 - edit_distance(source, text) / max(len(source), len(text))
-                r.append(alike)
-        return torch.tensor(r, device=x_hat.device)
-
-
 class Reward(nn.Module):
     """The key `reward`: a weighted sum of rewards, parts {name: (weight, tower)}."""
 
@@ -290,60 +197,11 @@ def reward_tower(config, device='cpu', open_one=backbone):
         if '.py:' in name:
             parts[name] = weight, Function(name)
         elif name == 'ocr':
+            from lib.ocr import Ocr
             parts[name] = weight, Ocr()
         else:
             parts[name] = weight, open_one(name, config, device)
     return Reward(parts)
-
-
-def load_open_clip(source):
-    """The image tower of an open_clip model, NAME:WEIGHTS or local-dir:FOLDER."""
-    import open_clip
-    name, _, weights = source.partition(':')
-    if not weights:                              # open_clip would go on with random ones
-        raise SystemExit(f'--clip={source}: expected NAME:WEIGHTS, for example '
-                         'ViT-L-14-quickgelu:openai, or local-dir:FOLDER')
-    if name == 'local-dir':
-        if not os.path.isdir(weights):
-            raise SystemExit(f'--clip={source}: no such folder')
-        name, weights = source, None
-    try:
-        model = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
-    except Exception as error:                   # no network, a damaged file: each has its own kind
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise SystemExit(f'--clip={source} cannot be loaded: {lines[0][:160]}')
-    return model.visual
-
-
-def clip_preprocessing(tower):
-    """What an open_clip tower says of itself -> keyword arguments of `preprocess`."""
-    side = tower.image_size
-    if isinstance(side, tuple):
-        side = side[0]
-    own = getattr(tower, 'preprocess_cfg', None) or OPENAI
-    return dict(mean=own['mean'], std=own['std'], resize=side, crop=side, corner=math.floor)
-
-
-def load_transformers(source):
-    """An image tower of transformers, all of whose weights are there."""
-    from transformers import AutoModel
-    tower, info = load(AutoModel, source, dtype=torch.float32, output_loading_info=True)
-    # transformers goes on with random weights; a ViT's pooler is often absent, and never used
-    absent = sorted(key for key in info['missing_keys'] if 'pooler' not in key)
-    if absent:
-        raise SystemExit(f'{source}: {len(absent)} weights of {type(tower).__name__} are missing, '
-                         f'the first is {absent[0]}')
-    return tower
-
-
-def find_preprocessing(source):
-    """The preprocessor_config.json of a folder or hub id."""
-    from transformers import utils
-    try:
-        return utils.cached_file(source, 'preprocessor_config.json')
-    except OSError as error:
-        reason = str(error).splitlines()[0][:160]
-        raise SystemExit(f'{source}: no preprocessor_config.json, {reason}')
 
 
 _default = []                                    # the tiny CLIP, once loaded

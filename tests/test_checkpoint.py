@@ -376,10 +376,15 @@ def test_a_checkpoint_brings_its_text_encoder(tmp_path, way):
 
 def test_stage_1_refuses_a_text_encoder_that_it_would_not_train(tmp_path):
     uae, params = stage_2(configured(tmp_path / 'run'))
-    save(configured(tmp_path / 'run'), uae, params, 1)
-    message = refusal(tiny, 'cold_start', tmp_path / 'out', f'--init_from={tmp_path}/run')
+    saved = save(configured(tmp_path / 'run'), uae, params, 1)
+    init_from = f'--init_from={tmp_path}/run'
+    message = refusal(tiny, 'cold_start', tmp_path / 'out', init_from)
     assert 'text encoder of its own' in message
     assert not os.listdir(tmp_path / 'out')
+    tiny('cold_start', tmp_path / 'out', init_from, '--trains=decoder', steps=1)
+    before, after = weights(saved), weights(tmp_path / 'out' / 'step_000001')
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    assert changed and all('decoder/transformer' in name for name in changed)
 
 
 def test_a_text_encoder_that_is_lost_is_missed(tmp_path):

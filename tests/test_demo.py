@@ -7,7 +7,12 @@ import sys
 
 import pytest
 
+import config
+from data.images import open_data
 from data.shapes import demo
+from lib import ranks
+from lib.checkpoint import open_uae
+from lib.scores import Evaluator
 
 COUNTS = {'caption_len', 'caption_truth', 'caption_recall', 'caption_exact'}
 GREEDY = {f'greedy_{name}' for name in COUNTS}
@@ -16,8 +21,13 @@ MEASURES = {'reward', 'judge', 'mse', 't2i_own', 't2i_true'} | COUNTS | GREEDY
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
+    """The folder of a demo of few images."""
     folder = str(tmp_path_factory.mktemp('demo'))
-    demo.main(['--steps=2', '--scenes=8', f'--out_dir={folder}', '--device=cpu'])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(config.shared, 'eval_images', 8)
+        for script in demo.STAGES.values():
+            monkeypatch.setitem(script.keys, 'batch', 2)
+        demo.main(['--steps=2', '--scenes=8', f'--out_dir={folder}', '--device=cpu'])
     return folder
 
 
@@ -45,11 +55,6 @@ def test_the_table_and_the_page_are_not_blank(out):
 
 def test_the_base_is_honest_about_what_rl_may_show(out):
     """Fixed before any RL run; docs/log.md has all 256 held-out scenes, here are the first 128."""
-    from lib import ranks
-    import config
-    from data.images import open_data
-    from lib.checkpoint import open_uae
-    from lib.scores import Evaluator
     c = config.parse({}, {}, ['--eval_images=128', '--device=cpu'], 'x.py')
     run = ranks.start(c)
     summary, _ = Evaluator(open_uae(c), open_data(c, run)[1], c, run)()

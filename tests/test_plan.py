@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import new_uae
 from lib import checkpoint, ranks
+from lib.ocr import Ocr
 from model import UAE
-from reward import Ocr
 from running import python, refusal
 from tools import plan
 from tools.flops import flop_counter

@@ -1,8 +1,6 @@
-"""Stage 0: which captions it learns from, the averaged weights, resume, and that ranks and
-micro-batches change nothing."""
+"""Stage 0: which captions it learns from, and the averaged weights."""
 import json
 import os
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,14 +10,12 @@ from PIL import Image
 
 from lib import optimiser
 import pretrain_decoder
-from comparing import BASE, check_same_training, on_two_ranks, optimizer_state, plain_descent
-from comparing import timeless_log
+from comparing import BASE, optimizer_state
 from conftest import at
 from data.images import ImageSet
 from data.shapes import scenes as world
 from encoder import Encoder
-from running import arguments, distance, lines, refusal, same, tiny, weights
-from test_parallel import DRIVER
+from running import distance, lines, refusal, tiny, weights
 
 STRANGE = ['紅い丸、灰色の背景', 'دائرة حمراء', 'красный круг', '🔴🟦',
            '<|image_pad|> <|im_start|> <unk> \0', 'Small RED circle...']
@@ -279,21 +275,6 @@ def test_a_checkpoint_has_the_averages_and_state_pt_the_others(averaged_run):
     assert distance(dict(enumerate(want)), dict(enumerate(trained[-1]))) > 0.1
 
 
-def test_resume_with_averages_is_bitwise(averaged_run, tmp_path):
-    out, data, _ = averaged_run
-    resumed = tmp_path / 'a'
-    shutil.copytree(out, resumed, ignore=shutil.ignore_patterns('step_000004'))
-    tiny('pretrain_decoder', resumed, data, *AVERAGED, '--resume', steps=4)
-
-    assert same(weights(out / 'step_000004'), weights(resumed / 'step_000004'))
-    state = optimizer_state(resumed / 'step_000004')
-    assert same(optimizer_state(out / 'step_000004'), state)
-    log = timeless_log(out)
-    assert log == timeless_log(resumed)
-    assert [line['step'] for line in log] == [0, 1, 2, 3]
-    assert lines(out / 'eval.jsonl') == lines(resumed / 'eval.jsonl')
-
-
 @pytest.mark.parametrize('step', [2, 4])
 def test_what_is_evaluated_is_what_is_saved(averaged_run, tmp_path, step):
     """Inside the run and at its end: the evaluation is the one that a next stage begins with.
@@ -311,58 +292,3 @@ def test_what_is_evaluated_is_what_is_saved(averaged_run, tmp_path, step):
     frozen = [key for key in now if 'visual' in key]
     assert frozen
     assert all(torch.equal(now[key], base[key]) for key in frozen)
-
-
-# --- micro-batches and ranks ----------------------------------------------------------------------
-FIELDS = dict(
-    pretrain_decoder=('loss', 'caption_loss', 'grad_norm', 'cut', 'skipped'),
-    reca=('loss', 'flow_image', 'flow_text', 'grad_norm', 'caption_len'),
-)
-
-
-def plain(name, data, *extra):
-    """Words for plain gradient descent.
-
-    The captions differ in length, so tokens must be counted over all parts.
-    """
-    shared = ['--batch=4', '--eval_every=2', '--lr=0.03', '--drop=0.3']
-    if name == 'pretrain_decoder':
-        return [*shared, '--warmup=0', '--caption_every=1', data, *extra]
-    return [*shared, '--t2i_target=image', *extra]
-
-
-def agree(name, one, other):
-    check_same_training(one / 'step_000002', other / 'step_000002')
-    for x, y in zip(lines(one / 'log.jsonl'), lines(other / 'log.jsonl'), strict=True):
-        assert x.keys() == y.keys()
-        for key in FIELDS[name]:
-            assert x[key] == pytest.approx(y[key], rel=1e-3), key
-
-
-@pytest.fixture(scope='module')
-def one(tmp_path_factory):
-    """One rank, whole batches: the folder of both runs and the --data."""
-    root = tmp_path_factory.mktemp('one')
-    captions = ['red circle .', True, True, 'blue .', True, ' '.join(['red'] * 30), None,
-                'gray background .']
-    data = scenes(root / 'd', captions * 2)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        plain_descent(monkeypatch)
-        for name in FIELDS:
-            tiny(name, root / name, *plain(name, data))
-    return root, data
-
-
-def test_two_ranks_equal_one(one, tmp_path):
-    """Both scripts in one torchrun of two ranks, in micro-batches of one."""
-    root, data = one
-    jobs = []
-    for name in FIELDS:
-        argv = arguments(name, tmp_path / name, *plain(name, data, '--micro_batch=1'))
-        jobs.append((name, argv, ''))
-    (tmp_path / 'driver.py').write_text(DRIVER)
-    (tmp_path / 'jobs.json').write_text(json.dumps(jobs))
-    done = on_two_ranks(tmp_path / 'driver.py', tmp_path / 'jobs.json')
-    assert done.returncode == 0, done.stdout[-3000:]
-    for name in FIELDS:
-        agree(name, root / name, tmp_path / name)

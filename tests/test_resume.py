@@ -39,6 +39,8 @@ def kill_in_save(number):
 def as_killed(whole, folder):
     """A copy of a run as a kill in its second checkpoint would leave it."""
     shutil.copytree(whole, folder)
+    with open(folder + '/samples.jsonl', 'a') as f:
+        f.write('{{"step": 4, "row": 0}}\\n{{"step": 4, "ro')
     os.rename(folder + '/step_000004', folder + '/step_000004.tmp')
     os.remove(folder + '/step_000004.tmp/meta.json')
 
@@ -65,11 +67,11 @@ CASES = [
     ('cold_start',),
     ('grpo_encoder',),
     ('grpo_decoder',),
-    ('cold_start', *LORA),
-    ('grpo_encoder', *LIVE, '--kl=0.1', '--dtype=bfloat16'),
     ('grpo_encoder', *LIVE, *LORA, *REFERENCE),
     ('grpo_encoder', *LORA, *REFERENCE),
     ('grpo_decoder', *LORA, *REFERENCE),
+    ('pretrain_decoder', '--ema=0.6'),
+    ('reca',),
 ]
 
 
@@ -80,7 +82,7 @@ def name_of(case):
 def command_of(case, out_dir, *more):
     """Four updates with a checkpoint every two."""
     name, *switches = case
-    return arguments(name, out_dir, *switches, '--save_every=2', '--eval_every=3', *more, steps=4)
+    return arguments(name, out_dir, *switches, '--save_every=2', '--eval_every=2', *more, steps=4)
 
 
 @pytest.fixture(scope='module')
@@ -118,7 +120,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(runs):
 
 @pytest.mark.parametrize('case', CASES, ids=name_of)
 def test_resumed_equals_uninterrupted(runs, case):
-    """Weights, the optimizer's state, and a log that has each step once."""
+    """Weights, the optimizer's state, a log that has each step once, and the pictures."""
     whole = runs / name_of(case) / 'whole'
     resumed = runs / name_of(case) / 'resumed'
     last = weights(resumed / 'step_000004')
@@ -133,7 +135,10 @@ def test_resumed_equals_uninterrupted(runs, case):
     assert timeless_log(whole) == log
     evaluations = lines(resumed / 'eval.jsonl')
     assert lines(whole / 'eval.jsonl') == evaluations
-    assert [line['step'] for line in evaluations] == [0, 3, 4]
+    assert [line['step'] for line in evaluations] == [0, 2, 4]
+    for name in ('samples.jsonl', 'groups.jsonl'):
+        if (whole / name).exists():
+            assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
 def stored_types(folder):
@@ -175,13 +180,13 @@ def test_resuming_a_finished_run_does_nothing(runs, tmp_path, name):
     before = weights(out / 'step_000004')
     log = lines(out / 'log.jsonl')
     evaluations = lines(out / 'eval.jsonl')
-    script(name, *arguments(name, out, '--resume', '--eval_every=3', steps=4))
+    script(name, *arguments(name, out, '--resume', '--eval_every=2', steps=4))
 
     assert same(before, weights(out / 'step_000004'))
     assert sorted(os.listdir(out)) == sorted(os.listdir(runs / name / 'whole'))
     assert lines(out / 'log.jsonl') == log
     found = lines(out / 'eval.jsonl')
-    assert [line['step'] for line in found] == [0, 3, 4]
+    assert [line['step'] for line in found] == [0, 2, 4]
     assert abs(found[-1]['reward'] - evaluations[-1]['reward']) < 1e-4
 
 

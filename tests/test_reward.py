@@ -13,6 +13,7 @@ from torchvision import transforms as T
 
 import reward
 from conftest import shared_config
+from lib.ocr import Ocr, edit_distance
 from reward import BACKBONES, IMAGENET, OPENAI, backbone, clip_reward, preprocess
 from running import refusal, tiny
 
@@ -363,7 +364,7 @@ def test_stage_1_gives_a_function_its_captions(functions, tmp_path):
 
 def test_stage_1_refuses_a_reward_without_a_gradient(functions, tmp_path, monkeypatch):
     """Also beside one that has a gradient; the other stages take it."""
-    monkeypatch.setattr(reward, 'Ocr', Reader)
+    monkeypatch.setattr('lib.ocr.Ocr', Reader)
     of_function = f'--reward=clip,{functions}:blind'
     for parts, name in ((of_function, f'{functions}:blind'), ('--reward=clip,ocr', 'ocr')):
         message = refusal(tiny, 'cold_start', tmp_path / name[-3:], parts)
@@ -377,10 +378,10 @@ def test_stage_1_refuses_a_reward_without_a_gradient(functions, tmp_path, monkey
     ('', '', 0), ('', 'abc', 3), ('abc', 'abc', 0), ('kitten', 'sitting', 3), ('flaw', 'lawn', 2),
     ('abc', 'xabc', 1), ('abcd', 'bcd', 1), ('abc', 'cba', 2), ('STOP', 'stop', 4)])
 def test_edit_distance(a, b, distance):
-    assert reward.edit_distance(a, b) == reward.edit_distance(b, a) == distance
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
 
 
-class Reader(reward.Ocr):
+class Reader(Ocr):
     """Reads in an image what TEXTS says of its first value."""
     TEXTS = {0.0: 'it', 0.25: 'stop', 0.5: 'shop', 1.0: 'stops', -1.0: 'sto'}
 
@@ -425,7 +426,7 @@ def test_without_text_the_weight_goes_to_the_others():
 
 def test_ocr_alone_or_without_its_library_is_refused(monkeypatch):
     assert 'clip:0.7,ocr:0.3' in refusal(reward.reward_tower, shared_config('--reward=ocr'))
-    monkeypatch.setattr(reward.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     config = shared_config('--reward=clip:0.7,ocr:0.3')
     assert 'pip install rapidocr onnxruntime' in refusal(reward.reward_tower, config)
 
@@ -434,7 +435,7 @@ def test_ocr_alone_or_without_its_library_is_refused(monkeypatch):
 def ocr():
     for package in ('rapidocr', 'onnxruntime'):
         pytest.importorskip(package, reason='the reward ocr reads with rapidocr and onnxruntime')
-    return reward.Ocr()
+    return Ocr()
 
 
 def written(*words, ink='black'):

@@ -283,6 +283,20 @@ def test_t2i_pools_over_images():
         t2i(pixels([TWO, TWO]), [TWO])
 
 
+def test_measures_tell_sampled_from_greedy_and_own_from_true():
+    """Each of its own scene, whatever the order of the records."""
+    one = Scene((Object("small", "red", "circle", "top-left"),), "gray")
+    other = Scene((Object("large", "blue", "square", "bottom-right"),), "navy")
+    wrong = "large green cross top-right ."
+    records = [
+        dict(row=1, caption=caption(other), sampled=wrong, read_own=other, read_true=one),
+        dict(row=0, caption=caption(one), sampled=wrong, read_own=one, read_true=other)]
+    found = world.measures(records, [one, other])
+    assert (found["greedy_caption_exact"], found["greedy_caption_recall"]) == (1, 1)
+    assert (found["caption_exact"], found["caption_truth"]) == (0, 0)
+    assert found["t2i_own"] == 1 > found["t2i_true"]
+
+
 # --- data sets
 
 def test_splits_are_disjoint_and_deterministic():

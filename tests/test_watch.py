@@ -109,19 +109,6 @@ def test_a_group_s_drawings_have_the_rewards_beside_them(runs):
             assert found == pytest.approx(member['reward'], abs=0.03)
 
 
-def test_a_resumed_run_tells_everything_once(tmp_path):
-    first = tmp_path / 'killed'
-    more = (*SMALL, '--lr_decay=0', '--save_every=1')
-    tiny('grpo_encoder', first, *more, steps=1)
-    with open(first / 'samples.jsonl', 'a') as f:
-        f.write('{"step": 2, "row": 0}\n{"step": 2, "ro')
-    tiny('grpo_encoder', first, *more, '--resume', steps=2)
-    whole = tmp_path / 'whole'
-    tiny('grpo_encoder', whole, *more, steps=2)
-    for name in ('samples.jsonl', 'groups.jsonl'):
-        assert (first / name).read_bytes() == (whole / name).read_bytes()
-
-
 def test_the_watched_images_alone_have_pictures(uae, monkeypatch):
     monkeypatch.setattr(watch, 'WATCHED', 2)
     config = SimpleNamespace(**dict(vars(uae.config), eval_images=4, eval_denoise_steps=2))

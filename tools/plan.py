@@ -29,9 +29,10 @@ from config import parse
 from decoder import Decoder
 from encoder import Encoder
 from lib import checkpoint, ranks
+from lib.ocr import Ocr
 from lib.scores import Evaluator, images_at_once
 from model import UAE
-from reward import Backbone, Function, Ocr
+from reward import Backbone, Function
 from tools.flops import forward_flops
 from tools.rehearse import random_reward, random_tower, replaced, skeleton, stand_ins
 
@@ -110,10 +111,11 @@ def first_rows(peak):
 
     When the same comes again, one allocation as large as its peak stands for it.
     """
-    known = {}                              # what is called and its shapes -> bytes, what comes out
+    known = {}                  # what is called, whose, and its shapes -> bytes, what comes out
 
     def run(call, piece):
-        key = call.__qualname__, *[tensor.shape for tensor in piece]
+        owner = id(getattr(call, '__self__', None))         # two towers are not alike
+        key = call.__qualname__, owner, *[tensor.shape for tensor in piece]
         if key in known:
             size, shape, dtype = known[key]
             torch.empty(size, dtype=torch.uint8)
@@ -129,11 +131,13 @@ def first_rows(peak):
         if torch.is_grad_enabled():
             return call(*tensors)
         rows = len(tensors[0])
-        first = run(call, [tensor[:size or rows] for tensor in tensors])
-        if not size:
+        piece = [tensor[:size or rows] for tensor in tensors]
+        first = run(call, piece)
+        if len(first) == rows:
             return first
-        others = first.new_empty(rows - len(first), *first.shape[1:])
-        return torch.cat([first, others])
+        between = first.new_empty(max(0, rows - 2 * len(first)), *first.shape[1:])
+        last = run(call, piece)                 # while what came before it is alive
+        return torch.cat([first, between, last])[:rows]
 
     return by_rows
 
@@ -220,6 +224,7 @@ class Rehearsal:
         script, config, by_rows = self.script, self.config, first_rows(self.peak)
         yield sys.modules['encoder'], 'by_rows', by_rows
         yield sys.modules['decoder'], 'by_rows', by_rows
+        yield sys.modules['reward'], 'by_rows', by_rows
         yield Encoder, 'texts', lambda encoder, y, mask: [''] * len(y)
         for own in (Function, Ocr):
             yield own, 'reward', lambda part, x, x_hat, captions: x_hat.flatten(1).mean(1)

@@ -13,6 +13,7 @@ import reward
 from config import shared
 from lib import checkpoint
 from lib.files import load
+from lib.towers import clip_preprocessing
 from model import Projector, UAE
 
 # --- the models that the presets name: what differs from the libraries' defaults -----------------
@@ -137,7 +138,7 @@ def random_tower(name, config, device='cpu', known=ARCHITECTURES):
             else:
                 about = open_clip.get_model_config(source.split(':')[0])
             tower = open_clip.CLIP(**about).visual
-            preprocessing = reward.clip_preprocessing(tower)
+            preprocessing = clip_preprocessing(tower)
         else:
             from transformers import AutoConfig, AutoModel
             about = AutoConfig.for_model(**architecture(source, known=known))

@@ -1,8 +1,8 @@
-"""Ten functions of the method to write yourself; the tests are the grader.
+"""Eleven functions of the method to write yourself; the tests are the grader.
 
 Statements and hints: docs/exercises/README.md.
 
-    python docs/exercises/blank.py                      # the ten, and what grades each
+    python docs/exercises/blank.py                      # all of them, and what grades each
     python docs/exercises/blank.py sde_step             # the body goes; the docstring stays
     python docs/exercises/blank.py sde_step --wrong=2   # the second of three typical mistakes
     python docs/exercises/blank.py sde_step --restore   # the code as it was
@@ -116,7 +116,17 @@ EXERCISES = dict(
         wrong=[('the velocity upside down: from noise to image', 'eps - z0', 'z0 - eps'),
                ('image and noise mixed the wrong way round',
                 '(1 - noise) * z0 + noise * eps', 'noise * z0 + (1 - noise) * eps'),
-               ('lambda_t2i forgotten', 'config.lambda_t2i * f_y', 'f_y')]))
+               ('lambda_t2i forgotten', 'config.lambda_t2i * f_y', 'f_y')]),
+    nft_loss=dict(
+        where=['nft_decoder.py:nft_loss'],
+        grader=['test_nft.py::test_the_loss_by_hand',
+                'test_nft.py::test_the_gradient_goes_towards_good_drawings_and_away_from_bad_ones'],
+        wrong=[('v- on the same side of the old velocity as v+',
+                '(1 + beta) * v_old - beta * v', '(1 - beta) * v_old + beta * v'),
+               ('a gradient through w, which halves the step',
+                'off.detach()', 'off'),
+               ('one w for the whole batch: noisy levels drown the others',
+                'mean((1, 2, 3), keepdim=True)', 'mean()')]))
 
 
 def read(path):
