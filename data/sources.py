@@ -143,8 +143,8 @@ def image_of(row, key, path, root, which='image'):
     if not isinstance(row, dict):
         raise ValueError(f'{lacking}it is no object but {row!r:.40}')
     image = row.get(key)
-    if isinstance(image, list) and len(image) == 1:         # where an edit may have many sources
-        [image] = image
+    if which == 'source' and isinstance(image, list) and len(image) == 1:
+        [image] = image                         # sets where an edit may have many sources
     if isinstance(image, Cell):
         return f'{os.path.basename(path)}/{image.name}', (path, image.row, image.column)
     if not image or not isinstance(image, str):

@@ -39,11 +39,11 @@ from lib.scores import draw_edits
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    steps = 1200,              # updates of stage 0
+    steps = 1800,              # updates of stage 0
     reca_steps = 64,           # updates of RecA from there
     edits = 16384,             # to learn from
     scenes = 256,              # held-out edits, one of each held-out scene
-    seeds = 3,                 # whole runs, from --seed on
+    seeds = 1,                 # whole runs, from --seed on; one takes about ten minutes
 )
 limits = dict(edits=(1, 1e6), scenes=(1, 256), seeds=(1, 100))
 # -------------------------------------------------------------------------------------------------
