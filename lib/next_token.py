@@ -32,7 +32,7 @@ class CaptionCache:
     def update(self, k, v, i):
         """Adds one token's k, v (B, H, 1, D) to layer i -> the keys and values to attend to."""
         self.keys[i].index_copy_(2, self.place, k)
-        v = v.to(self.values[i].dtype)          # transformers 5.17 keeps them in the keys' precision
+        v = v.to(self.values[i].dtype)      # transformers 5.17 keeps them in the keys' precision
         self.values[i].index_copy_(2, self.place, v)
         if self.fixed:
             return self.keys[i], self.values[i]
