@@ -94,7 +94,8 @@ def both_losses(uae, z0, eps, s, drop, states, caption, start, config):
     noise = s.view(-1, 1, 1, 1)
     z = (1 - noise) * z0 + noise * eps
     target = eps - z0
-    c_v = torch.where(drop.view(-1, 1, 1), uae.negative(), uae.project(states))
+    nothing = uae.negative()[:, :config.cond_len]       # text+image's has an empty image behind it
+    c_v = torch.where(drop.view(-1, 1, 1), nothing, uae.project(states))
     f_v = (uae.decoder.velocity(z, s, c_v) - target).square().mean()
     f_y = torch.zeros((), device=z.device)
     if caption:

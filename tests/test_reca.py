@@ -215,6 +215,12 @@ def test_log(whole):
         assert line['skipped'] == line['truncated'] == line['cut'] == 0
 
 
+def test_it_runs_under_the_wiring_of_text_and_image(tmp_path):
+    """There the negative prompt's condition is twice as long as an image's."""
+    log = run(tmp_path, '--condition=text+image', '--drop=0.5', steps=1)
+    assert log[0]['grad_norm'] > 0
+
+
 def test_plain_images_need_no_captions_and_without_lambda_none_are_made(tmp_path, monkeypatch):
     folder = tmp_path / 'images'
     folder.mkdir()
