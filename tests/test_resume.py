@@ -272,7 +272,7 @@ def test_save_keeps_the_newest_and_clears_what_a_kill_left(tmp_path, monkeypatch
 
     monkeypatch.setattr(checkpoint, 'save_models', write_weights)
     c = SimpleNamespace(out_dir=str(tmp_path))
-    uae = SimpleNamespace(release='', encoder=SimpleNamespace(text_encoder=None))
+    uae = SimpleNamespace(release='', edits='', encoder=SimpleNamespace(text_encoder=None))
     optimiser = optimiser_of([torch.zeros(1, requires_grad=True)])
 
     def save(step, master=True):
