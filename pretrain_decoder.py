@@ -72,8 +72,8 @@ limits = dict(
 def open_captioned(config, run, key):
     """Training images with the captions at manifest field `key`.
 
-    Returns the ImageSet, the number left out for want of a caption, and the held-out dict, empty
-    where nothing is evaluated. The embedded world's list of scenes is a manifest.
+    Returns the ImageSet, the number left out for want of a caption, and the held-out dict. Where
+    nothing is evaluated nothing is held out. The embedded world's list of scenes is a manifest.
     """
     image_key, _, *others = config.data_keys
     config = argparse.Namespace(**dict(vars(config), data_keys=(image_key, key, *others)))
