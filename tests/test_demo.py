@@ -62,7 +62,7 @@ def test_the_base_is_honest_about_what_rl_may_show(out):
     assert summary['greedy_caption_recall'] <= 0.70 and summary['greedy_caption_truth'] >= 0.85
 
 
-def test_threads_of_the_demo_do_not_spin_while_they_wait():
+def test_threads_of_the_demo_spin_only_for_a_while():
     """As the library that runs the threads says it, if it is one that does."""
     env = {name: value for name, value in os.environ.items() if not name.startswith('OMP_')}
     env.update(OMP_DISPLAY_ENV='verbose')
@@ -71,4 +71,4 @@ def test_threads_of_the_demo_do_not_spin_while_they_wait():
     assert done.returncode == 0, done.stderr
     if 'GOMP_SPINCOUNT' not in done.stderr:
         pytest.skip('no OpenMP that shows its settings')
-    assert "GOMP_SPINCOUNT = '0'" in done.stderr
+    assert "GOMP_SPINCOUNT = '3000'" in done.stderr
