@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 
-# threads that wait soon sleep: spinning without end an update took 25 times longer beside other work
+# waiting threads soon sleep: beside other work spinning made an update 25 times slower
 os.environ.setdefault('GOMP_SPINCOUNT', '3000')             # read when torch is loaded
 import torch
 
