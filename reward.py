@@ -22,7 +22,7 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 DINOV3 = 'facebook/dinov3-vitl16-pretrain-lvd1689m'
 # name -> (library, hub id, arguments of `preprocess`). None = the configuration's own.
 BACKBONES = dict(
-    clip=('open_clip', None, None),              # config.clip, the paper's ViT-L/14 at full size
+    clip=('open_clip', None, None),              # config.clip; ViT-L/14 at full size
     judge=('transformers', None, None),          # config.judge
     longclip=('transformers', 'zer0int/LongCLIP-L-Diffusers', dict(OPENAI, resize=224, crop=224)),
     dinov2=('transformers', 'facebook/dinov2-large',
