@@ -15,16 +15,18 @@ def mean(values):
 
 
 def markdown(head, rows):
-    """{row: {column: number or None}} -> a table; the first row's columns are everybody's."""
+    """{row: {column: number, text or None}} -> a table; the first row's columns are everybody's."""
     columns = list(next(iter(rows.values())))
     lines = [[head, *columns], ['---'] * (len(columns) + 1)]
     for name, row in rows.items():
         cells = [name]
         for column in columns:
-            if row.get(column) is None:
-                cells.append('-')
-            else:
-                cells.append(f'{row[column]:.3f}')
+            cell = row.get(column)
+            if cell is None:
+                cell = '-'
+            if not isinstance(cell, str):
+                cell = f'{cell:.3f}'
+            cells.append(cell)
         lines.append(cells)
     return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
 

@@ -26,6 +26,7 @@ import cold_start
 import eval_t2i
 import pretrain_decoder
 import reca
+from bench.summary import markdown
 from config import parse
 from data.images import open_data
 from data.shapes import pretrain
@@ -46,8 +47,8 @@ keys = dict(
     geneval = True,            # also GenEval's columns
     shorten = 1,               # divides every number of updates, those of the base too
 )
-limits = dict(dict.fromkeys(('seeds', 'reca_steps', 'terse_steps', 'cold_steps', 'scenes',
-                             'shorten'), (1, 1e6)))
+limits = dict.fromkeys(
+    ('seeds', 'reca_steps', 'terse_steps', 'cold_steps', 'scenes', 'shorten'), (1, 1e6))
 # -------------------------------------------------------------------------------------------------
 # of RecA and of more brief captions: the base's batches, a third of its learning rate
 TRAINED = ('--batch=32', '--lr=5e-4', '--lr_decay=1.0', '--warmup=0')
@@ -188,36 +189,30 @@ def mean_and_error(rows, field):
     return text
 
 
-def markdown(head, rows):
-    """Names of columns and rows of cells, strings all -> a table."""
-    lines = [head, ['---'] * len(head), *rows]
-    return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
-
-
 def table(runs):
     """What became of a base at equal seconds; runs: {name: rows, one a seed}, the base first."""
-    lines = []
+    shown = {}
     for name, rows in runs.items():
-        spent = ['', '']
+        shown[name] = {'updates': '', 'CPU seconds': ''}
         if 'seconds' in rows[0]:
             seconds = np.mean([row['seconds'] for row in rows])
-            spent = [str(rows[0]['steps']), f'{seconds:.0f}']
-        lines.append([name, *spent, *(mean_and_error(rows, field) for field in COLUMNS)])
-    return markdown(['', 'updates', 'CPU seconds', *COLUMNS], lines)
+            shown[name] = {'updates': str(rows[0]['steps']), 'CPU seconds': f'{seconds:.0f}'}
+        shown[name].update({field: mean_and_error(rows, field) for field in COLUMNS})
+    return markdown('', shown)
 
 
 def law(bases, aligned, control):
     """Per base the probe, and t2i of true captions before RecA, after it, and over the control."""
     known = np.mean([row['t2i_true'] for row in control])
-    lines = []
+    shown = {}
     for pulled, base in bases.items():
         gain = np.mean([row['t2i_true'] for row in aligned[pulled]]) - known
-        lines.append([
-            str(pulled), *(f'{base[name]:.2f}' for name in FACTS), f'{base["t2i_true"]:.3f}',
-            mean_and_error(aligned[pulled], 't2i_true'), f'{gain:+.3f}'])
-    probed = [f'probe: {name}' for name in FACTS]
-    return markdown(['updates of the pull', *probed, 't2i_true of the base', 'after RecA',
-                     'over the control'], lines)
+        row = {f'probe: {name}': f'{base[name]:.2f}' for name in FACTS}
+        row['t2i_true of the base'] = base['t2i_true']
+        row['after RecA'] = mean_and_error(aligned[pulled], 't2i_true')
+        row['over the control'] = f'{gain:+.3f}'
+        shown[str(pulled)] = row
+    return markdown('updates of the pull', shown)
 
 
 def draw_law(bases, aligned, control, path):
