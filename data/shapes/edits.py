@@ -22,16 +22,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from data.shapes.demo import train              # first: it sets how threads wait
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 import pretrain_decoder
 import reca
+from bench.summary import markdown
 from config import parse
 from data.shapes import scenes as world
-from data.shapes.demo import train
 from lib import ranks
 from lib.checkpoint import open_uae
 from lib.files import write_atomic, write_lines
@@ -244,12 +245,11 @@ def report(results, rng):
     """{name: counts (seeds, edits, 6)} -> the table, with RecA's difference as its last row."""
     rows = {name: [(1, counts)] for name, counts in results.items()}
     rows['reca - pretrain_decoder'] = [(1, results['reca']), (-1, results['pretrain_decoder'])]
-    lines = ['| | edited | kept | outside |', '|---|---|---|---|']
+    shown = {}
     for name, table in rows.items():
-        values, errors = with_error(table, rng)
-        cells = [f'{value:.3f} ± {error:.3f}' for value, error in zip(values, errors)]
-        lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        cells = [f'{value:.3f} ± {error:.3f}' for value, error in zip(*with_error(table, rng))]
+        shown[name] = dict(zip(('edited', 'kept', 'outside'), cells))
+    return markdown('', shown)
 
 
 def main(argv):
@@ -268,8 +268,8 @@ def main(argv):
             print(f'seed {seed}, {name}: edited {edited:.3f}, kept {kept:.3f}', flush=True)
     results = {name: np.stack(counts) for name, counts in found.items()}
     text = report(results, np.random.default_rng(0))
-    write_atomic(f'{config.out_dir}/table.md', lambda tmp: write_lines(tmp, [text + '\n']))
-    print(f'\n{text}\n\n{config.seeds} seeds, {len(held_out)} held-out edits')
+    write_atomic(f'{config.out_dir}/table.md', lambda tmp: write_lines(tmp, [text]))
+    print(f'\n{text}\n{config.seeds} seeds, {len(held_out)} held-out edits')
 
 
 if __name__ == '__main__':
