@@ -213,20 +213,20 @@ def draw_chunks(config, run, chunks):
 def generate_edits(config, run, items):
     """Draws the results that are missing, each from the centre square of its source."""
     named = [dict(id=item['key'], prompt=item['instruction']) for item in items]
+    todo = [n for n, item in enumerate(items) if not os.path.exists(item['result'])]
     if run.master:
-        claim_images(config, named, any(os.path.exists(item['result']) for item in items))
-    ranks.barrier(run)
-    uae = checkpoint.open_uae(config, run.device)
-    mine = range(run.rank, len(items), run.world)
+        claim_images(config, named, len(todo) < len(items))
+    ranks.barrier(run)                          # nobody draws before all know what is missing
+    mine = todo[run.rank::run.world]
+    if mine:
+        uae = checkpoint.open_uae(config, run.device)
+        if run.master:
+            _, _, lost = uae.encoder.tokens([items[n]['instruction'] for n in todo])
+            warn_of_losses('the instructions', lost, config)
     for n in tqdm(mine, desc=f'draw {config.name}', disable=not run.master):
-        if os.path.exists(items[n]['result']):
-            continue
         source, *_ = open_images(items[n]['source'], config.resolution).get(0)
         x_hat = draw_edits(uae, source[None], [items[n]['instruction']], [n], (config.seed,))
         save_image(x_hat[0], items[n]['result'])
-    _, _, lost = uae.encoder.tokens([item['instruction'] for item in items])
-    if run.master:
-        warn_of_losses('the instructions', lost, config)
     ranks.barrier(run)
 
 

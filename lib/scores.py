@@ -98,8 +98,8 @@ class Evaluator:
         if 'source' in self.held:
             texts = [self.held['captions'][row] or '' for row in rows]
             x_hat = draw_edits(self.uae, self.held['source'][rows], texts, rows)
-            _, mask, _ = self.uae.encoder.tokens(texts)
-            lengths = mask.sum(1)
+            y, mask, _ = self.uae.encoder.tokens(texts)
+            lengths = self.uae.encoder.words(y, mask).sum(1)
         else:
             texts, lengths, x_hat = reconstruct(self.uae, x, rows, self.temperature)
         measured = dict(caption_len=lengths, mse=(x - x_hat).square().flatten(1).mean(1))

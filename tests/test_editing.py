@@ -155,6 +155,7 @@ def test_edits_are_evaluated_as_edits(uae, manifest, trained):
         error = (drawn[row] - held['x'][row]).square().mean().item()
         assert record['mse'] == pytest.approx(error, rel=1e-4)
         assert record['caption'] == held['captions'][row]
+        assert record['caption_len'] == len(record['caption'].split()), 'without the end token'
     other = scores.draw_edits(model, held['x'], held['captions'], range(4))
     assert (other - drawn).abs().max() > 0.01, 'the source matters'
 
@@ -201,7 +202,8 @@ def test_a_picture_is_edited_by_such_a_checkpoint_alone(trained, manifest, tmp_p
     assert 'cannot edit' in refusal(script, 'sample', *flags)
 
 
-def test_a_benchmark_is_drawn_by_such_a_checkpoint_alone(trained, manifest, tmp_path):
+def test_a_benchmark_is_drawn_by_such_a_checkpoint_alone(
+        trained, manifest, tmp_path, monkeypatch):
     folder = os.path.dirname(manifest)
     items = {}
     for i, row in enumerate(lines(manifest)[:5]):
@@ -226,6 +228,8 @@ def test_a_benchmark_is_drawn_by_such_a_checkpoint_alone(trained, manifest, tmp_
         script, 'eval_t2i', *flags, f'--init_from={trained}', '--seed=2')
     assert 'cannot edit' in refusal(script, 'eval_t2i', *flags, '--init_from=base')
     assert 'needs --images' in refusal(script, 'eval_t2i', *flags)
+    monkeypatch.setattr(checkpoint, 'open_uae', lambda *_: pytest.fail('nothing is missing'))
+    script('eval_t2i', *flags, f'--init_from={trained}')
 
 
 # --- edits of the embedded world ------------------------------------------------------------------
