@@ -100,7 +100,7 @@ def describe(name, config):
 
 
 def backbone(name, config, device='cpu', source=''):
-    """The tower called `name` for a run with configuration c, or its like from another source."""
+    """The tower called `name` in BACKBONES; source: a hub id or folder instead of its own."""
     library, own, pre = describe(name, config)
     if library == 'open_clip':
         tower = load_open_clip(source or own)
