@@ -5,8 +5,11 @@ import pytest
 import torch
 
 import nft_decoder
+from config import parse
 from comparing import check_same_training, optimizer_state, plain_descent, timeless_log
-from running import lines, same, tiny, weights
+from data.images import open_data
+from reward import backbone
+from running import ALONE, Recorder, arguments, lines, same, tiny, weights
 
 N, SHAPE = 5, (2, 3, 3)
 
@@ -65,6 +68,32 @@ def test_the_old_policy_follows_what_is_trained():
 
 
 SMALL = ('--group=4', '--denoise_steps=3', '--warmup=0', '--levels=2', '--batch=2')
+
+
+def test_a_step_is_flow_matching_on_its_drawings_times_the_clipped_advantage(
+        monkeypatch, tmp_path):
+    """On policy b cancels. Drawing by drawing and level by level, from the rollout alone."""
+    recorder = Recorder(monkeypatch)
+    argv = arguments('nft_decoder', tmp_path, *SMALL, '--clip_adv=0.8', '--beta=0.5', steps=1)
+    nft_decoder.main(argv)
+    config = parse(nft_decoder.keys, nft_decoder.own_presets, argv, 'nft_decoder.py')
+    [update] = recorder.updates
+    uae, tower = recorder.uae, backbone('clip', config)
+    recorder.back_to(update)
+    images = open_data(config, ALONE)[0].batch(config.seed, 0, 2)
+    sampled, r, _ = nft_decoder.rollout(uae, uae.decoder, tower, images, 0, config)
+    adv = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
+    assert adv.abs().max() > 0.8 > adv.abs().min(), 'some are clipped'
+    for i, A in enumerate(adv.flatten().clamp(-0.8, 0.8)):
+        for s, eps in zip(sampled['s'][i], sampled['eps'][i]):
+            z_0 = sampled['z_0'][i:i + 1]
+            z_s = (1 - s) * z_0 + s * eps
+            off = z_s - s * uae.decoder.velocity(z_s, s.view(1), sampled['c'][i:i + 1]) - z_0
+            loss = A * off.square().mean() / off.detach().abs().mean()
+            (loss / sampled['s'].numel()).backward()
+    for key, p in uae.named_parameters():
+        if p.requires_grad:
+            assert (update.grads[key] - p.grad).norm() < 1e-3 * p.grad.norm() + 1e-6, key
 
 
 def test_micro_batches_equal_the_whole(tmp_path, monkeypatch):
