@@ -33,6 +33,10 @@ of the G drawings looks most like x:
                                                              paper's (key `condition`)
     caption temperature         0 (greedy), or the           no sampling noise; true captions teach
     not stated                  manifest's own captions      the decoder more (`captions`)
+    LoRA as Flow-GRPO           tiny: the whole transformer, it is small; medium and paper have
+                                medium, paper: rank 32       theirs, alpha = 2 rank
+    guidance 5                  tiny, medium: 1; paper: 5,   Flow-GRPO trains with 4.5; the other
+                                also in the loss             branch, v_0, gets no gradient
     old log-prob not stated     float32: as recorded while   in bfloat16 a GPU's result depends on
                                 sampling; bfloat16: the      the batch's shape, by more than the
                                 update's own, ratio 1        clip

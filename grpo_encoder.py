@@ -33,6 +33,10 @@ Its vision tower, projector and decoder are frozen; no gradient passes through t
                                 learning rate                they become a code for this decoder
     captions without an end     rewarded as they stand       log field `truncated` is their share;
     token: not stated                                        `cut` counts what cond_len cannot hold
+    LoRA of rank 32             tiny: all of the language    it is small; `lora_rank` is set by
+                                model; medium, paper: theirs the presets medium and paper
+    guidance 5                  tiny, medium: 1; paper: 5    two passes a denoising step, and half
+                                                             the time of the drawings without
     old log-prob not stated     float32: as recorded while   in bfloat16 another batch shape is
                                 sampling; bfloat16: the      another rounding, which must not count
                                 update's own, ratio 1        as a policy ratio
