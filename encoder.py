@@ -385,7 +385,7 @@ class Encoder(nn.Module):
 
         Captions y, mask (B, T) -> (B, cond_len, d). Padded on the right to cond_len, or to
         `width`, so that a caption's states are the same alone and in any batch; what does not fit
-        is cut.
+        is cut. The decoder has no mask: it attends to the states of the padding too.
         """
         token_ids, attend = self.text_ids(y, mask, width)
         with self.autocast():

@@ -11,10 +11,10 @@ update needs only how they end: no SDE, no log-prob, no guidance.
     r_i = clip(A_i, -a, a) / 2a + 1/2           how much drawing i counts as good
     v+  = (1 - b) v_old + b v_theta             v-  = (1 + b) v_old - b v_theta
     L   = a / b mean of  r |z_s - s v+ - z_0|^2 / w+  +  (1 - r) |z_s - s v- - z_0|^2 / w-
-    w   = mean |z_s - s v - z_0| of the same row, without gradient
+    w+  = mean |z_s - s v+ - z_0| of the row, without gradient, and w- with v-
     old <- d old + (1 - d) theta                after every update
 
-Where d = 0, b cancels: the gradient is clip(A) times that of flow matching on the drawing.
+Where d = 0, b cancels: the gradient is that of flow matching on the drawing, by clip(A) s^2 / w.
 
     paper (DiffusionNFT)        here                         why
     d grows to .5 or more       d = `old_decay` = 0          nothing to store, no second pass

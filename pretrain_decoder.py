@@ -24,10 +24,10 @@ The decoder learns to draw from the encoder's projected states before any reward
 
 A caption that does not fit cond_len is cut, counted (log field `cut`) and announced, as are words
 that the tokenizer does not know (`unknown`). An image without a caption is left out and counted
-(`skipped`). Where data_keys names a source image the caption is an instruction: the encoder sees
-source and instruction, the decoder draws the image, and evaluations draw held-out edits. With --ema
-the weights that are evaluated, saved and read by later stages are the averaged ones; those in
-training lie in state.pt.
+(`skipped`). Where data_keys names a source image the caption is an instruction: the encoder reads
+the two separately, c = {c_text, c_img}, the decoder draws the image, and evaluations draw held-out
+edits. With --ema the weights that are evaluated, saved and read by later stages are the averaged
+ones; those in training lie in state.pt.
 """
 import argparse
 import contextlib
