@@ -6,10 +6,11 @@ vision tower was pulled to words for more or fewer updates (pretrain.py), and a 
 from words and is asked about images. Their one decoder has seen brief captions alone.
 
     python data/shapes/shared.py                # one base and its table
-    python data/shapes/shared.py --pulled=0,30,100,200,400 --seeds=3   # the law, law.png
+    python data/shapes/shared.py --pulled=0,100,200,400,800 --seeds=3   # the law, law.png
 
 Stopped half-way it goes on with the run that it was at; delete out_dir to start anew.
 """
+import contextlib
 import json
 import os
 import shutil
@@ -38,11 +39,11 @@ from lib.scores import Evaluator
 
 # --- script keys ---------------------------------------------------------------------------------
 keys = dict(
-    pulled = '400',            # updates of the pull to words, comma-separated: a base each
-    seeds = 1,                 # runs from each base
-    reca_steps = 300,          # updates; those of the controls take the same seconds
-    terse_steps = 340,
-    cold_steps = 100,
+    pulled = '800',            # updates of the pull to words, comma-separated: a base each
+    seeds = 1,                 # runs from the last base; one from each of the others
+    reca_steps = 600,          # updates; those of the controls take the same seconds
+    terse_steps = 660,
+    cold_steps = 210,
     scenes = 256,              # held-out scenes of the evaluations
     geneval = True,            # also GenEval's columns
     shorten = 1,               # divides every number of updates, those of the base too
@@ -178,6 +179,15 @@ def train(name, script, steps, flags, base_flags, seed, config, held):
 COLUMNS = ('greedy_caption_truth', 'greedy_caption_recall', 't2i_own', 't2i_true', 'geneval')
 
 
+def gains(control):
+    """The scores that RecA is there for, of those that were measured."""
+    return [field for field in ('t2i_true', 'geneval') if field in control[0]]
+
+
+def mean_of(rows, field):
+    return np.mean([row[field] for row in rows])
+
+
 def mean_and_error(rows, field):
     """'mean ± standard error' of a field over seeds; one seed has no error."""
     values = [row[field] for row in rows if field in row]
@@ -202,45 +212,46 @@ def table(runs):
 
 
 def law(bases, aligned, control):
-    """Per base the probe, and t2i of true captions before RecA, after it, and over the control."""
-    known = np.mean([row['t2i_true'] for row in control])
+    """Per base the probe, and what RecA makes of it: t2i of true captions and GenEval's columns."""
     shown = {}
     for pulled, base in bases.items():
-        gain = np.mean([row['t2i_true'] for row in aligned[pulled]]) - known
         row = {f'probe: {name}': f'{base[name]:.2f}' for name in FACTS}
-        row['t2i_true of the base'] = base['t2i_true']
-        row['after RecA'] = mean_and_error(aligned[pulled], 't2i_true')
-        row['over the control'] = f'{gain:+.3f}'
+        for field in gains(control):
+            gain = mean_of(aligned[pulled], field) - mean_of(control, field)
+            row[field] = f'{base[field]:.3f}'
+            row[f'{field} after RecA'] = mean_and_error(aligned[pulled], field)
+            row[f'{field} over the control'] = f'{gain:+.3f}'
         shown[str(pulled)] = row
     return markdown('updates of the pull', shown)
 
 
 def draw_law(bases, aligned, control, path):
-    """t2i of true captions after RecA, a point a run, over the probe's mean right answers."""
+    """The scores after RecA, a point a run, over the probe's mean right answers."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(5, 3.4), layout='constrained')
-    axes = figure.subplots()
-    x, y = [], []
-    for pulled, rows in aligned.items():
-        for row in rows:
-            x.append(np.mean([bases[pulled][name] for name in FACTS]))
-            y.append(row['t2i_true'])
-    axes.scatter(x, y, label='RecA', zorder=3)
-    base = next(iter(bases.values()))['t2i_true']
-    axes.axhline(base, color='0.6', label='base')
-    axes.axhline(np.mean([row['t2i_true'] for row in control]), color='0.3', ls='--',
-                 label='more brief captions, as many seconds')
-    axes.set_xlabel('probe: learnt from words, right about images')
-    axes.set_ylabel('t2i of true captions')
+    fields = gains(control)
+    figure = Figure(figsize=(4.5 * len(fields), 3.4), layout='constrained')
+    titles = dict(t2i_true='t2i of true captions', geneval="GenEval's columns")
+    for axes, field in zip(np.atleast_1d(figure.subplots(1, len(fields))), fields):
+        points = []
+        for pulled, rows in aligned.items():
+            known = np.mean([bases[pulled][name] for name in FACTS])
+            points.extend((known, row[field]) for row in rows)
+        axes.scatter(*zip(*points), label='RecA', zorder=3)
+        axes.axhline(mean_of(bases.values(), field), color='0.6', label='base')
+        axes.axhline(mean_of(control, field), color='0.3', ls='--',
+                     label='more brief captions, as many seconds')
+        axes.set_xlabel('probe: learnt from words, right about images')
+        axes.set_ylabel(titles[field])
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 
-def main(argv):
-    config = parse(keys, {}, argv, __file__, limits)
-    config.eval_images = config.scenes
-    os.makedirs(config.out_dir, exist_ok=True)
-    _, held = open_data(config, ranks.start(config))
+def run_all(config, held):
+    """Every base and every run.
+
+    Returns {pulled: a base's scores}, {pulled: RecA's rows}, the rows of more captions, and those
+    of the cold start.
+    """
     seeds = range(config.seed, config.seed + config.seeds)
     bases, aligned = {}, {}
     *others, last = map(int, config.pulled.split(','))
@@ -249,14 +260,27 @@ def main(argv):
         parts = 'tower,reader' if pulled == last else 'tower'
         flags, bases[pulled] = pretrain_base(pulled, parts, config, held)
         alike = ['--lambda_t2i=0', *TRAINED]
+        runs = seeds if pulled == last else seeds[:1]
         aligned[pulled] = [train(f'reca_{pulled}_{seed}', reca, config.reca_steps, alike, flags,
-                                 seed, config, held) for seed in seeds]
+                                 seed, config, held) for seed in runs]
     # from the last base; that of captions alone is the same from all
     brief = ['--train_encoder=False', *TRAINED]
     control = [train(f'brief_{seed}', pretrain_decoder, config.terse_steps, brief, flags, seed,
                      config, held) for seed in seeds]
     cold = [train(f'cold_{seed}', cold_start, config.cold_steps, [], flags, seed, config, held)
             for seed in seeds]
+    return bases, aligned, control, cold
+
+
+def main(argv):
+    config = parse(keys, {}, argv, __file__, limits)
+    config.eval_images = config.scenes
+    os.makedirs(config.out_dir, exist_ok=True)
+    _, held = open_data(config, ranks.start(config))
+    # the lines of all runs go to a file, their progress bars to the screen
+    with open(f'{config.out_dir}/log.txt', 'a') as f, contextlib.redirect_stdout(f):
+        bases, aligned, control, cold = run_all(config, held)
+    last = list(bases)[-1]
     runs = {'base': [bases[last]], 'more brief captions': control, 'cold start': cold,
             'RecA': aligned[last]}
     text = f'{table(runs)}\n{law(bases, aligned, control)}'
