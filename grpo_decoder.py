@@ -20,6 +20,8 @@ of the G drawings looks most like x:
                                                              SD3, the population's elsewhere
     KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; theirs with weight b is about
                                                              ours with b / S
+    batch, G, lr, KL not        paper: 48, 24, 3e-4, 0.002   Flow-GRPO's for SD3.5; its KL of 0.02,
+    stated                                                   which drops |dt|, over S = 10 steps
     all steps trained           `trained_steps` of a window  time; the window lies in the first half
                                 of `noisy_steps`             of the steps; a longer one starts at
                                                              step 0

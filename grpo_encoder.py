@@ -29,8 +29,10 @@ Its vision tower, projector and decoder are frozen; no gradient passes through t
     which have seen the image   alone                        demo; their training's, in their file,
                                                              is `condition=answer`
     batch size 1 (v5)           tiny: 8 images, paper: 64    less noise; theirs was for the cost
-    KL 1e-6 (v5)                tiny: 0.03, and a falling    it keeps captions true: without it
-                                learning rate                they become a code for this decoder
+    G = 4, lr 1e-6 (v5)         medium, paper: the same;     a small model takes larger steps
+                                tiny: 8, 1e-4, falling
+    KL 1e-6 (v5)                medium, paper: the same;     it keeps captions true: without it
+                                tiny: 0.03                   they become a code for this decoder
     captions without an end     rewarded as they stand       log field `truncated` is their share;
     token: not stated                                        `cut` counts what cond_len cannot hold
     LoRA of rank 32             tiny: all of the language    it is small; `lora_rank` is set by
