@@ -33,7 +33,7 @@ shared = dict(
     negative_prompt = 'random image',       # unconditional branch of classifier-free guidance
     condition = 'text',        # text | answer | image | text+image: see model.UAE.condition
     cond_len = 28,             # tokens that every condition is padded to: SD3 has no text mask;
-                               # 0 (evaluation only) = no further than the rows drawn together
+                               # 0 (evaluation only) = to the longest row drawn together
     caption_len = 24,          # T, most tokens of a sampled caption, its end token included
     guidance = 1.0,            # classifier-free guidance scale; 1 = off and costs nothing
     denoise_steps = 8,         # S, denoising steps of a training rollout; 6 in tiny stages 1, 3

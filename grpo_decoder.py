@@ -18,15 +18,15 @@ of the G drawings looks most like x:
                                 over dimensions              1, hence the clip of 1e-4
     std of A not stated         of the group, over G - 1     GRPO's; Flow-GRPO takes the batch's for
                                                              SD3, the population's elsewhere
-    KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; theirs with weight b is about
-                                                             ours with b / S
+    KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; their weight b is about our
+                                                             kl = b / S
     batch, G, lr, KL not        paper: 48, 24, 3e-4, 0.002   Flow-GRPO's for SD3.5; its KL of 0.02,
     stated                                                   which drops |dt|, over S = 10 steps
-    all steps trained           `trained_steps` of a window  time; the window lies in the first half
-                                of `noisy_steps`             of the steps; a longer one starts at
-                                                             step 0
-    last step                   never noisy, never trained   its noise would stay in the image; the
-                                                             same for cps steps that end below .02
+    all steps trained           `trained_steps` of a window  time; a window of up to S / 2 is drawn
+                                of `noisy_steps`             in the first half (medium), a longer
+                                                             one starts at step 0 (tiny, paper)
+    last step                   never noisy, never trained   its noise would stay in the image; so
+                                                             for cps steps that end below s = .02
     Flow-CPS                    kind cps: its authors'       cps_exact keeps 1 / (2 std^2), which
                                 -(z_{s'} - mean)^2           grows without bound as s' falls
     weight decay, EMA, clip of  none of them (Flow-GRPO has  not needed here; in bfloat16 with one

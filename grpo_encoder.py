@@ -19,10 +19,10 @@ Its vision tower, projector and decoder are frozen; no gradient passes through t
     paper                       here                         why
     mean over a caption, then   mean over all tokens of the  a token weighs the same in short and
     over captions               step                         long captions; key `loss_mean`
-    which weights re-encode y:  tiny: the captioner's as     else each update also moves what the
-    not stated                  stage 2 first found them;    frozen decoder reads. Medium and paper
-                                medium, paper: as they are   keep the likely reading of the text
-                                now
+    which weights re-encode y:  tiny: a frozen copy from     else each update also moves what the
+    not stated                  before the first stage 2;    frozen decoder reads. Medium and paper
+                                medium, paper: the           keep the likely reading of the text
+                                captioner as it is now
     start noise not stated      one start noise per group    captions alone tell rewards apart
     ratio clip not stated       0.2                          PPO's; binds only if epochs > 1
     h_T: the answer's states,   the caption re-encoded       a true bottleneck, as in the authors'
@@ -76,8 +76,8 @@ keys = dict(
     epochs = 1,                # optimiser steps per rollout; 1 = on policy
     lr = 1e-4,                 # a larger step makes captions that the decoder does not know
     warmup = 0,                # loop steps of linear warm-up
-    lr_decay = 1.0,            # cosine to 0 at step lr_decay * steps; 0 = constant: at this
-                               # lr and without a KL the captioner then collapses (docs/results.md)
+    lr_decay = 1.0,            # cosine to 0 at step lr_decay * steps; 0 = constant: at a
+                               # larger lr without a KL the captioner collapses (docs/results.md)
     offload = False,           # encoder, decoder and towers are on the GPU only while they work
     shuffle_reward = False,    # control: rewards permuted over all captions say nothing of them
 )

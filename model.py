@@ -10,6 +10,8 @@ Shape alphabet, the same in every file:
     y caption tokens (B, T)   mask (B, T), 1 where y was sampled, end token included
     c condition (B, cond_len, D)   z latent (B, C, H, W)   x_hat reconstruction
     r reward (P, G)   logp, old_logp, ref_logp log-probs   s noise level   v velocity
+In the tiny world d = D = 128, cond_len 28, T = 24, N = 16, z 4x8x8; at full size d = 2048,
+D = 4096, cond_len 512, T = 384, N = 324, z 16x64x64.
 """
 import copy
 

@@ -163,8 +163,8 @@ class Reward(nn.Module):
 def reward_parts(config):
     """The key `reward`, NAME or NAME:WEIGHT,NAME:WEIGHT -> {name: weight}.
 
-    A name is one of BACKBONES, `ocr`, or FILE.py:FUNCTION. Refuses the judge's own tower: it would
-    judge itself.
+    A name is one of BACKBONES, `ocr`, or FILE.py:FUNCTION. Refuses the judge's own tower under
+    another name: it would judge itself.
     """
     parts = {}
     for word in config.reward.split(','):
