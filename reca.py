@@ -13,8 +13,8 @@ what the encoder saw of it.
 
 The first term needs no caption: the image is its own, dense prompt. The encoder is frozen
 (understanding and generation share no weights, so lambda_i2t = 0), projector and decoder are
-trained. Afterwards the condition is text again. Captions profit as far as the language model's states of
-images resemble those of words: data/shapes/shared.py measures that in the embedded world,
+trained. Afterwards the condition is text again. Captions profit as far as the language model's
+states of images resemble those of words: data/shapes/shared.py measures that in the embedded world,
 docs/results.md has the law. Where nothing is alike, as in the shipped base, captions lose what
 images gain.
 
