@@ -47,7 +47,7 @@ from lib.files import write_atomic, write_json, write_lines
 from lib.pictures import save_image
 from bench.dpg import dpg_scorer, drop_first_row
 from bench.dpg import dpg_score                                  # the rules, for whoever imports
-from bench.edit import BENCHES as EDITS, read_edits, score_edits
+from bench.edit import BENCHES as EDITS, need_images, read_edits, score_edits
 from bench.geneval import geneval_correct, relative_position     # them from here
 from bench.geneval import geneval_scorer, judge_scorer, shapes_scorer
 from bench.pictures import Unusable, write_results
@@ -318,6 +318,7 @@ def edits(config):
     config.images = config.images or f'{config.folder}/images'
     items = read_edits(config)
     if config.init_from:
+        need_images(config, items, 'source')
         config.condition = checkpoint.editing_condition(config)
         generate_edits(config, run, items)
     if config.score:

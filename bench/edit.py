@@ -95,6 +95,15 @@ def read_edits(config):
     return BENCHES[config.bench][0](config)
 
 
+def need_images(config, items, *names):
+    """Refuses items whose `source` or `result`, as `names` say, is not there."""
+    files = [item[name] for item in items for name in names]
+    missing = [path for path in files if not os.path.exists(path)]
+    if missing or not items:
+        raise SystemExit(f'{len(missing)} of {len(files)} images of {config.prompts} are missing, '
+                         f'so there is no score; first: {"".join(missing[:1])}')
+
+
 def score_edits(config, run, items):
     """Asks about every edit of config.bench, writes results.jsonl and summary.json.
 
@@ -102,11 +111,7 @@ def score_edits(config, run, items):
     result.json, GEdit's METHOD_GROUP_gpt_score.csv.
     """
     _, open_scorer, summarise, write_official = BENCHES[config.bench]
-    files = [item[name] for item in items for name in ('source', 'result')]
-    missing = [path for path in files if not os.path.exists(path)]
-    if missing or not items:
-        raise SystemExit(f'{len(missing)} of {len(files)} images of {config.prompts} are missing, '
-                         f'so there is no score; first: {"".join(missing[:1])}')
+    need_images(config, items, 'source', 'result')
     records = ask_all(config, run, items, open_scorer(config, run))
     if not run.master:
         return None

@@ -230,6 +230,10 @@ def test_a_benchmark_is_drawn_by_such_a_checkpoint_alone(
     assert 'needs --images' in refusal(script, 'eval_t2i', *flags)
     monkeypatch.setattr(checkpoint, 'open_uae', lambda *_: pytest.fail('nothing is missing'))
     script('eval_t2i', *flags, f'--init_from={trained}')
+    items['5'] = dict(items['4'], id='none.png')
+    (tmp_path / 'items.json').write_text(json.dumps(items))
+    refused = refusal(script, 'eval_t2i', *flags, f'--init_from={trained}')
+    assert '1 of 6 images' in refused and 'none.png' in refused, 'before anything is drawn'
 
 
 # --- edits of the embedded world ------------------------------------------------------------------
