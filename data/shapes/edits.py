@@ -44,7 +44,7 @@ keys = dict(
     reca_steps = 64,           # updates of RecA from there
     edits = 16384,             # to learn from
     scenes = 256,              # held-out edits, one of each held-out scene
-    seeds = 1,                 # whole runs, from --seed on; one takes about ten minutes
+    seeds = 1,                 # whole runs, from --seed on; one takes about thirteen minutes
 )
 limits = dict(edits=(1, 1e6), scenes=(1, 256), seeds=(1, 100))
 # -------------------------------------------------------------------------------------------------
