@@ -54,6 +54,24 @@ def test_table_and_law_of_everything_in_one_update(tmp_path, capsys):
     assert (tmp_path / 'law.png').stat().st_size
 
 
+def test_the_law_lays_each_gain_beside_the_control():
+    base = dict(size=0.5, colour=0.25, shape=1.0, t2i_true=0.4, geneval=0.1)
+    aligned = {0: [dict(t2i_true=0.3, geneval=0.2)],
+               8: [dict(t2i_true=0.8, geneval=0.3), dict(t2i_true=0.6, geneval=0.3)]}
+    control = [dict(t2i_true=0.5, geneval=0.2), dict(t2i_true=0.6, geneval=0.3)]
+    bases = {0: base, 8: dict(base, colour=0.75)}
+    heads, _, *rows = [line.strip('| ').split(' | ')
+                       for line in shared.law(bases, aligned, control).splitlines()]
+    nothing, everything = (dict(zip(heads, row)) for row in rows)
+    assert (nothing['probe: colour'], everything['probe: colour']) == ('0.25', '0.75')
+    assert (nothing['t2i_true'], nothing['t2i_true after RecA']) == ('0.400', '0.300')
+    assert nothing['t2i_true over the control'] == '-0.250'
+    assert everything['t2i_true after RecA'] == '0.700 ± 0.100'
+    assert everything['geneval over the control'] == '+0.050'
+    without = [dict(t2i_true=0.5)]
+    assert 'geneval' not in shared.law(bases, aligned, without)
+
+
 def test_the_error_is_the_standard_error_of_the_seeds():
     rows = [dict(t2i=0.5), dict(t2i=0.7), dict(t2i=0.6)]
     assert shared.mean_and_error(rows, 't2i') == '0.600 ± 0.058'
