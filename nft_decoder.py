@@ -38,8 +38,8 @@ from reward import clip_reward, reward_tower
 # those that all scripts share are in config.py
 keys = dict(
     steps = 160,               # of the loop: one rollout and one optimiser step each
-    batch = 8,                 # images an update, all ranks together
-    group = 16,                # G drawings per image; their mean reward is the baseline
+    batch = 16,                # images an update, all ranks together
+    group = 8,                 # G drawings per image; their mean reward is the baseline
     captions = 'own',          # what is drawn: own, the encoder's greedy caption | given, the one
                                # that comes with the image
     levels = 3,                # noise levels a drawing, of the sampler's own, drawn anew
@@ -54,7 +54,7 @@ keys = dict(
 )
 own_presets = dict(
     tiny=dict(denoise_steps=6),             # fewer steps are more drawings in the same time
-    medium=dict(steps=500, group=8, warmup=20),
+    medium=dict(steps=500, batch=8, warmup=20),
     paper=dict(steps=500, batch=48, group=16, warmup=20, denoise_steps=8, guidance=1.0))
 limits = dict(
     batch=(1, 1e6), group=(2, 1e4), captions=('own', 'given'), levels=(1, 1000),
