@@ -21,7 +21,7 @@ of the G drawings looks most like x:
     KL of Flow-GRPO drops |dt|  the Gaussians' own KL        exact; their weight b is about our
                                                              kl = b / S
     batch, G, lr, KL not        paper: 48, 24, 3e-4, 0.002   Flow-GRPO's for SD3.5; its KL of 0.02,
-    stated                                                   which drops |dt|, over S = 10 steps
+    stated                      medium: Flow-GRPO-Fast's     which drops |dt|, over S = 10 steps
     all steps trained           `trained_steps` of a window  time; a window of up to S / 2 is drawn
                                 of `noisy_steps`             in the first half (medium), a longer
                                                              one starts at step 0 (tiny, paper)

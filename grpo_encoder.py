@@ -28,7 +28,7 @@ Its vision tower, projector and decoder are frozen; no gradient passes through t
     h_T: the answer's states,   the caption re-encoded       a true bottleneck, as in the authors'
     which have seen the image   alone                        demo; their training's, in their file,
                                                              is `condition=answer`
-    batch size 1 (v5)           tiny: 8 images, paper: 64    less noise; theirs was for the cost
+    batch size 1 (arXiv v5)     tiny: 8 images, paper: 64    less noise; theirs was for the cost
     G = 4, lr 1e-6 (v5)         medium, paper: the same;     a small model takes larger steps
                                 tiny: 8, 1e-4, falling
     KL 1e-6 (v5)                medium, paper: the same;     it keeps captions true: without it
