@@ -2,7 +2,7 @@
 
 base -> cold_start -> grpo_encoder -> grpo_decoder -> evaluation.
 
-    python data/shapes/demo.py                       # about twelve minutes on two slow cores
+    python data/shapes/demo.py                       # about eleven minutes on two slow cores
     python data/shapes/demo.py --seed=1 --out_dir=out/demo_1
 
 Stopped half-way it goes on with the stage that ran; delete out_dir to start anew. Writes
