@@ -14,7 +14,7 @@ update needs only how they end: no SDE, no log-prob, no guidance.
     w+  = mean |z_s - s v+ - z_0| of the row, without gradient, and w- with v-
     old <- d old + (1 - d) theta                after every update
 
-Where d = 0, b cancels: the gradient is that of flow matching on the drawing, by clip(A) s^2 / w.
+Where d = 0, b cancels: the gradient is that of flow matching on the drawing times clip(A) s^2 / w.
 
     paper (DiffusionNFT)        here                         why
     d grows to .5 or more       d = `old_decay` = 0          nothing to store, no second pass

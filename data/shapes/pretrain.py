@@ -44,7 +44,7 @@ keys = dict(
     full_share = 0.75,         # of the decoder's conditions are full captions, the others terse
     terse_steps = 1000,        # batches of 32 brief captions
     tower_steps = 800,         # batches of 32; fewer leave images less like words
-    reader_steps = 1500,       # batches of 32 brief captions; after 400 a quarter of it is false
+    reader_steps = 1500,       # batches of 32 brief captions; after 400 its own are 75 % true
     most_phrases = 0,          # most phrases of a caption the captioner is ever taught; 0 = all
 )
 least_one = ('vae_steps', 'clip_steps', 'judge_steps', 'encoder_steps', 'decoder_steps',
