@@ -44,7 +44,8 @@ edit: setup
 	$(PY) data/shapes/edits.py $(ARGS)
 
 bench: demo
-	$(PY) eval_t2i.py --init_from=base,out/demo/cold_start,out/demo/grpo_encoder,out/demo/grpo_decoder
+	$(PY) eval_t2i.py --init_from=base,out/demo/cold_start,out/demo/grpo_encoder,\
+	out/demo/nft_decoder,out/demo/by_gradient
 
 # published sizes, random weights, no recomputation: SD3.5-medium, then -large, with Qwen2.5-VL-3B;
 # sized for a card of 80 GB (others: ARGS="--micro_batch=1")

@@ -36,7 +36,7 @@ shared = dict(
                                # 0 (evaluation only) = to the longest row drawn together
     caption_len = 24,          # T, most tokens of a sampled caption, its end token included
     guidance = 1.0,            # classifier-free guidance scale; 1 = off and costs nothing
-    denoise_steps = 8,         # S, denoising steps of a training rollout; 6 in tiny stages 1, 3
+    denoise_steps = 8,         # S, denoising steps of a training rollout; tiny stages have fewer
     # evaluation: on held-out images, greedy captions, ODE sampling, fixed noise
     reward = 'clip',           # NAME of reward.BACKBONES or FILE.py:FUNCTION, or a weighted sum:
                                # clip:0.7,dinov2:0.3. `ocr` reads text: clip:0.7,ocr:0.3

@@ -58,7 +58,7 @@ from reward import clip_reward, reward_tower
 # --- script keys ---------------------------------------------------------------------------------
 # those that all scripts share are in config.py
 keys = dict(
-    steps = 200,               # of the loop: one rollout and `epochs` optimiser steps each
+    steps = 300,               # of the loop: one rollout and `epochs` optimiser steps each
     batch = 8,                 # images an update, all ranks together
     group = 8,                 # G captions per image; their mean reward is the baseline
     temperature = 1.0,         # of the sampling, and of the log-probs in the loss
@@ -82,6 +82,7 @@ keys = dict(
     shuffle_reward = False,    # control: rewards permuted over all captions say nothing of them
 )
 own_presets = dict(
+    tiny=dict(denoise_steps=4),             # coarse drawings rank captions as well
     medium=dict(steps=500, group=4, text_encoder='live', lr=1e-6, kl=1e-6, lr_decay=0.0,
                 micro_batch=4),
     paper=dict(steps=500, batch=64, group=4, text_encoder='live', lr=1e-6, kl=1e-6, lr_decay=0.0))

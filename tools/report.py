@@ -42,7 +42,7 @@ keys = dict(
     gif = '',                  # a path: a moving picture of the watched images
 )
 # -------------------------------------------------------------------------------------------------
-STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder')
+STAGES = ('cold_start', 'grpo_encoder', 'nft_decoder', 'by_gradient')      # of the demo
 MOST_STOPS = 40                # of one run; more are thinned out, so that the page stays small
 SMALL, LARGE = 64, 256         # pixels: up to SMALL an image stays exact, none has more than LARGE
 
@@ -115,7 +115,7 @@ def read_steps(path):
 
 
 def find_runs(folders):
-    """Run folders in order; a folder of the demo stands for its three stages."""
+    """Run folders in order; a folder of the demo stands for its stages."""
     found = []
     for folder in folders:
         places = [folder] + [os.path.join(folder, stage) for stage in STAGES]

@@ -1,6 +1,6 @@
 """`make demo`: the whole loop on the embedded world.
 
-base -> cold_start -> grpo_encoder -> grpo_decoder -> evaluation.
+base -> cold_start -> grpo_encoder -> nft_decoder -> by_gradient -> evaluation.
 
     python data/shapes/demo.py                       # about eleven minutes on two slow cores
     python data/shapes/demo.py --seed=1 --out_dir=out/demo_1
@@ -26,8 +26,8 @@ os.chdir(ROOT)
 import cold_start
 from lib import ranks
 from lib.files import write_atomic, write_json, write_lines
-import grpo_decoder
 import grpo_encoder
+import nft_decoder
 from lib.checkpoint import newest, open_uae
 from bench.summary import markdown
 from config import parse
@@ -44,15 +44,19 @@ keys = dict(
     controls = True,           # also run stage 2 with shuffled rewards
 )
 # -------------------------------------------------------------------------------------------------
-STAGES = dict(cold_start=cold_start, grpo_encoder=grpo_encoder, grpo_decoder=grpo_decoder)
+STAGES = dict(cold_start=cold_start, grpo_encoder=grpo_encoder, nft_decoder=nft_decoder,
+              by_gradient=cold_start)
+# stage 1's loss on the decoder alone: what stage 3 would win without noise
+FLAGS = dict(by_gradient=['--trains=decoder', '--steps=100', '--lr=1e-4', '--warmup=10'])
 CONTROL = 'shuffled_reward'
+EVAL_EVERY = 30                # updates: an evaluation takes as long as three of them
 SHOWN = (
     'reward', 'judge', 'mse', 'caption_len', 'caption_truth', 'caption_recall', 'caption_exact',
     'greedy_caption_len', 'greedy_caption_truth', 'greedy_caption_recall', 'greedy_caption_exact',
     't2i_own', 't2i_true')
 PACKAGES = ('torch', 'transformers', 'diffusers', 'open_clip_torch', 'numpy')
 NEXT = '''Look at   {out}/report.html
-Then try  python sample.py --init_from={out}/grpo_decoder --prompt="small red circle top-left ."
+Then try  python sample.py --init_from={out}/by_gradient --prompt="small red circle top-left ."
           make bench
           python docs/exercises/ablations.py length'''
 
@@ -67,7 +71,8 @@ def train(name, script, config, flags):
     out = f'{config.out_dir}/{name}'
     if not newest(out):                     # stopped before its first checkpoint: from its start
         shutil.rmtree(out, ignore_errors=True)
-    shared = [f'--out_dir={out}', f'--seed={config.seed}', f'--device={config.device}', '--resume']
+    shared = [f'--out_dir={out}', f'--seed={config.seed}', f'--device={config.device}',
+              f'--eval_every={EVAL_EVERY}', '--resume']
     with open(f'{out}.txt', 'a') as f, contextlib.redirect_stdout(f):
         script.main(shared + flags)
     with open(f'{out}/log.jsonl') as f:
@@ -165,13 +170,15 @@ def versions():
 # --- the loop ------------------------------------------------------------------------------------
 def run_all(config, held):
     """Trains and scores everything -> results, seconds, history: dicts by name."""
-    print('scoring the base models on held-out scenes, then three stages', flush=True)
+    print('scoring the base models on held-out scenes, then the stages', flush=True)
     results = dict(base=score('base', '', config, held))
     seconds = dict(eval_base=results['base']['seconds'])
     announce('base', results['base']['summary'], seconds['eval_base'])
     history, out = {}, ''
     for name, script in STAGES.items():
-        flags = [f'--steps={config.steps}'] if config.steps else []
+        flags = list(FLAGS.get(name, []))
+        if config.steps:
+            flags.append(f'--steps={config.steps}')
         if out:
             flags.append(f'--init_from={out}')
         out, seconds[name] = train(name, script, config, flags)
@@ -180,10 +187,10 @@ def run_all(config, held):
         seconds[f'eval_{name}'] = results[name]['seconds']
         announce(name, results[name]['summary'], seconds[name])
         if name == 'grpo_encoder' and config.controls:
-            # a third of the updates on the same learning rate schedule
-            third = max(1, (config.steps or grpo_encoder.keys['steps']) // 3)
+            # a fifth of the updates on the same learning rate schedule
+            fifth = max(1, (config.steps or grpo_encoder.keys['steps']) // 5)
             flags = [f'--init_from={config.out_dir}/cold_start', '--shuffle_reward=True',
-                     f'--steps={third}', '--lr_decay=3.0']
+                     f'--steps={fifth}', '--lr_decay=5.0']
             control, seconds[CONTROL] = train(CONTROL, grpo_encoder, config, flags)
             history[CONTROL] = read_history(control)
             results[CONTROL] = score(CONTROL, control, config, held)
