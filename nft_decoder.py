@@ -20,6 +20,7 @@ Where d = 0, b cancels: the gradient is that of flow matching on the drawing tim
     d grows to .5 or more       d = `old_decay` = 0          nothing to store, no second pass
     all the sampler's levels    `levels`, never the last     time; the last is hardly noisy
     eps of each drawing         one for the group            then its members differ in z_0 alone
+    a = 5, std of the batch     a = 2, std of the group      else a few drawings weigh the most
 """
 import sys
 

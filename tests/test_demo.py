@@ -41,9 +41,22 @@ def test_report_has_every_promised_number(out):
     assert report['ceiling']['t2i'] > 0.97
     assert report['floor']['t2i'] < report['stages']['base']['t2i_true']
     assert set(report['controls']['base_cool']) == COUNTS
-    assert [line['step'] for line in report['history']['grpo_encoder']] == [0, 2]
+    assert set(report['history']) == {*demo.STAGES, 'shuffled_reward'}
+    for stage in demo.STAGES:
+        assert [line['step'] for line in report['history'][stage]] == [0, 2]
     assert set(report['seconds']) >= {*demo.STAGES, 'shuffled_reward', 'eval_base'}
     assert report['seed'] == 1337 and report['versions']['torch']
+
+
+def test_what_follows_stage_2_changes_drawings_and_no_caption(out):
+    with open(f'{out}/report.json') as f:
+        stages = json.load(f)['stages']
+    before = stages['grpo_encoder']
+    for name in ('nft_decoder', 'by_gradient'):
+        after = stages[name]
+        assert all(after[count] == before[count] for count in COUNTS | GREEDY)
+        assert after['reward'] != before['reward']
+        before = after
 
 
 def test_the_table_and_the_page_are_not_blank(out):

@@ -42,7 +42,8 @@ keys = dict(
     gif = '',                  # a path: a moving picture of the watched images
 )
 # -------------------------------------------------------------------------------------------------
-STAGES = ('cold_start', 'grpo_encoder', 'nft_decoder', 'by_gradient')      # of the demo
+# a folder of stages has some of these in it
+STAGES = ('cold_start', 'grpo_encoder', 'grpo_decoder', 'nft_decoder', 'by_gradient')
 MOST_STOPS = 40                # of one run; more are thinned out, so that the page stays small
 SMALL, LARGE = 64, 256         # pixels: up to SMALL an image stays exact, none has more than LARGE
 
