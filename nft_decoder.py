@@ -38,7 +38,7 @@ from reward import clip_reward, reward_tower
 # --- script keys ---------------------------------------------------------------------------------
 # those that all scripts share are in config.py
 keys = dict(
-    steps = 160,               # of the loop: one rollout and one optimiser step each
+    steps = 120,               # of the loop: one rollout and one optimiser step each
     batch = 16,                # images an update, all ranks together
     group = 8,                 # G drawings per image; their mean reward is the baseline
     captions = 'own',          # what is drawn: own, the encoder's greedy caption | given, the one
