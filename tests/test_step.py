@@ -371,7 +371,7 @@ def check_updates(recorder, config, log, rollout, loss_of):
 def test_a_step_of_stage_2_against_its_plain_recomputation(monkeypatch, tmp_path, argv):
     """All at once, whole groups, parts of a group."""
     out = tmp_path / 'out'
-    flags = (*argv, '--epochs=2', '--kl=0.5')
+    flags = (*argv, '--epochs=2', '--kl=0.5', '--denoise_steps=8')
     recorder, config, log = train(grpo_encoder, monkeypatch, out, *flags, steps=2)
     tower = backbone('clip', config)
     check_updates(recorder, config, log,
