@@ -49,7 +49,7 @@ STAGES = dict(cold_start=cold_start, grpo_encoder=grpo_encoder, nft_decoder=nft_
 # stage 1's loss on the decoder alone: what stage 3 would win without noise
 FLAGS = dict(by_gradient=['--trains=decoder', '--steps=100', '--lr=1e-4', '--warmup=10'])
 CONTROL = 'shuffled_reward'
-EVAL_EVERY = 30                # updates: an evaluation takes as long as three of them
+EVAL_EVERY = 30                # updates; an evaluation takes as long as three of stage 2
 SHOWN = (
     'reward', 'judge', 'mse', 'caption_len', 'caption_truth', 'caption_recall', 'caption_exact',
     'greedy_caption_len', 'greedy_caption_truth', 'greedy_caption_recall', 'greedy_caption_exact',
